@@ -1,0 +1,85 @@
+"""Packs that share memory with the original Parameters, for optimizers that were built before fusing.
+
+Comes in: a recipe and the places of its members, which stay registered Parameters. Goes out: ``AliasPack.tensor``, the packed
+tensor, whose gradient reaches each Parameter as its slice. The members' data are views of one buffer, so that in-place
+updates are seen without a copy; before every use it is checked that they still are, and where not, they are packed anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse.errors import FxfuseError
+from fxfuse.graph import Recipe
+from fxfuse.recipes import lane_view, pack, unpack
+
+
+class StaleAlias(FxfuseError):
+    """The members of a pack no longer agree in shape, dtype or device; the region answers through its loop."""
+
+
+class _Alias(torch.autograd.Function):
+    """The buffer as a function of the Parameters that are views of it: no copy forward, slices backward."""
+
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, recipe: Recipe, *members: Tensor) -> Tensor:
+        ctx.recipe = recipe
+        return buffer.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *unpack(ctx.recipe, grads[0]))
+
+
+@dataclass(eq=False)
+class AliasPack:
+    """One packed tensor whose members stay Parameters (or buffers) of their modules."""
+
+    recipe: Recipe
+    places: list[tuple[nn.Module, str]]  # the owner and the name of each member
+    buffer: Tensor | None = None
+    pointers: list[int] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "buffer": None, "pointers": []}  # a copy's members lie apart: packed at its first call
+
+    def members(self) -> list[Tensor]:
+        """The members as they are registered now."""
+        store = "_parameters" if self.recipe.kind == "parameter" else "_buffers"
+        return [getattr(owner, store)[name] for owner, name in self.places]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The packed tensor, of the current values. Raises ``StaleAlias`` where the members do not fit together."""
+        members = self.members()
+        buffer = self.buffer
+        if buffer is None or list(map(Tensor.data_ptr, members)) != self.pointers:
+            buffer = self.bind(members)
+        if torch.is_grad_enabled() and self.recipe.kind == "parameter":
+            result: Tensor = _Alias.apply(buffer, self.recipe, *members)  # type: ignore[no-untyped-call]
+            return result
+        return buffer
+
+    def bind(self, members: Sequence[Tensor]) -> Tensor:
+        """Pack the members' current values and make their data views of the pack."""
+        first = members[0]
+        for name, member in zip(self.recipe.members, members, strict=True):
+            if tuple(member.shape) != self.recipe.shape:
+                raise StaleAlias(f"{name} has shape {tuple(member.shape)}, packed as {self.recipe.shape}")
+            if member.dtype is not first.dtype:
+                raise StaleAlias(f"{name} has dtype {member.dtype}, {self.recipe.members[0]} has {first.dtype}")
+            if member.device != first.device:
+                raise StaleAlias(f"{name} is on {member.device}, {self.recipe.members[0]} on {first.device}")
+        if len(set(map(id, members))) < len(members):
+            raise StaleAlias(f"two members of {self.recipe.name} are one tensor now")
+        with torch.no_grad():
+            buffer = pack(self.recipe, [member.detach() for member in members])
+            for index, member in enumerate(members):
+                member.data = lane_view(self.recipe, buffer, index)
+        self.buffer, self.pointers = buffer, list(map(Tensor.data_ptr, members))
+        return buffer

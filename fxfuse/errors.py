@@ -1,0 +1,23 @@
+"""Every error that fxfuse raises itself. A model that does not fuse is no error: that is a refusal in the report."""
+
+from __future__ import annotations
+
+
+class FxfuseError(Exception):
+    """Base of all errors raised by fxfuse."""
+
+
+class ArgumentError(FxfuseError, TypeError, ValueError):
+    """fxfuse itself was called wrongly; the message says what was expected and what came."""
+
+
+class ValidationError(FxfuseError):
+    """Two models differ by more than rounding; the message names the worst tensor."""
+
+
+class FallbackError(FxfuseError):
+    """A call that a ``strict=True`` model would have answered through the original forward; the message says why."""
+
+
+class StateDictError(FxfuseError, RuntimeError):
+    """A state dict does not fit; the message names keys by the original's names."""

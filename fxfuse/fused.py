@@ -1,0 +1,623 @@
+"""The fused model: surgery that turns the modules named by RegionPlans into regions that run packed programs.
+
+Comes in: a model (a private copy) and ``graph.RegionPlan``s. Goes out: the same model, where each region is an instance of a
+generated subclass of its own class: its forward checks a guard, runs the packed program, or answers through the class's own
+original forward, whose lanes read the pack through views. ``unfuse`` is the way back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from fxfuse.alias import AliasPack, StaleAlias
+from fxfuse.errors import FallbackError, FxfuseError
+from fxfuse.graph import Program, Recipe, RegionPlan
+from fxfuse.guards import Facts
+from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, Watch, become, lane_info, restore, shared_views
+from fxfuse.recipes import check, pack, packed_shape, unpack
+from fxfuse.runtime import MISS, Compiled, Source, compile_program, source, walk
+from fxfuse.serialize import program_from_data, program_to_data
+
+STATE = "_fxfuse"  # the key in a region's __dict__ under which its RegionState lies
+_MOST_REASONS = 100  # reasons hold shapes: a run over endless shapes must not fill the memory
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(eq=False)
+class RegionState(Watch):
+    """All that a region knows besides its modules: its plan, what it answered through the loop and why."""
+
+    plan: RegionPlan = field(default_factory=lambda: RegionPlan("", [], {}))
+    strict: bool = False
+    packing: Literal["packed", "alias"] = "packed"
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    modules: list[nn.Module] = field(default_factory=list)  # region.modules() of the original, in order: the region is the first
+    hidden: list[nn.Module] = field(default_factory=list)  # owners that the region does not register (lanes in a plain list)
+    hidden_flags: tuple[bool, ...] = ()
+    holder: str | None = None  # the name of the pack among the region's children
+    facts: dict[str, Facts] = field(default_factory=dict)  # of the tensors that programs read, at installation
+    hooks: tuple[Any, ...] = ()  # of the submodules, at installation
+    aliases: dict[str, AliasPack] = field(default_factory=dict)  # packing="alias": by packed name
+    active: int = 0  # calls that are in the original forward now
+    compiled: dict[tuple[bool, ...], Compiled] = field(default_factory=dict)  # never copied or saved
+    current: Compiled | None = None
+
+    @property
+    def region(self) -> nn.Module:
+        """The region itself."""
+        return self.modules[0]
+
+    def removed(self, region: nn.Module) -> None:
+        """Called when the region is an ordinary module again: take the pack and this state out of it."""
+        if self.holder is not None:
+            region._modules.pop(self.holder, None)
+        region.__dict__.pop(STATE, None)
+
+    def members(self) -> Iterator[nn.Module]:
+        """All modules that were given a generated class."""
+        yield from self.modules
+        yield from self.hidden
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("ready", "current", "compiled", "loading", "plan")}
+        programs = {flags: program_to_data(program) for flags, program in self.plan.programs.items()}
+        return {**kept, "plan": replace(self.plan, programs={}), "programs": programs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        programs = {flags: program_from_data(data) for flags, data in state.pop("programs").items()}
+        self.__dict__.update(state, ready=None, current=None, compiled={}, loading=None)
+        self.plan = replace(state["plan"], programs=programs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RegionState:
+        copied = RegionState.__new__(RegionState)
+        memo[id(self)] = copied
+        # plans are never changed; compiled functions hold the modules of this very region
+        shared: dict[str, Any] = {"plan": self.plan, "ready": None, "current": None, "compiled": {}, "loading": None}
+        copied.__dict__.update(shared)
+        copied.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in shared})
+        return copied
+
+    def flags(self) -> tuple[bool, ...]:
+        """The ``training`` flags that choose the program."""
+        return tuple(module.training for module in self.modules)
+
+    def prepare(self) -> Compiled | str:
+        """The compiled program for the modules as they are now, or why there is none. Sets ``ready``."""
+        self.ready = self.current = None
+        reason = self._stale()
+        if reason is not None:
+            return reason
+        flags = self.flags()
+        program = self.plan.programs.get(flags)
+        if program is None:
+            return self._unknown_flags(flags)
+        compiled = self.compiled.get(flags)
+        if compiled is None:
+            aliases = {name: Source(alias, None, "tensor") for name, alias in self.aliases.items()}
+            compiled = self.compiled[flags] = compile_program(program, self.region, self.facts, aliases)
+        self.current, self.ready = compiled, compiled.run
+        return compiled
+
+    def _unknown_flags(self, flags: tuple[bool, ...]) -> str:
+        if len(set(flags)) == 1:
+            return f"no program was recorded in {'train' if flags[0] else 'eval'} mode"
+        odd = not max(set(flags), key=flags.count)
+        where = next(info.path for m, f in zip(self.modules, flags, strict=True) if f is odd and (info := lane_info(m)) is not None)
+        return f"no program was recorded with {where or 'the region'} in {'train' if odd else 'eval'} mode and others not"
+
+    def _stale(self) -> str | None:
+        """What has changed since installation that a recorded program may rest on."""
+        holder = None if self.holder is None else self.region._modules.get(self.holder)
+        if self.holder is not None and holder is None:
+            return f"the child {self.holder}, which holds the packed weights, was removed"
+        now = registered(self.region, holder)
+        if len(now) != len(self.modules) or any(a is not b for a, b in zip(now, self.modules, strict=True)):
+            return "a submodule was replaced, added or removed"
+        reads: frozenset[str] | None = getattr(self.plan, "reads", None)  # "nets.0.scale": the attributes that forward read
+        for (path, name), (existed, before) in self.written.items():
+            if reads is not None and (f"{path}.{name}" if path else name) not in reads:
+                continue
+            module = next((m for m in self.members() if (info := lane_info(m)) is not None and info.path == path), None)
+            if module is not None and not _unchanged(module, name, existed, before):
+                return f"attribute {f'{path}.{name}' if path else name} was set after fusing"
+        if _hooks(self.modules) != self.hooks:
+            return "a hook was registered on a submodule"
+        if tuple(module.training for module in self.hidden) != self.hidden_flags:
+            return "an unregistered submodule changed its training flag"
+        for target, fact in self.facts.items():
+            if target in self.aliases:
+                continue
+            try:
+                tensor = source(self.region, target).fetch()
+            except (AttributeError, KeyError, FxfuseError):
+                return f"{target} is gone"
+            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != fact.shape:
+                return f"{target} is not a tensor of shape {fact.shape} any more"
+        return None
+
+
+def _unchanged(module: nn.Module, name: str, existed: bool, before: Any) -> bool:
+    own = module.__dict__
+    present = name in own or hasattr(type(module), name)
+    if not present or not existed:
+        return present is existed
+    now = own.get(name, getattr(type(module), name, None))
+    if now is before:
+        return True
+    plain = (bool, int, float, str, bytes, torch.dtype, torch.device)
+    return type(now) is type(before) and isinstance(now, plain) and bool(now == before)
+
+
+def _hooks(modules: list[nn.Module]) -> tuple[Any, ...]:
+    """The hooks of a region's submodules (those of the region itself run in its ``__call__``, program or not)."""
+    return tuple(
+        (index, name, tuple(module.__dict__[name]))
+        for index, module in enumerate(modules)
+        if index > 0
+        for name in _HOOKS
+        if module.__dict__.get(name)
+    )
+
+
+class RegionMixin(LaneMixin):
+    """A region: a lane module (it may own packed tensors itself) whose forward runs the packed program."""
+
+    __slots__ = ()
+
+    def _fxfuse_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state: RegionState = self.__dict__[STATE]
+        run = state.ready
+        reason = "the region changed since its last call, and this one is traced"
+        if run is None and not torch.compiler.is_compiling():
+            prepared = state.prepare()
+            run, reason = (None, prepared) if isinstance(prepared, str) else (prepared.run, "")
+        if run is not None:
+            try:
+                out = run(args, kwargs)
+                if out is not MISS:
+                    return out
+                reason = "the guard did not hold"
+                if state.current is not None and not torch.compiler.is_compiling():
+                    again = state.current.rebound(self._fxfuse_base.forward, self, args, kwargs)
+                    if again is not None and (out := run(*again)) is not MISS:
+                        return out
+                    reason = state.current.why(*(again or (args, kwargs)))
+            except StaleAlias as stale:
+                reason = str(stale)
+        return self._fxfuse_fall_back(state, reason, args, kwargs)
+
+    def _fxfuse_fall_back(self, state: RegionState, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if state.strict:
+            raise FallbackError(f"{state.plan.path or type(self).__name__} would run its loop: {reason}")
+        forward = self._fxfuse_base.forward
+        if torch.compiler.is_compiling():  # traced: no counters, no caches
+            return forward(self, *args, **kwargs)
+        known = reason in state.fallbacks or len(state.fallbacks) < _MOST_REASONS
+        state.fallbacks[reason if known else "other reasons"] += 1
+        state.active += 1
+        try:
+            with shared_views():
+                return forward(self, *args, **kwargs)
+        finally:
+            state.active -= 1
+
+    def train(self, mode: bool = True) -> Any:
+        """As of any module. Looks for the program at once, so that torch.compile finds it ready."""
+        result = super().train(mode)
+        self.__dict__[STATE].prepare()
+        return result
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Where one lane is pickled, its region is built before the lane is: then the first call prepares.
+        with suppress(AttributeError, KeyError):
+            self.__dict__[STATE].prepare()
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module; the original forward, where it walks its children, does not meet the pack."""
+        state: RegionState = self.__dict__[STATE]
+        for name, child in super().named_children():
+            if not (state.active and name == state.holder):
+                yield name, child
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        state: RegionState = self.__dict__[STATE]
+        metadata, missing = rest[0], rest[2]
+        packed = any(prefix + recipe.name in state_dict for recipe in state.plan.recipes)
+        if not packed and state.packing == "packed" and metadata.get("assign_to_params_buffers", False):
+            packed = _pack_keys(state, state_dict, prefix)
+        if state.packing == "alias":
+            _unpack_keys(state, state_dict, prefix)
+            packed = True  # nothing is a view: the lanes load as any module does
+        state.loading = (missing, not packed)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _pack_keys(state: RegionState, state_dict: Any, prefix: str) -> bool:
+    """Replace the original keys by packed ones where all are there and fit: ``assign=True`` then takes over dtype and device."""
+    names = {(s.recipe.name, s.index): [] for m in state.members() for s in _slots(m).values()}  # type: ignore[var-annotated]
+    for path, module in state.region.named_modules(remove_duplicate=False):
+        for name, slot in _slots(module).items():
+            names[(slot.recipe.name, slot.index)].append(prefix + (f"{path}.{name}" if path else name))
+    made: dict[str, Tensor] = {}
+    for recipe in state.plan.recipes:
+        tensors = []
+        for index in range(len(recipe.members)):
+            keys = [key for key in names[(recipe.name, index)] if key in state_dict]
+            if len(keys) != len(names[(recipe.name, index)]) or not keys or tuple(state_dict[keys[-1]].shape) != recipe.shape:
+                return False
+            tensors.append(state_dict[keys[-1]])
+        if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
+            return False
+        with torch.no_grad():
+            made[prefix + recipe.name] = pack(recipe, tensors)
+    for keys in names.values():
+        for key in keys:
+            del state_dict[key]
+    state_dict.update(made)
+    return True
+
+
+def _unpack_keys(state: RegionState, state_dict: Any, prefix: str) -> None:
+    """Replace packed keys by the original ones, for a region whose members are registered."""
+    for name, alias in state.aliases.items():
+        packed = state_dict.get(prefix + name)
+        if not isinstance(packed, Tensor) or tuple(packed.shape) != packed_shape(alias.recipe):
+            continue
+        index = {id(member): i for i, member in enumerate(alias.members())}
+        views = unpack(alias.recipe, packed)
+        del state_dict[prefix + name]
+        for path, module in state.region.named_modules(remove_duplicate=False):
+            for own in (module._parameters, module._buffers):
+                keys = {f"{path}.{key}" if path else key: index.get(id(tensor)) for key, tensor in own.items()}
+                state_dict.update({prefix + key: views[i] for key, i in keys.items() if i is not None})
+
+
+def _slots(module: nn.Module) -> dict[str, Slot]:
+    info = lane_info(module)
+    return {} if info is None else info.slots
+
+
+def registered(region: nn.Module, holder: nn.Module | None = None) -> list[nn.Module]:
+    """``region.modules()``, in order, without the pack."""
+    skip = set() if holder is None else set(holder.modules())
+    return [module for module in region.modules() if module not in skip]
+
+
+def _hide_pack(name: str) -> Callable[..., Any]:
+    """A container's reading method that does not see the pack: ``len(region)``, ``for lane in region``."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own, state = self.__dict__, self.__dict__[STATE]
+        full = own["_modules"]
+        own["_modules"] = {key: value for key, value in full.items() if key != state.holder}
+        try:
+            return getattr(super(LaneMixin, self), name)(*args, **kwargs)
+        finally:
+            own["_modules"] = full
+
+    method.__name__ = name
+    return method
+
+
+RegionMixin._fxfuse_hide = staticmethod(_hide_pack)  # type: ignore[attr-defined]
+
+
+@dataclass
+class _Surgery:
+    """One plan, checked against its region: what ``_apply`` needs and nothing that can still be wrong."""
+
+    plan: RegionPlan
+    region: nn.Module
+    modules: dict[nn.Module, str]  # and their paths
+    hidden: dict[nn.Module, str]
+    tensors: list[list[Tensor]]  # per recipe, its members
+    names: dict[int, tuple[int, int]]  # id of a member -> (recipe, index)
+    stores: list[str]  # per recipe, the dict of the pack it goes to
+    holder: str | None
+
+
+def install(
+    model: nn.Module, plans: list[RegionPlan], *, strict: bool = False, packing: Literal["packed", "alias"] = "packed"
+) -> nn.Module:
+    """Turn the modules that ``plans`` name into fused regions, in place, and return ``model``.
+
+    ``strict`` raises ``FallbackError`` where a call would run a region's loop. ``packing="alias"`` keeps the members as the
+    registered Parameters, with their data as views of one buffer, so that an optimizer built before stays valid. Nothing is
+    changed where a plan does not fit: then ``FxfuseError`` says why.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3))
+    >>> install(model, []) is model
+    True
+    """
+    prepared: list[_Surgery] = []
+    taken: dict[nn.Module, str] = {}
+    for plan in plans:
+        surgery = _examine(model, plan, packing)
+        for module in (*surgery.modules, *surgery.hidden):
+            if module in taken:
+                raise FxfuseError(f"regions {taken[module] or 'model'} and {plan.path or 'model'} share a module")
+            taken[module] = plan.path
+        prepared.append(surgery)
+    for surgery in prepared:
+        _operate(surgery, strict, packing)
+    return model
+
+
+def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
+    """Find what the plan names in the model. Raises ``FxfuseError`` where something does not fit; changes nothing."""
+    where = plan.path or type(model).__name__
+    try:
+        region = walk(model, plan.path)
+    except (AttributeError, KeyError, IndexError) as error:
+        raise FxfuseError(f"the model has no module {plan.path}") from error
+    if not isinstance(region, nn.Module) or isinstance(region, torch.jit.ScriptModule):
+        raise FxfuseError(f"{where} is a {type(region).__name__}, which cannot be given another forward")
+    if "forward" in region.__dict__:
+        raise FxfuseError(f"{where}.forward was replaced on the instance, which would bypass the fused forward")
+    modules = {module: name for name, module in region.named_modules()}
+    if any(LANE in module.__dict__ for module in modules):
+        raise FxfuseError(f"{where} is fused already, in whole or in part")
+    scripted = next((name for module, name in modules.items() if isinstance(module, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise FxfuseError(f"{where}.{scripted} is scripted and cannot be watched")
+
+    hidden: dict[nn.Module, str] = {}
+    tensors: list[list[Tensor]] = []
+    stores: list[str] = []
+    names: dict[int, tuple[int, int]] = {}
+    for number, recipe in enumerate(plan.recipes):
+        check(recipe)
+        members, kinds = [], set()
+        for index, member in enumerate(recipe.members):
+            owner, tensor, store = _member(region, recipe, member)
+            if owner not in modules:
+                hidden.setdefault(owner, member.rpartition(".")[0])
+            kinds.add(store if owner in modules else "__dict__")
+            if id(tensor) in names:
+                raise FxfuseError(f"{member} is the same tensor as {_member_name(plan, names[id(tensor)])}: it can be packed once only")
+            names[id(tensor)] = (number, index)
+            members.append(tensor)
+        if len(kinds) > 1:
+            raise FxfuseError(f"the members of {recipe.name} are partly registered and partly not")
+        _agree(recipe, members)
+        tensors.append(members)
+        stores.append(kinds.pop())
+
+    holders = {name.partition(".")[0] for name in (*(r.name for r in plan.recipes if packing == "packed"), *plan.constants)}
+    if len(holders) > 1:
+        raise FxfuseError(f"the packed names of {where} have several roots: {', '.join(sorted(holders))}")
+    holder = next(iter(holders), None)
+    if holder is not None and hasattr(region, holder):
+        raise FxfuseError(f"{where} has an attribute {holder} already")
+    surgery = _Surgery(plan, region, modules, hidden, tensors, names, stores, holder)
+    _check_other_names(model, surgery, packing)
+    return surgery
+
+
+def _member_name(plan: RegionPlan, place: tuple[int, int]) -> str:
+    return plan.recipes[place[0]].members[place[1]]
+
+
+def _member(region: nn.Module, recipe: Recipe, member: str) -> tuple[nn.Module, Tensor, str]:
+    """The owner of a member, the tensor, and the owner's dict that holds it."""
+    path, _, name = member.rpartition(".")
+    try:
+        owner = walk(region, path)
+    except (AttributeError, KeyError, IndexError, ValueError) as error:
+        raise FxfuseError(f"the region has no {member}, which {recipe.name} packs") from error
+    if not isinstance(owner, nn.Module):
+        raise FxfuseError(f"{member} lies in a plain {type(owner).__name__}, whose items cannot become views of a pack")
+    for store in ("_parameters", "_buffers", "__dict__"):
+        tensor = getattr(owner, store).get(name)
+        if isinstance(tensor, Tensor):
+            break
+    else:
+        raise FxfuseError(f"the region has no tensor {member}, which {recipe.name} packs")
+    if (store == "_parameters") != (recipe.kind == "parameter") and store != "__dict__":
+        raise FxfuseError(f"{member} is a {'parameter' if store == '_parameters' else 'buffer'}, its recipe says {recipe.kind}")
+    if tuple(tensor.shape) != recipe.shape:
+        raise FxfuseError(f"{member} has shape {tuple(tensor.shape)}, its recipe says {recipe.shape}")
+    if not tensor.is_leaf:
+        raise FxfuseError(f"{member} is computed (it has a grad_fn) and cannot be packed")
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise FxfuseError(f"{member} has a gradient hook, which the packed tensor would not run")
+    return owner, tensor, store
+
+
+def _agree(recipe: Recipe, members: list[Tensor]) -> None:
+    first = members[0]
+    for name, tensor in zip(recipe.members, members, strict=True):
+        for what in ("dtype", "device", "requires_grad"):
+            if getattr(tensor, what) != getattr(first, what):
+                raise FxfuseError(f"{name} has {what} {getattr(tensor, what)}, {recipe.members[0]} has {getattr(first, what)}")
+        if type(tensor) is not type(first) or type(tensor) not in (Tensor, nn.Parameter):
+            raise FxfuseError(f"{name} is a {type(tensor).__name__}, only plain tensors and Parameters are packed")
+        if tensor.__dict__.keys() != first.__dict__.keys() or any(tensor.__dict__[k] is not first.__dict__[k] for k in first.__dict__):
+            raise FxfuseError(f"{name} has other attributes than {recipe.members[0]}")
+    if recipe.kind == "parameter" and first.requires_grad != recipe.requires_grad:
+        raise FxfuseError(f"{recipe.members[0]} has requires_grad={first.requires_grad}, its recipe says {recipe.requires_grad}")
+
+
+def _check_other_names(model: nn.Module, surgery: _Surgery, packing: str) -> None:
+    """A member that is also reachable by a way that stays would keep its old value there: raise."""
+    if packing == "alias":
+        return
+    ours = {**surgery.modules, **surgery.hidden}
+    for path, module in [*model.named_modules(), *((path, module) for module, path in surgery.hidden.items())]:
+        for store in ("_parameters", "_buffers"):
+            for name, tensor in getattr(module, store).items():
+                if module not in ours and id(tensor) in surgery.names:
+                    member = _member_name(surgery.plan, surgery.names[id(tensor)])
+                    raise FxfuseError(f"{member} is also {path}.{name}, outside of the region")
+        for name, value in module.__dict__.items():
+            skip = ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs")
+            if name in skip or (module in ours and isinstance(value, Tensor) and _is_member(surgery, ours[module], name)):
+                continue
+            found = next((item for item in _tensors_in(value, 3) if id(item) in surgery.names), None)
+            if found is not None:
+                member = _member_name(surgery.plan, surgery.names[id(found)])
+                raise FxfuseError(f"{member} is also held by the attribute {f'{path}.{name}' if path else name}")
+
+
+def _is_member(surgery: _Surgery, path: str, name: str) -> bool:
+    full = f"{path}.{name}" if path else name
+    return any(full in recipe.members for recipe in surgery.plan.recipes)
+
+
+def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from _tensors_in(item, depth - 1)
+    elif depth and isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item, depth - 1)
+
+
+def _operate(surgery: _Surgery, strict: bool, packing: Literal["packed", "alias"]) -> None:
+    plan, region = surgery.plan, surgery.region
+    everyone = {**surgery.modules, **surgery.hidden}
+    state = RegionState(plan=plan, strict=strict, packing=packing, modules=list(surgery.modules), hidden=list(surgery.hidden))
+    state.hidden_flags = tuple(module.training for module in state.hidden)
+    state.hooks = _hooks(state.modules)
+    state.holder = surgery.holder
+    root = Pack(state)
+    slots: dict[nn.Module, dict[str, Slot]] = {module: {} for module in everyone}
+    infos = {
+        module: LaneInfo(path, state, slots[module], tuple(module._parameters), tuple(module._buffers)) for module, path in everyone.items()
+    }
+    if packing == "packed":
+        owners = [
+            _place(root, recipe, members, store, state, surgery)
+            for recipe, members, store in zip(plan.recipes, surgery.tensors, surgery.stores, strict=True)
+        ]
+        for module in everyone:
+            for store in ("_parameters", "_buffers", "__dict__"):
+                kept = getattr(module, store)
+                for name, tensor in list(kept.items()):
+                    place = surgery.names.get(id(tensor)) if isinstance(tensor, Tensor) else None
+                    if place is not None:
+                        recipe = plan.recipes[place[0]]
+                        leaf = recipe.name.rpartition(".")[2]
+                        slots[module][name] = Slot(owners[place[0]], surgery.stores[place[0]], leaf, recipe, place[1])
+                        del kept[name]
+    else:
+        for recipe in plan.recipes:
+            places = [(cast(nn.Module, walk(region, m.rpartition(".")[0])), m.rpartition(".")[2]) for m in recipe.members]
+            state.aliases[recipe.name] = AliasPack(recipe, places)
+            _ = state.aliases[recipe.name].tensor  # binds
+    for name, tensor in plan.constants.items():
+        owner = _container(root, name, state)
+        owner.register_buffer(name.rpartition(".")[2], tensor, persistent=False)
+    if surgery.holder is not None:
+        region._modules[surgery.holder] = root
+    region.__dict__[STATE] = state
+    for module, info in infos.items():
+        become(module, info, RegionMixin if module is region else LaneMixin)
+    for program in plan.programs.values():
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                try:
+                    alias = state.aliases.get(node.target)
+                    tensor = alias.tensor if alias is not None else source(region, node.target).fetch()
+                    state.facts[node.target] = Facts.of(node.target, tensor)
+                except AttributeError as error:
+                    raise FxfuseError(f"the program reads {node.target}, which {plan.path or 'the region'} does not have") from error
+    state.prepare()
+
+
+def _container(root: Pack, name: str, state: RegionState) -> nn.Module:
+    """The node of the container tree that holds a packed name, made where it is missing."""
+    owner: nn.Module = root
+    for part in name.split(".")[1:-1]:
+        if part not in owner._modules:
+            owner.add_module(part, Pack(state))
+        owner = cast(nn.Module, owner._modules[part])
+    return owner
+
+
+def _place(root: Pack, recipe: Recipe, members: list[Tensor], store: str, state: RegionState, surgery: _Surgery) -> nn.Module:
+    """Pack the members into the container tree; their gradients, where any has one, come along."""
+    owner, name = _container(root, recipe.name, state), recipe.name.rpartition(".")[2]
+    first = members[0]
+    with torch.no_grad():
+        packed = pack(recipe, [member.detach() for member in members])
+    if isinstance(first, nn.Parameter):
+        packed = nn.Parameter(packed, requires_grad=first.requires_grad)
+        if any(member.grad is not None for member in members):
+            grads = [torch.zeros_like(member) if member.grad is None else member.grad for member in members]
+            packed.grad = pack(recipe, [grad.detach() for grad in grads])
+    elif first.requires_grad:
+        packed.requires_grad_()
+    packed.__dict__.update(first.__dict__)
+    if store == "__dict__":
+        owner.__dict__[name] = packed
+    elif store == "_parameters":
+        owner.register_parameter(name, cast(nn.Parameter, packed))
+    else:
+        persistent = {n in m._non_persistent_buffers_set for m in surgery.modules for n, t in m._buffers.items() if _in(t, members)}
+        if len(persistent) > 1:
+            raise FxfuseError(f"the members of {recipe.name} are partly saved in the state dict and partly not")
+        owner.register_buffer(name, packed, persistent=not persistent.pop())
+    return owner
+
+
+def _in(tensor: Tensor | None, members: list[Tensor]) -> bool:
+    return any(tensor is member for member in members)
+
+
+def regions(model: nn.Module) -> dict[str, RegionState]:
+    """The state of every fused region by its module path: ``plan``, ``fallbacks`` (reason -> calls) and so on."""
+    return {path: module.__dict__[STATE] for path, module in model.named_modules() if STATE in module.__dict__}
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """A new model of the original classes, with Parameters of its own; ``model`` is not changed.
+
+    Values, requires_grad, training flags, the order of registration and attributes set since fusing stay. A model without
+    fused regions is copied.
+
+    >>> unfuse(nn.Linear(2, 3))
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    copied = copy.deepcopy(model)
+    for path in regions(copied):
+        restore(cast(nn.Module, walk(copied, path)))
+    return copied
+
+
+def graphs(model: nn.Module) -> dict[str, torch.fx.GraphModule]:
+    """By region path, the program of the current mode as a ``torch.fx.GraphModule`` that shares the region's tensors.
+
+    Its inputs are the flattened arguments, its result is the flat list of outputs. Regions without a program for the
+    current ``training`` flags are left out.
+    """
+    found: dict[str, torch.fx.GraphModule] = {}
+    for path, state in regions(model).items():
+        program = state.plan.programs.get(state.flags())
+        if program is not None:
+            found[path] = _graph_module(state, program)
+    return found
+
+
+def _graph_module(state: RegionState, program: Program) -> torch.fx.GraphModule:
+    graph = copy.deepcopy(program.graph)
+    root: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            alias = state.aliases.get(node.target)
+            root[node.target] = alias.tensor if alias is not None else source(state.region, node.target).fetch()
+        elif node.op == "call_module":
+            root[node.target] = walk(state.region, node.target)
+    return torch.fx.GraphModule(root, graph, class_name=type(state.region).__name__)

@@ -1,0 +1,144 @@
+"""The data that the stages of the pipeline hand to each other. Pure data: no torch calls, no behaviour beyond printing.
+
+Comes in: nothing. Goes out: ``Place``, ``Refusal``, ``Recipe``, ``Guard``, ``Program``, ``RegionPlan`` and the summaries
+that the report prints. Every stage imports this file; this file imports no stage.
+
+Terms (the field's own where there is one): a *lane* is one iteration of the user's loop; a *bundle* is the same op in every
+lane; a *pack* is the lanes' tensors joined into one; a *region* is the module whose forward holds the loop; a *lowering* is a
+way to compute a bundle; a *recipe* says how a packed tensor is made from, and split back into, the original's; a *refusal*
+is a lane set that stays as it is, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.fx
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of the user's source: ``Place("/home/me/model.py", 41)`` prints as ``model.py:41``."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{os.path.basename(self.file)}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A lane set, or a whole region, that stays as it is: one sentence, and the line it speaks of."""
+
+    reason: str
+    place: Place | None = None
+    region: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.place})" if self.place is not None else self.reason
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one packed tensor is made from the lanes' tensors, and split back.
+
+    Let ``m_i`` be the tensor named ``members[i]``. Then ``packed = stack([m_i.permute(order) for i])``, and where
+    ``style == "cat"`` the first two dims are flattened into one (``[G, s0, ...] -> [G*s0, ...]``). Zero-dimensional members
+    stack to ``[G]``. All names are relative to the region.
+    """
+
+    name: str  # of the packed tensor: "packed.nets.0.weight"
+    members: tuple[str, ...]  # of the originals, in lane order: ("nets.0.0.weight", "nets.1.0.weight", ...)
+    shape: tuple[int, ...]  # of one member, as the original has it
+    order: tuple[int, ...]  # permutation of a member's dims as it is stored; identity is (0, 1, ...)
+    style: Literal["stack", "cat"]
+    kind: Literal["parameter", "buffer"] = "parameter"
+    requires_grad: bool = True
+
+
+@dataclass(frozen=True)
+class TensorGuard:
+    """What the rewritten graph assumes of one tensor input of the region."""
+
+    shape: tuple[int | None, ...]  # None: any size in this dim (it was proved to be free)
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool | None = None  # None: any
+
+
+@dataclass(frozen=True)
+class SizeCheck:
+    """A comparison of sizes that the recorded run made, to be true again: ``inputs[input].shape[dim] <op> bound``."""
+
+    input: int
+    dim: int
+    op: Literal[">=", ">", "<=", "<", "==", "!="]
+    bound: int
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a recorded program assumes of its caller; one entry in ``leaves`` per flattened input leaf.
+
+    ``leaves[i]`` is a ``TensorGuard`` for a tensor input, or ``("constant", value)`` for anything else (compared with ``is`` or
+    equality of the same type). ``same[i]`` is the index of the first leaf that is the same tensor object as leaf i.
+    ``generic_dtype``: no dtype is spelled out in the program, so that any floating dtype is right as long as all floating inputs
+    and the region's floating parameters share it; else the input dtypes must equal the recorded ones. ``generic_device`` likewise.
+    """
+
+    leaves: tuple[Any, ...]
+    same: tuple[int, ...]
+    sizes: tuple[SizeCheck, ...] = ()
+    equal_dims: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()  # ((leaf, dim), (leaf, dim)) that must be equal
+    default_dtype: torch.dtype = torch.float32
+    generic_dtype: bool = False
+    generic_device: bool = False
+
+
+@dataclass
+class Program:
+    """One rewritten forward of a region, for one vector of ``training`` flags.
+
+    ``graph`` has one placeholder per flattened input leaf, in ``in_spec`` order (also for leaves that are constants: those
+    placeholders are unused), ``get_attr`` nodes with targets relative to the region (``packed.*`` for packed tensors, others for
+    what stayed), ``call_function`` nodes, ``call_module`` nodes for opaque children (target relative to the region), and one output:
+    the flat list of output leaves of ``out_spec``.
+    """
+
+    graph: torch.fx.Graph
+    guard: Guard
+    in_spec: Any  # torch.utils._pytree.TreeSpec of (args, kwargs)
+    out_spec: Any  # torch.utils._pytree.TreeSpec of the result
+
+
+@dataclass(frozen=True)
+class FusedOp:
+    """One bundle in the rewritten graph, for the report."""
+
+    op: str  # "linear", "conv1d", "relu", ...
+    lanes: int
+    lowering: str  # "baddbmm", "grouped_conv", "pointwise", "fold into batch", ...
+    place: Place | None
+    detail: str = ""  # "[64, 32] x [32, 32]"
+
+
+@dataclass
+class RegionPlan:
+    """All that is needed to rewrite one region, and what the report says of it."""
+
+    path: str  # the region's module path in the model; "" is the model itself
+    recipes: list[Recipe]
+    programs: dict[tuple[bool, ...], Program]  # key: the ``training`` flags of region.modules(), in order
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)  # index tensors the graphs read: "packed.index_0"
+    ops: list[FusedOp] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # "dropout draws other random numbers than the loop did", ...
+    place: Place | None = None  # of the loop
+    launches: tuple[int, int] | None = None  # before, after
+    heavy: tuple[int, int] | None = None  # parameter-carrying launches before, after
+    seconds: tuple[float, float] | None = None  # median before, after, in the mode asked for
+    peak_bytes: tuple[int, int] | None = None  # before, after
+    tried: list[tuple[str, float]] = field(default_factory=list)  # lowering and its median seconds

@@ -1,0 +1,226 @@
+"""Guards: may this call run the recorded program, decided in a few microseconds; and if not, why not, in a sentence.
+
+Comes in: a ``graph.Guard`` and what the program's own tensors were when it was installed (``Facts``). Goes out:
+``compile_guard``, a generated straight-line function of bools, and ``explain_miss``, the same checks read slowly with a
+sentence for each. The first check that fails decides; both go in the same order.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxfuse.graph import Guard, TensorGuard
+
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq, "!=": operator.ne}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a program assumes of one of its own tensors (a weight, a buffer, a constant)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(name: str, tensor: Tensor) -> Facts:
+        """The facts of a tensor as it is now."""
+        return Facts(name, tuple(tensor.shape), tensor.dtype, tensor.device)
+
+
+def _same_constant(given: Any, recorded: Any) -> bool:
+    if given is recorded:
+        return True
+    if type(given) is not type(recorded) or isinstance(recorded, Tensor):
+        return False
+    try:
+        return bool(given == recorded)
+    except Exception:  # a value whose equality is not a bool is not known to be equal
+        return False
+
+
+def _autocast(kind: str) -> bool:
+    """Is autocast on for this kind of device? ("meta" and the like have none, and torch raises for them.)"""
+    try:
+        return torch.is_autocast_enabled(kind)
+    except RuntimeError:
+        return False
+
+
+def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bool]:
+    """The guard as a generated function of the flattened inputs, then the program's own tensors, in the order of ``facts``.
+
+    >>> guard = Guard((TensorGuard((None, 3), torch.float32, torch.device("cpu")),), same=(0,))
+    >>> check = compile_guard(guard)
+    >>> check(torch.zeros(5, 3)), check(torch.zeros(5, 4))
+    (True, False)
+    """
+    space: dict[str, Any] = {
+        "Tensor": Tensor,
+        "Parameter": torch.nn.Parameter,
+        "strided": torch.strided,
+        "autocast": _autocast,
+        "default_dtype": torch.get_default_dtype,
+        "same_constant": _same_constant,
+        "constant0": guard.default_dtype,
+    }
+
+    def constant(value: Any) -> str:
+        if isinstance(value, torch.dtype | torch.device):  # few of them, in many checks
+            for name, known in space.items():
+                if type(known) is type(value) and known == value:
+                    return name
+        name = f"constant{len(space)}"
+        space[name] = value
+        return name
+
+    tests: list[str] = []  # the guard holds where none of these is true; ":=" gives a shape a name for the tests after it
+    dtypes: list[str] = []  # generic programs: expressions that must all be one dtype, or one device
+    devices: list[str] = []
+    for i, leaf in enumerate(guard.leaves):
+        x = f"x{i}"
+        if not isinstance(leaf, TensorGuard):
+            value = leaf[1]
+            if value is None or isinstance(value, bool):
+                tests.append(f"{x} is not {value!r}")
+            else:
+                tests.append(f"not same_constant({x}, {constant(value)})")
+            continue
+        tests.append(f"type({x}) is not Tensor and type({x}) is not Parameter")
+        tests.append(f"{x}.layout is not strided")
+        tests.append(f"len(s{i} := {x}.shape) != {len(leaf.shape)}")
+        tests.extend(f"s{i}[{dim}] != {size}" for dim, size in enumerate(leaf.shape) if size is not None)
+        if guard.generic_dtype and leaf.dtype.is_floating_point:
+            if not dtypes:
+                tests.append(f"not {x}.dtype.is_floating_point")
+            dtypes.append(f"{x}.dtype")
+        else:
+            tests.append(f"{x}.dtype is not {constant(leaf.dtype)}")
+        if guard.generic_device:
+            devices.append(f"{x}.device")
+        else:
+            tests.append(f"{x}.device != {constant(leaf.device)}")
+        if leaf.requires_grad is not None:
+            tests.append(f"{x}.requires_grad is not {leaf.requires_grad}")
+    for i, fact in enumerate(facts):
+        if guard.generic_dtype and fact.dtype.is_floating_point:
+            dtypes.append(f"t{i}.dtype")
+        else:
+            tests.append(f"t{i}.dtype is not {constant(fact.dtype)}")
+        if guard.generic_device:
+            devices.append(f"t{i}.device")
+        else:
+            tests.append(f"t{i}.device != {constant(fact.device)}")
+    tests.extend(f"{other} is not {dtypes[0]}" for other in dtypes[1:])
+    tests.extend(f"{other} != {devices[0]}" for other in devices[1:])
+    tests.extend(f"not (s{check.input}[{check.dim}] {check.op} {check.bound})" for check in guard.sizes)
+    tests.extend(f"s{a}[{m}] != s{b}[{n}]" for (a, m), (b, n) in guard.equal_dims)
+    tensors = [i for i, leaf in enumerate(guard.leaves) if isinstance(leaf, TensorGuard)]
+    tests.extend(f"x{i} is not x{guard.same[i]}" for i in tensors if guard.same[i] != i)
+    distinct = [i for i in tensors if guard.same[i] == i]
+    if len(distinct) > 4:
+        tests.append("len({" + ", ".join(f"id(x{i})" for i in distinct) + f"}}) != {len(distinct)}")
+    else:
+        tests.extend(f"x{i} is x{j}" for n, i in enumerate(distinct) for j in distinct[:n])
+    tests.append("default_dtype() is not constant0")
+    tests.append(f"autocast({devices[0]}.type)" if devices else f"autocast({_recorded_device(guard, facts).type!r})")
+
+    names = [f"x{i}" for i in range(len(guard.leaves))] + [f"t{i}" for i in range(len(facts))]
+    lines = [f"def check({', '.join(names)}):", *(f"    if {test}: return False" for test in tests), "    return True"]
+    exec("\n".join(lines), space)
+    check: Callable[..., bool] = space["check"]
+    return check
+
+
+def _recorded_device(guard: Guard, facts: Sequence[Facts]) -> torch.device:
+    """Where the program runs: the device of its first tensor."""
+    inputs = [leaf.device for leaf in guard.leaves if isinstance(leaf, TensorGuard)]
+    return [*inputs, *(fact.device for fact in facts), torch.device("cpu")][0]
+
+
+def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (), tensors: Sequence[Tensor] = ()) -> str | None:
+    """The first thing that keeps a call from the recorded program, as a sentence; None where nothing does.
+
+    >>> guard = Guard((TensorGuard((None, 3), torch.float32, torch.device("cpu")),), same=(0,))
+    >>> explain_miss(guard, [torch.zeros(5, 4)])
+    'input 0 has shape (5, 4), recorded (any, 3)'
+    """
+    dtype: tuple[str, torch.dtype] | None = None  # the first floating tensor's, by whose name
+    device: tuple[str, torch.device] | None = None
+    late: list[str] = []
+    for i, (leaf, x) in enumerate(zip(guard.leaves, leaves, strict=True)):
+        if not isinstance(leaf, TensorGuard):
+            if not (x is leaf[1] if leaf[1] is None or isinstance(leaf[1], bool) else _same_constant(x, leaf[1])):
+                return f"input {i} is {_short(x)}, recorded {_short(leaf[1])}"
+            continue
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            return f"input {i} is {_short(x)}, recorded a plain tensor"
+        if x.layout is not torch.strided:
+            return f"input {i} has layout {x.layout}, recorded torch.strided"
+        if x.dim() != len(leaf.shape) or any(size is not None and x.size(dim) != size for dim, size in enumerate(leaf.shape)):
+            return f"input {i} has shape {tuple(x.shape)}, recorded {_shape(leaf.shape)}"
+        generic = guard.generic_dtype and leaf.dtype.is_floating_point
+        if not x.dtype.is_floating_point if generic else x.dtype is not leaf.dtype:
+            return f"input {i} has dtype {x.dtype}, recorded {leaf.dtype}"
+        if generic and dtype is not None and x.dtype is not dtype[1]:
+            late.append(f"input {i} has dtype {x.dtype}, {dtype[0]} has {dtype[1]}")
+        dtype = (f"input {i}", x.dtype) if generic and dtype is None else dtype
+        if not guard.generic_device and x.device != leaf.device:
+            return f"input {i} is on {x.device}, recorded {leaf.device}"
+        if guard.generic_device and device is not None and x.device != device[1]:
+            late.append(f"input {i} is on {x.device}, {device[0]} on {device[1]}")
+        device = device or (f"input {i}", x.device)
+        if leaf.requires_grad is not None and x.requires_grad is not leaf.requires_grad:
+            return f"input {i} has requires_grad={x.requires_grad}, recorded {leaf.requires_grad}"
+    for fact, t in zip(facts, tensors, strict=True):
+        generic = guard.generic_dtype and fact.dtype.is_floating_point
+        if not generic and t.dtype is not fact.dtype:
+            return f"{fact.name} has dtype {t.dtype}, recorded {fact.dtype}"
+        if generic and dtype is not None and t.dtype is not dtype[1]:
+            late.append(f"{fact.name} has dtype {t.dtype}, {dtype[0]} has {dtype[1]}")
+        dtype = (fact.name, t.dtype) if generic and dtype is None else dtype
+        if not guard.generic_device and t.device != fact.device:
+            return f"{fact.name} is on {t.device}, recorded {fact.device}"
+        if guard.generic_device and device is not None and t.device != device[1]:
+            late.append(f"{fact.name} is on {t.device}, {device[0]} on {device[1]}")
+        device = device or (fact.name, t.device)
+    if late:
+        return late[0]
+    for size in guard.sizes:
+        if not _COMPARE[size.op](leaves[size.input].size(size.dim), size.bound):
+            return f"input {size.input} has size {leaves[size.input].size(size.dim)} in dim {size.dim}, recorded {size.op} {size.bound}"
+    for (a, m), (b, n) in guard.equal_dims:
+        if leaves[a].size(m) != leaves[b].size(n):
+            return f"dim {m} of input {a} is {leaves[a].size(m)} and dim {n} of input {b} is {leaves[b].size(n)}, recorded as equal"
+    indices = [i for i, leaf in enumerate(guard.leaves) if isinstance(leaf, TensorGuard)]
+    for i in indices:
+        first = next(j for j in indices if leaves[j] is leaves[i])
+        if first != guard.same[i]:
+            if guard.same[i] == i:
+                return f"inputs {first} and {i} are the same tensor, recorded as two"
+            return f"inputs {guard.same[i]} and {i} are two tensors, recorded as the same"
+    if torch.get_default_dtype() is not guard.default_dtype:
+        return f"the default dtype is {torch.get_default_dtype()}, recorded {guard.default_dtype}"
+    where = device[1].type if device is not None else "cpu"
+    if _autocast(where):
+        return f"autocast is on for {where}"
+    return None
+
+
+def _shape(shape: tuple[int | None, ...]) -> str:
+    inner = ", ".join("any" if size is None else str(size) for size in shape)
+    return f"({inner},)" if len(shape) == 1 else f"({inner})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 40 else f"a {type(value).__name__}"

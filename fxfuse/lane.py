@@ -1,0 +1,456 @@
+"""Modules of a fused region: they keep their class, names and methods, while their weights are views of the pack.
+
+Comes in: a module and the slots (place in the pack) of the tensors it gave away. Goes out: the same object with
+``__class__`` set to a generated subclass, whose properties read and write the pack, and which tells the region's ``Watch``
+of every change that a recorded program may have assumed away. The technique is that of ``torch.nn.utils.parametrize``.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse.errors import ArgumentError, FxfuseError, StateDictError
+from fxfuse.graph import Recipe
+from fxfuse.recipes import lane_view, lane_views
+
+LANE = "_fxfuse_lane"  # the key in an instance's __dict__ under which its LaneInfo lies
+
+# Attributes of nn.Module itself that say nothing of what a forward computes, or that are compared whenever it matters.
+_LOOKED_UP = {
+    *("training", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_flat_weights", "_flat_weight_refs"),
+    *("_is_full_backward_hook", "_compiled_call_impl", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+}
+
+_thread = threading.local()
+
+
+class Pack(nn.Module):
+    """A node of the container tree that holds packed tensors: ``region.packed.nets.0.weight``."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.__dict__["_fxfuse_watch"] = watch
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # a checkpoint by original names is loaded through the lanes; the pack then has no keys of its own to miss
+        missing: list[str] = rest[2]
+        before = len(missing)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.__dict__["_fxfuse_watch"].by_original_name(missing):
+            del missing[before:]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not saving_by_original_name():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+@dataclass
+class Watch:
+    """What the modules of one region share: is the compiled program still what the modules say?
+
+    ``ready`` is the callable for the current state of the modules, or None after any change (the next call looks again).
+    ``written`` holds, per attribute set after installation, what it was before: ``(existed, value)``.
+    """
+
+    ready: Callable[..., Any] | None = None
+    written: dict[tuple[str, str], tuple[bool, Any]] = field(default_factory=dict)
+    loading: tuple[list[str], bool] | None = None  # the load in progress (its list of missing keys), by original names?
+
+    def by_original_name(self, missing: list[str]) -> bool:
+        """Is the ``load_state_dict`` that this list belongs to one by original names?"""
+        return self.loading is not None and self.loading[0] is missing and self.loading[1]
+
+    def note(self, path: str, module: nn.Module, name: str, value: Any = None) -> None:
+        """Remember what an attribute was before its first change. Flags, tensors and submodules need no note: these are
+        compared with what they were whenever ``ready`` is None."""
+        self.ready = None
+        own = module.__dict__
+        if name in _LOOKED_UP:
+            return
+        if isinstance(value, nn.Module | nn.Parameter) or any(name in own[store] for store in ("_parameters", "_buffers", "_modules")):
+            return
+        if (path, name) not in self.written:
+            found = name in own or hasattr(type(module), name)
+            self.written[(path, name)] = (found, own.get(name, getattr(type(module), name, None)))
+
+
+@dataclass
+class Slot:
+    """Where a tensor of a lane lies: member ``index`` of the packed tensor ``name`` of the module ``owner``."""
+
+    owner: nn.Module
+    store: str  # the dict of the owner that has it: "_parameters", "_buffers", or "__dict__" (never registered: stays so)
+    name: str
+    recipe: Recipe
+    index: int
+
+    def packed(self) -> Tensor:
+        """The packed tensor as it is now: Parameters may be replaced (``assign=True``, ``.to()``), so it is looked up."""
+        found = getattr(self.owner, self.store).get(self.name)
+        return cast(Tensor, getattr(self.owner, self.name) if found is None else found)
+
+    def view(self) -> Tensor:
+        """This lane's tensor, a differentiable view in the original's shape."""
+        packed = self.packed()
+        if torch.compiler.is_compiling():
+            return lane_view(self.recipe, packed, self.index)
+        cache: dict[int, tuple[Tensor, tuple[Tensor, ...]]] | None = getattr(_thread, "views", None)
+        # A view made without grad, or inside a functorch transform, must not be handed out after it.
+        if cache is None or not packed.requires_grad or not torch.is_grad_enabled() or _transforming():
+            return lane_view(self.recipe, packed, self.index)
+        entry = cache.get(id(packed))
+        if entry is None:
+            entry = cache[id(packed)] = (packed, lane_views(self.recipe, packed))  # the entry keeps packed, and so its id, alive
+        return entry[1][self.index]
+
+    def write(self, name: str, value: Any) -> None:
+        """Copy an assigned tensor into the pack. Raises ``ArgumentError`` for what a view cannot become."""
+        shape, kind = self.recipe.shape, self.recipe.kind
+        if not isinstance(value, Tensor):
+            raise ArgumentError(f"{name} is packed with the other lanes: expected a tensor of shape {shape}, got {type(value).__name__}")
+        if kind == "parameter" and self.store == "_parameters" and not isinstance(value, nn.Parameter):
+            raise ArgumentError(f"cannot assign {type(value).__name__} as parameter {name}: expected torch.nn.Parameter of shape {shape}")
+        if tuple(value.shape) != shape:
+            raise ArgumentError(f"{name} is packed with the other lanes: expected shape {shape}, got {tuple(value.shape)}")
+        packed = self.packed()
+        if kind == "parameter" and value.requires_grad != packed.requires_grad:
+            raise ArgumentError(
+                f"{name} is packed with the other lanes, which have requires_grad={packed.requires_grad}; got {value.requires_grad}"
+            )
+        if packed.is_meta and not value.is_meta:
+            raise ArgumentError(f"{name} is part of a pack on the meta device and cannot be assigned alone: load all lanes at once")
+        with torch.no_grad():
+            lane_view(self.recipe, packed, self.index).copy_(value)
+
+
+@dataclass
+class LaneInfo:
+    """What a module of a region knows of its place: its path, its slots, and the original order of its tensors."""
+
+    path: str
+    watch: Watch
+    slots: dict[str, Slot]
+    parameters: tuple[str, ...]  # all names of the original's _parameters, in order
+    buffers: tuple[str, ...]
+
+    def merged(self, module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+        """``_parameters`` and ``_buffers`` as the original had them, packed ones as views, in the original's order."""
+        own, slots = module.__dict__, self.slots
+        return (
+            _in_order(self.parameters, own["_parameters"], {n: s for n, s in slots.items() if s.recipe.kind == "parameter"}),
+            _in_order(self.buffers, own["_buffers"], {n: s for n, s in slots.items() if s.recipe.kind == "buffer"}),
+        )
+
+
+def _in_order(order: tuple[str, ...], kept: dict[str, Any], slots: dict[str, Slot]) -> dict[str, Any]:
+    merged = {name: slots[name].view() if name in slots else kept[name] for name in order if name in slots or name in kept}
+    return {**merged, **kept}
+
+
+def lane_info(module: nn.Module) -> LaneInfo | None:
+    """The ``LaneInfo`` of a module of a fused region, None for any other module."""
+    return cast("LaneInfo | None", module.__dict__.get(LANE))
+
+
+def _transforming() -> bool:
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+@contextmanager
+def shared_views() -> Iterator[None]:
+    """Within, on this thread, all reads of one packed tensor share one ``unbind`` (for the original forward over the pack)."""
+    outer = getattr(_thread, "views", None)
+    _thread.views = {} if outer is None else outer
+    try:
+        yield
+    finally:
+        _thread.views = outer
+
+
+@contextmanager
+def by_original_name() -> Iterator[None]:
+    """Within, on this thread, ``state_dict()`` writes original names."""
+    outer = saving_by_original_name()
+    _thread.original = True
+    try:
+        yield
+    finally:
+        _thread.original = outer
+
+
+def saving_by_original_name() -> bool:
+    """Is ``state_dict()`` to write original names, on this thread?"""
+    return bool(getattr(_thread, "original", False))
+
+
+@contextmanager
+def _as_original(module: nn.Module, info: LaneInfo) -> Iterator[None]:
+    """Within, the module's ``_parameters`` and ``_buffers`` list views of what it gave to the pack."""
+    own = module.__dict__
+    kept = own["_parameters"], own["_buffers"]
+    with torch.no_grad():
+        merged = info.merged(module)
+    own["_parameters"], own["_buffers"] = merged
+    try:
+        yield
+    finally:
+        own["_parameters"], own["_buffers"] = kept
+        for was, now in zip(kept, merged, strict=True):
+            was.update({name: now[name] for name in was if name in now})  # whatever was replaced meanwhile
+
+
+class LaneMixin(nn.Module):
+    """Comes first among the bases of every generated class; the original class follows and does the real work.
+
+    It derives from nn.Module only for its memory layout: a class whose first base were laid out otherwise could not become
+    the class of an existing module.
+    """
+
+    __slots__ = ()
+    _fxfuse_base: type[nn.Module]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # ModuleList slices and user code call type(module)(...): what they build is a plain module
+        return cls._fxfuse_base(*args, **kwargs)
+
+    def __init_subclass__(cls) -> None:
+        """Ends here: a base that registers its subclasses shall not meet generated ones."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        info: LaneInfo | None = self.__dict__.get(LANE)
+        if info is not None:
+            slot = info.slots.get(name)
+            if slot is not None:
+                slot.write(f"{info.path}.{name}" if info.path else name, value)
+                return
+            if name == "training" and self.__dict__.get("training") is value:
+                return
+            info.watch.note(info.path, self, name, value)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        info: LaneInfo | None = self.__dict__.get(LANE)
+        if info is not None:
+            if name in info.slots:
+                raise ArgumentError(f"{info.path}.{name} is packed with the other lanes and cannot be deleted; fxfuse.unfuse first")
+            info.watch.note(info.path, self, name)
+        super().__delattr__(name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple) or reduced[0].__name__ != "__newobj__":
+            return reduced
+        cls = type(self)
+        return (rebuild, (cls._fxfuse_base, cls._fxfuse_mixin, cls._fxfuse_names), *reduced[2:])  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        info: LaneInfo = self.__dict__[LANE]
+        region: Any = info.watch.region  # type: ignore[attr-defined]
+        if region is not self and id(region) not in memo:
+            # One lane alone: a copy with weights of its own, not a view of a copy of everybody's.
+            copied = copy.deepcopy(region, memo)
+            lane = memo[id(self)]
+            restore(copied)
+            return lane
+        return copy._reconstruct(self, memo, *self.__reduce_ex__(4))  # type: ignore[attr-defined]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise FxfuseError("a fused model cannot be replicated by nn.DataParallel; use DistributedDataParallel, or fxfuse.unfuse it first")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if saving_by_original_name():
+            with _as_original(self, self.__dict__[LANE]):
+                super()._save_to_state_dict(destination, prefix, keep_vars)
+        else:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        info: LaneInfo = self.__dict__[LANE]
+        loading = info.watch.loading
+        ours = loading is not None and loading[0] is rest[2]
+        # A lane that is reached without its region (lane.load_state_dict, or a second path to it) knows original names only.
+        original = loading[1] if ours and loading is not None else any(prefix + name in state_dict for name in info.slots)
+        if not original or not info.slots:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            return
+        # Assigning cannot change the storage of one lane alone (the region packs whole packs before this): copy instead.
+        assign = rest[0].get("assign_to_params_buffers", False)
+        rest = ({k: v for k, v in rest[0].items() if k != "assign_to_params_buffers"}, *rest[1:])
+        for name, slot in info.slots.items():
+            if assign and prefix + name in state_dict and slot.packed().is_meta:
+                raise StateDictError(f"{prefix}{name} cannot be loaded alone into a pack on the meta device: load all its lanes together")
+        with _as_original(self, info):
+            given = dict(self.__dict__["_parameters"]), dict(self.__dict__["_buffers"])
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            for before, after in zip(given, (self.__dict__["_parameters"], self.__dict__["_buffers"]), strict=True):
+                for name in info.slots:  # replaced or swapped instead of written: carry the values into the pack
+                    if name in before and after.get(name) is not None:
+                        target = info.slots[name].view().detach()
+                        if after[name].device != target.device or after[name].data_ptr() != target.data_ptr():
+                            target.copy_(after[name].detach())
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As of any module; where it would freeze some lanes of a pack only, raise instead of doing nothing."""
+        own: dict[str, set[str]] = {}
+        packs: dict[str, Slot] = {}
+        for module in self.modules():
+            info = lane_info(module)
+            for slot in info.slots.values() if info is not None else ():
+                if slot.recipe.kind == "parameter":
+                    own.setdefault(slot.recipe.name, set()).add(slot.recipe.members[slot.index])
+                    packs[slot.recipe.name] = slot
+        for name, members in own.items():
+            lanes = len(packs[name].recipe.members)
+            if len(members) < lanes:
+                raise FxfuseError(f"{name} packs {lanes} lanes, and requires_grad_ of {len(members)} of them alone cannot be set")
+        for slot in packs.values():
+            slot.packed().requires_grad_(requires_grad)
+        super().requires_grad_(requires_grad)
+        return self
+
+
+def _telling(name: str) -> Callable[..., Any]:
+    """A method that does what its base does and then has the watch look again."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(super(LaneMixin, self), name)(*args, **kwargs)
+        finally:
+            info = self.__dict__.get(LANE)
+            if info is not None:
+                info.watch.ready = None
+
+    method.__name__ = name
+    return method
+
+
+# These change hooks or submodules without passing through __setattr__.
+for _name in (
+    *("register_forward_hook", "register_forward_pre_hook", "register_backward_hook"),
+    *("register_full_backward_hook", "register_full_backward_pre_hook", "add_module", "register_module"),
+    *("register_parameter", "register_buffer"),
+):
+    setattr(LaneMixin, _name, _telling(_name))
+_CONTAINER = ("__delitem__", "__setitem__", "append", "extend", "insert", "pop", "clear", "update", "popitem")
+_CONTAINER_READS = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
+
+
+def _property(name: str) -> property:
+    def read(self: Any) -> Tensor:
+        slot: Slot = self.__dict__[LANE].slots[name]
+        return slot.view()
+
+    def write(self: Any, value: Any) -> None:
+        setattr(self, name, value)
+
+    return property(read, write, doc=f"A view of the packed tensor that holds this lane's {name}.")
+
+
+def _recurrent_weights() -> tuple[property, property]:
+    """``_flat_weights`` and ``_flat_weight_refs`` of nn.LSTM and its like, which lists its Parameters a second time."""
+
+    def weights(self: Any) -> list[Any]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def refs(self: Any) -> list[None]:
+        return [None] * len(self._flat_weights_names)
+
+    def set_refs(self: Any, value: Any) -> None:
+        self.__dict__["_flat_weight_refs"] = []  # nn.LSTM's __getstate__ deletes it from the dict: it has to be there
+
+    return property(weights, lambda self, value: None), property(refs, set_refs)
+
+
+_classes: dict[tuple[type, type, tuple[str, ...]], type] = {}
+
+
+def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
+    """The subclass of ``base`` whose attributes ``names`` are views of a pack; equal arguments give the same class."""
+    key = (base, mixin, names)
+    if key not in _classes:
+        space: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "__slots__": (),  # the layout must stay that of the base, or no instance could change to it
+            "_fxfuse_base": base,
+            "_fxfuse_mixin": mixin,
+            "_fxfuse_names": names,
+            **{name: _property(name) for name in names},
+            **{name: _telling(name) for name in _CONTAINER if hasattr(base, name)},
+        }
+        if issubclass(base, nn.RNNBase) and names:
+            space["_flat_weights"], space["_flat_weight_refs"] = _recurrent_weights()
+        if hasattr(mixin, "_fxfuse_hide") and issubclass(base, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            space.update({name: mixin._fxfuse_hide(name) for name in _CONTAINER_READS if hasattr(base, name)})
+        if hasattr(mixin, "_fxfuse_forward"):
+
+            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+                return self._fxfuse_forward(args, kwargs)
+
+            forward.__doc__ = base.forward.__doc__  # type: ignore[attr-defined]
+            with suppress(TypeError, ValueError):  # a builtin or a wrapper without one
+                forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+            space["forward"] = forward
+        _classes[key] = type(base)(base.__name__, (mixin, base), space)
+    return _classes[key]
+
+
+def rebuild(base: type, mixin: type, names: tuple[str, ...]) -> Any:
+    """An instance of a generated class without state: what pickle and deepcopy start from."""
+    return object.__new__(generated(base, mixin, names))
+
+
+def become(module: nn.Module, info: LaneInfo, mixin: type = LaneMixin) -> None:
+    """Give ``module`` its generated class, in place."""
+    module.__dict__[LANE] = info
+    if isinstance(module, nn.RNNBase) and info.slots:
+        module.__dict__.pop("_flat_weights", None)
+        module.__dict__["_flat_weight_refs"] = []
+    # object.__setattr__: the module's own may have opinions on __class__
+    object.__setattr__(module, "__class__", generated(type(module), mixin, tuple(info.slots)))
+
+
+def restore(module: nn.Module) -> None:
+    """Undo ``become`` on a region and all that belongs to it, in place: original classes with Parameters of their own.
+
+    Order of registration, requires_grad, training flags and attributes set meanwhile stay. Tied names get one Parameter.
+    """
+    watch: Any = module.__dict__[LANE].watch
+    own: dict[tuple[str, int], Tensor] = {}
+    for member in watch.members():
+        info = lane_info(member)
+        if info is None:
+            continue
+        for slot in info.slots.values():
+            key = (slot.recipe.name, slot.index)
+            if key not in own:
+                packed = slot.packed()
+                data = lane_view(slot.recipe, packed.detach(), slot.index).clone(memory_format=torch.contiguous_format)
+                own[key] = nn.Parameter(data, packed.requires_grad) if isinstance(packed, nn.Parameter) else data
+                own[key].__dict__.update(packed.__dict__)
+        state = member.__dict__
+        for order, store in ((info.parameters, "_parameters"), (info.buffers, "_buffers")):
+            kept, kind = state[store], "parameter" if store == "_parameters" else "buffer"
+            mine = {n: own[(s.recipe.name, s.index)] for n, s in info.slots.items() if s.recipe.kind == kind and n in order}
+            merged = {name: mine[name] if name in mine else kept[name] for name in order if name in mine or name in kept}
+            merged.update({name: value for name, value in kept.items() if name not in merged})
+            kept.clear()
+            kept.update(merged)
+        for name, slot in info.slots.items():
+            if name not in info.parameters and name not in info.buffers:  # a tensor that was a plain attribute
+                state[name] = own[(slot.recipe.name, slot.index)]
+        del state[LANE]
+        object.__setattr__(member, "__class__", type(member)._fxfuse_base)
+        if isinstance(member, nn.RNNBase) and "_flat_weights" not in state:
+            member._init_flat_weights()
+    watch.removed(module)

@@ -1,0 +1,397 @@
+"""The pipeline, nothing else: record, find regions, bundle, plan, rewrite and pack, validate, report.
+
+Comes in: a model and example inputs. Goes out: a model of the same class that computes the same, with its loops fused, and a
+``Report`` on it. What does not fuse is a refusal in the report, never an exception: whatever goes wrong inside, a working model comes back.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import warnings
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from . import fused as fused_modules
+from .determinism import preserved_state
+from .errors import FxfuseError
+from .graph import Program, Refusal, RegionPlan
+from .launches import count
+from .observe import Observation, observe
+from .options import Options, make_inputs, make_options
+from .passes.emit import Packs
+from .passes.lift import Lifted
+from .passes.program import make_program, resolve_packed
+from .passes.vectorize import Prepared, prepare, vectorize
+from .plan import Planner
+from .regions import Region, RegionFinder
+from .report import Report
+from .store import get_report, set_report
+from .timing import medians
+from .validate import other_examples, validate as compare
+from .weights import unpackable
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: dict[str, Any] | None = None,
+    mode: Literal["train", "infer"] = "train",
+    objective: Literal["time", "launches"] = "time",
+    lowering: Literal["auto", "grouped_conv", "bmm"] = "auto",
+    tune: bool = True,
+    tune_for: Any = None,
+    max_memory: int | None = None,
+    validate: bool = True,
+    strict: bool = False,
+    min_lanes: int = 2,
+    inplace: bool = False,
+) -> nn.Module:
+    """A model that computes the same as ``model``, its loops over small networks fused.
+
+    Args:
+        model: any module. It is not modified, unless ``inplace``.
+        example_inputs: a tensor or a tuple of positional arguments, as the model is called; any shapes, dtypes, device. Without inputs
+            the model fuses at its first call, on that call's inputs, and shares ``model``'s Parameters (an optimizer built before stays
+            valid): slower in training than packed Parameters, see the README.
+        example_kwargs: keyword arguments of the call. Alone, they count as inputs.
+        mode: what is timed: "train" forward and backward, "infer" the forward. The result is right in both.
+        objective: "time" fuses what measures faster; "launches" fuses everything that is legal, whatever it costs.
+        lowering: "auto" chooses by measurement; "grouped_conv" and "bmm" force that form where it exists.
+        tune: measure candidates; False takes the rules' first choice.
+        tune_for: a batch size, or example inputs, to time at instead of ``example_inputs``; a list of them must all gain.
+        max_memory: bytes that a fused region may allocate at its peak; a region that needs more stays a loop.
+        validate: prove outputs, input gradients and every parameter gradient equal, in float64, on data and batch sizes not seen before.
+        strict: a call that does not fit what was recorded raises ``FallbackError``; otherwise it runs the original forward.
+        min_lanes: the fewest lanes worth fusing.
+        inplace: rewrite ``model`` itself.
+
+    Returns an instance of ``model``'s class. Raises ``ArgumentError`` for wrong arguments; a model that cannot be recorded, or has no loop,
+    comes back working, with the reason in ``fxfuse.report``.
+
+    Method: the SLP vectorizer's (isomorphic scalar ops packed, chosen by cost) with batching rules as in ``vmap``; see the README.
+
+    >>> class Nets(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.nets = nn.ModuleList(nn.Linear(1, 4) for _ in range(8))
+    ...     def forward(self, x):
+    ...         return torch.cat([net(x[:, i:i + 1]) for i, net in enumerate(self.nets)], 1)
+    >>> fast = optimize(Nets(), torch.randn(5, 8), objective="launches")
+    >>> [op.op for op in get_report(fast).fused[0].ops]
+    ['linear']
+    """
+    options = make_options(
+        model, mode=mode, objective=objective, lowering=lowering, tune=tune, tune_for=tune_for, max_memory=max_memory, validate=validate,
+        strict=strict, min_lanes=min_lanes, packing="packed",
+    )  # fmt: skip
+    inputs = make_inputs(example_inputs, example_kwargs)
+    if inputs is None:
+        from .lazy import fuse_at_first_call
+
+        return fuse_at_first_call(model, options, inplace)
+    holders = _optimizers_of(model)
+    result = run(model, inputs, options, inplace)
+    if holders and get_report(result).fused:
+        warnings.warn(
+            f"{' and '.join(holders)} holds Parameters of the model that was given to fxfuse.optimize: it would not train the fused model. "
+            "Build the optimizer from fused.parameters(), or call fxfuse.optimize(model) without inputs, which keeps the Parameters.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+def explain(model: nn.Module, example_inputs: Any = None, **keywords: Any) -> Report:
+    """What ``optimize`` would do with the same arguments: its report. Nothing is changed.
+
+    >>> explain(nn.Linear(2, 2), torch.randn(3, 2), tune=False).fused
+    []
+    """
+    keywords.pop("inplace", None)
+    if example_inputs is None and keywords.get("example_kwargs") is None:
+        from .errors import ArgumentError
+
+        raise ArgumentError("explain needs example_inputs (a tensor or a tuple) or example_kwargs; none came")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return get_report(optimize(model, example_inputs, **keywords))
+
+
+def run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, inplace: bool) -> nn.Module:
+    """The pipeline on checked arguments. Always returns a working model."""
+    report = Report(type(model).__name__)
+    pipeline = _Pipeline(model, inputs, options, report)
+    try:
+        return pipeline.run(inplace)
+    except Exception as error:  # a failure inside fxfuse must not cost anybody their model
+        report.fused = []
+        report.refused.append(Refusal(f"fxfuse failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); please report it"))
+        report.notes.append(_traceback(error))
+        result = model if inplace else pipeline.spare()
+        set_report(result, report)
+        return result
+
+
+class _Pipeline:
+    def __init__(self, model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, report: Report) -> None:
+        self.model, self.options, self.report = model, options, report
+        self.args, self.kwargs = inputs
+        self.work = model
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report.stages[name] = self.report.stages.get(name, 0.0) + time.perf_counter() - start
+
+    def spare(self) -> nn.Module:
+        """An independent copy of the model, or the model itself where it cannot be copied."""
+        try:
+            return copy.deepcopy(self.model)
+        except Exception as error:
+            self.report.notes.append(f"the model cannot be copied ({error}): it is returned itself")
+            return self.model
+
+    def run(self, inplace: bool) -> nn.Module:
+        with self.stage("record"):
+            try:
+                self.work = _sharing_copy(self.model)
+            except Exception as error:
+                return self._unchanged(inplace, Refusal(f"the model cannot be copied: {str(error).splitlines()[0]}"))
+            observations = self._observe()
+        first = observations[0]
+        if first.failure:
+            return self._unchanged(inplace, Refusal(f"the forward raises {first.failure}"))
+        with self.stage("find lanes"):
+            finder = RegionFinder(first, self.options.min_lanes)
+            finder.visit()
+        self.report.refused.extend(finder.refusals)
+        plans: list[RegionPlan] = []
+        with preserved_state(self.work):
+            for region in finder.regions:
+                with self.stage("plan"):
+                    plan = self._plan(region, observations)
+                if plan is not None:
+                    plans.append(plan)
+        result = self.model if inplace else self.spare()
+        if not plans:
+            if not self.report.refused:
+                self.report.refused.append(Refusal("no loop over equal networks was found"))
+            set_report(result, self.report)
+            return result
+        if result is self.model and not inplace:
+            return self._unchanged(True, Refusal("the model cannot be copied"))
+        with self.stage("rewrite and pack"):
+            plans = self._installable(plans)
+            before = result if not inplace else self.spare()
+            if plans and inplace and self.options.validate:
+                trial = fused_modules.install(self.spare(), plans, strict=self.options.strict)
+                plans = self._validated(before, trial, plans)
+            result = fused_modules.install(result, plans, strict=self.options.strict, packing=self.options.packing) if plans else result
+        if plans and self.options.validate and not inplace:
+            kept = self._validated(self.model, result, plans)
+            if len(kept) != len(plans):
+                plans = kept
+                result = fused_modules.install(self.spare(), plans, strict=self.options.strict, packing=self.options.packing)
+        self.report.fused = plans
+        if plans:
+            with self.stage("measure"):
+                self._measure(self.model if not inplace else before, result)
+            for state in fused_modules.regions(result).values():
+                state.fallbacks.clear()
+        set_report(result, self.report)
+        return result
+
+    def _unchanged(self, inplace: bool, refusal: Refusal) -> nn.Module:
+        self.report.refused.append(refusal)
+        result = self.model if inplace else self.spare()
+        set_report(result, self.report)
+        return result
+
+    def _observe(self) -> list[Observation]:
+        """The model recorded in train mode, in eval mode, and as it is where that is neither; the mode that is timed first."""
+        given = [module.training for module in self.work.modules()]
+        found: list[Observation] = []
+        wanted = (True, False) if self.options.mode == "train" else (False, True)
+        try:
+            for training in wanted:
+                self.work.train(training)
+                found.append(observe(self.work, self.args, self.kwargs))
+            if tuple(given) not in [o.flags for o in found]:
+                _set_training(self.work, given)
+                found.append(observe(self.work, self.args, self.kwargs))
+        finally:
+            _set_training(self.work, given)
+        working = [o for o in found if not o.failure]
+        return working or found
+
+    # -- one region ---------------------------------------------------------------------------------------------------------------
+
+    def _plan(self, region: Region, observations: list[Observation]) -> RegionPlan | None:
+        frame, prepared = region.frame, region.prepared
+        module = self.work.get_submodule(frame.path)
+        blocked, kinds = unpackable(self.model, frame.path)
+        packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module))
+        modules = list(self.work.modules())
+        _set_training(self.work, observations[0].flags)
+        choice = Planner(prepared, module, packs, self.options).plan()
+        self.report.refused.extend(_placed(prepared))
+        if choice.refusal is not None or choice.vectorized is None:
+            if choice.refusal is not None:
+                self.report.refused.append(choice.refusal)
+            return None
+        programs: dict[tuple[bool, ...], Program] = {}
+        packs = choice.vectorized.packs
+        notes: list[str] = []
+        graphs = [(observations[0], prepared.lifted, choice.vectorized.graph)]
+        for observation in observations[1:]:
+            other = self._other_mode(observation, region)
+            if other is None:
+                continue
+            made = vectorize(other, packs, choice.lowering, Planner(other, module, packs, self.options)._preferred())
+            if made is None:
+                continue
+            packs = made.packs
+            graphs.append((observation, other.lifted, made.graph))
+        for observation, lifted, graph in graphs:
+            resolve_packed(graph, packs)
+            flags = dict(zip(modules, observation.flags, strict=True))
+            programs[tuple(flags[m] for m in module.modules())] = make_program(observation.trace, lifted, graph)
+            packs.constants.update(lifted.constants)
+        used = {str(n.target) for p in programs.values() for n in p.graph.nodes if n.op == "get_attr"}
+        constants = {name: tensor for name, tensor in packs.constants.items() if name in used}
+        plan = RegionPlan(frame.path, [r for r in packs.recipes.values() if r.name in used], programs, constants, choice.vectorized.ops)
+        plan.place = choice.vectorized.ops[0].place if choice.vectorized.ops else frame.place
+        plan.seconds, plan.peak_bytes, plan.tried = choice.seconds, choice.peak, choice.tried
+        if prepared.lifted.random:
+            notes.append("dropout and other random ops draw other numbers than the loop did, from the same distribution")
+        if prepared.lifted.specialised:
+            place = f" ({prepared.lifted.place})" if prepared.lifted.place else ""
+            self.report.facts.append(f"{frame.path or 'the model'} is fused for the recorded sizes only: {prepared.lifted.specialised}{place}")
+        plan.notes = notes
+        return plan
+
+    def _other_mode(self, observation: Observation, region: Region) -> Prepared | None:
+        """The region's graph in another mode of the model."""
+        finder = RegionFinder(observation, self.options.min_lanes)
+        frame = next((f for f in observation.trace.frames if f.path == region.frame.path), None)
+        if frame is None or frame.poison:
+            return None
+        lifted = finder.lifted(frame)
+        if not isinstance(lifted, Lifted):
+            self.report.refused.append(Refusal(f"in {'train' if any(observation.flags) else 'eval'} mode: {lifted.reason}", lifted.place, frame.path))
+            return None
+        prepared = prepare(lifted, self.options.min_lanes)
+        return prepared if prepared.worthwhile else None
+
+    # -- the whole model ----------------------------------------------------------------------------------------------------------
+
+    def _installable(self, plans: list[RegionPlan]) -> list[RegionPlan]:
+        """The plans that the model takes: what cannot be installed becomes a refusal."""
+        kept: list[RegionPlan] = []
+        for plan in plans:
+            try:
+                fused_modules.install(_sharing_copy(self.model), [*kept, plan], packing="packed")
+            except FxfuseError as error:
+                self.report.refused.append(Refusal(str(error), plan.place, plan.path))
+            else:
+                kept.append(plan)
+        return kept
+
+    def _validated(self, original: nn.Module, result: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
+        """The plans that pass; a region that does not is undone alone."""
+        with self.stage("validate"):
+            example = (self.args, self.kwargs)
+            examples = [example, *other_examples(example)[:3]]
+            outcome = compare(original, result, examples, must_run=1)
+            self.report.validation = outcome
+            if outcome.ok:
+                return plans
+            if len(plans) == 1:
+                self.report.refused.append(Refusal(f"undone: the rewritten form differs: {outcome.reason}", plans[0].place, plans[0].path))
+                return []
+            kept: list[RegionPlan] = []
+            for plan in plans:
+                alone = compare(original, fused_modules.install(self.spare(), [plan]), examples, must_run=1)
+                if alone.ok:
+                    kept.append(plan)
+                else:
+                    self.report.refused.append(Refusal(f"undone: the rewritten form differs: {alone.reason}", plan.place, plan.path))
+            if kept:
+                together = compare(original, fused_modules.install(self.spare(), kept), examples, must_run=1)
+                self.report.validation = together
+                if not together.ok:
+                    return []
+            return kept
+
+    def _measure(self, original: nn.Module, result: nn.Module) -> None:
+        """Launches of one forward, before and after, in the mode asked for; times of the whole model where tuning is on."""
+        training = self.options.mode == "train"
+        copies = [_sharing_copy(original), _sharing_copy(result)]
+        with preserved_state(original, result), torch.set_grad_enabled(training):
+            counts = []
+            for module in copies:
+                module.train(training)
+                counts.append(count(lambda m=module: m(*self.args, **self.kwargs), bound=False))  # type: ignore[misc]
+            self.report.launches = (counts[0].total, counts[1].total)
+            self.report.heavy = (counts[0].heavy, counts[1].heavy)
+            if len(self.report.fused) == 1:
+                self.report.fused[0].launches, self.report.fused[0].heavy = self.report.launches, self.report.heavy
+            if self.options.tune and self.options.objective == "time":
+                calls = [lambda m=module: m(*self.args, **self.kwargs) for module in copies]  # type: ignore[misc]
+                before, after = medians(calls, budget=0.3)
+                self.report.timings["forward"] = (before, after)
+
+
+def _placed(prepared: Prepared) -> list[Refusal]:
+    return list(prepared.refusals)
+
+
+def _holder(module: nn.Module) -> str:
+    """A name for the child that holds the packed weights."""
+    name, number = "packed", 1
+    while hasattr(module, name):
+        number += 1
+        name = f"packed_{number}"
+    return name
+
+
+def _set_training(model: nn.Module, flags: Any) -> None:
+    for module, flag in zip(model.modules(), flags, strict=True):
+        module.__dict__["training"] = flag
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with the same Parameters and its own everything else."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def _optimizers_of(model: nn.Module) -> list[str]:
+    """Class names of live optimizers that hold a Parameter of ``model``."""
+    mine = {id(parameter) for parameter in model.parameters()}
+    names: list[str] = []
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), torch.optim.Optimizer):
+            groups = getattr(candidate, "param_groups", [])
+            if any(id(p) in mine for group in groups for p in group.get("params", [])):
+                names.append(type(candidate).__name__)
+    return names
+
+
+def _traceback(error: BaseException) -> str:
+    import traceback
+
+    lines = traceback.format_exception(error)
+    return "for a bug report: " + " ".join("".join(lines[-3:]).split())
+
+

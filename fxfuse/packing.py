@@ -1,0 +1,135 @@
+"""Weights by the original's names: state dicts, parameters and gradients of a model, fused or not.
+
+Comes in: a model. Goes out: what the original model would have answered: ``original_state_dict``,
+``original_named_parameters``, ``original_gradients``; and the way in, ``load_original_state_dict``. The arithmetic of packing
+(``pack``, ``unpack``) is in ``fxfuse.recipes``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse.errors import StateDictError
+from fxfuse.lane import Pack, Slot, by_original_name, lane_info
+from fxfuse.recipes import lane_view, pack, packed_shape, unpack
+
+__all__ = [
+    "load_original_state_dict",
+    "original_gradients",
+    "original_named_parameters",
+    "original_state_dict",
+    "pack",
+    "packed_shape",
+    "unpack",
+]
+
+
+def original_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
+    """The ``state_dict()`` that the original model would give: its names in its order, tied names and buffers included.
+
+    Tensors are detached, contiguous copies in the model's dtypes and on its devices. Works on any module, fused or not.
+
+    >>> list(original_state_dict(nn.Linear(2, 3)))
+    ['weight', 'bias']
+    """
+    with by_original_name():
+        live = model.state_dict()
+    saved: OrderedDict[str, Any] = OrderedDict()
+    for name, value in live.items():
+        saved[name] = value.detach().clone(memory_format=torch.contiguous_format) if _plain(value) else value
+    metadata = getattr(live, "_metadata", None)
+    if metadata is not None:
+        packs = {path for path, module in model.named_modules() if isinstance(module, Pack)}
+        saved._metadata = OrderedDict((k, v) for k, v in metadata.items() if k not in packs)  # type: ignore[attr-defined]
+    return saved
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+    """Load a state dict by the original's names, exactly; nothing is written where anything does not fit.
+
+    Values are copied into the model's tensors (dtype and device stay the model's). With ``strict=False`` missing and
+    unexpected names are left alone; mis-shaped ones are errors still. Returns what ``Module.load_state_dict`` returns. Raises
+    ``StateDictError`` that lists missing, unexpected and mis-shaped names.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> load_original_state_dict(layer, original_state_dict(layer))
+    <All keys matched successfully>
+    """
+    with by_original_name(), torch.no_grad():
+        expected = model.state_dict()
+    missing = [name for name in expected if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in expected]
+    problems = []
+    if strict and missing:
+        problems.append(f"missing: {', '.join(missing)}")
+    if strict and unexpected:
+        problems.append(f"unexpected: {', '.join(unexpected)}")
+    for name, value in state_dict.items():
+        target = expected.get(name)
+        if isinstance(target, Tensor) and not isinstance(value, Tensor):
+            problems.append(f"{name} is a {type(value).__name__}, the model has a tensor of shape {tuple(target.shape)}")
+        elif isinstance(target, Tensor) and tuple(target.shape) != tuple(value.shape):
+            problems.append(f"{name} has shape {tuple(value.shape)}, the model has {tuple(target.shape)}")
+    if problems:
+        raise StateDictError(f"the state dict does not fit {type(model).__name__}: " + "; ".join(problems))
+    given = OrderedDict((name, value) for name, value in state_dict.items() if name in expected)
+    if hasattr(state_dict, "_metadata"):
+        given._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    result = model.load_state_dict(given, strict=False)
+    return type(result)(missing, unexpected)
+
+
+def original_named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter of the original by its name, in its order: views of the pack for packed ones, else the Parameter.
+
+    A tied parameter comes once, by its first name, as in ``named_parameters()``. Views are differentiable to the pack.
+
+    >>> {name: tuple(p.shape) for name, p in original_named_parameters(nn.Linear(2, 3)).items()}
+    {'weight': (3, 2), 'bias': (3,)}
+    """
+    return {name: value.view() if isinstance(value, Slot) else value for name, value in _parameters(model)}
+
+
+def original_gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    """The gradient of every parameter of the original by its name: a view of the packed gradient, or None without one.
+
+    >>> original_gradients(nn.Linear(2, 3))
+    {'weight': None, 'bias': None}
+    """
+    grads: dict[str, Tensor | None] = {}
+    for name, value in _parameters(model):
+        if isinstance(value, Slot):
+            grad = value.packed().grad
+            grads[name] = None if grad is None else lane_view(value.recipe, grad, value.index)
+        else:
+            grads[name] = value.grad
+    return grads
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Slot | Tensor]]:
+    seen: set[Any] = set()
+    for path, module in model.named_modules():
+        info = lane_info(module)
+        slots = {} if info is None else info.slots
+        if isinstance(module, Pack):
+            continue
+        own = module._parameters
+        order = [*(name for name in (info.parameters if info else ()) if name in slots or name in own)]
+        order += [name for name in own if name not in order]
+        for name in order:
+            value: Slot | Tensor | None = slots.get(name, own.get(name))
+            if value is None:
+                continue
+            key = (id(value.packed()), value.index) if isinstance(value, Slot) else id(value)
+            if key not in seen:
+                seen.add(key)
+                yield f"{path}.{name}" if path else name, value

@@ -1,0 +1,106 @@
+"""Recipes as arithmetic: lanes' tensors -> one packed tensor -> views that look like the lanes' tensors again.
+
+Comes in: a ``graph.Recipe`` and tensors. Goes out: the packed tensor (``pack``), or views of it in the originals' shapes
+(``unpack``, ``lane_view``). Pure functions; nothing here knows of modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxfuse.errors import FxfuseError
+from fxfuse.graph import Recipe
+
+
+def inverse(order: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes ``order``.
+
+    >>> inverse((2, 0, 1))
+    (1, 2, 0)
+    """
+    result = [0] * len(order)
+    for position, dim in enumerate(order):
+        result[dim] = position
+    return tuple(result)
+
+
+def stored_shape(recipe: Recipe) -> tuple[int, ...]:
+    """The shape of one member as it lies in the pack: its own shape, permuted."""
+    return tuple(recipe.shape[dim] for dim in recipe.order)
+
+
+def packed_shape(recipe: Recipe) -> tuple[int, ...]:
+    """The shape of the packed tensor.
+
+    >>> packed_shape(Recipe("packed.weight", ("0.weight", "1.weight"), (3, 5), (1, 0), "cat"))
+    (10, 3)
+    """
+    lanes, stored = len(recipe.members), stored_shape(recipe)
+    return (lanes * stored[0], *stored[1:]) if recipe.style == "cat" else (lanes, *stored)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ``FxfuseError`` where a recipe contradicts itself."""
+    if not recipe.members:
+        raise FxfuseError(f"the recipe of {recipe.name} has no members")
+    if sorted(recipe.order) != list(range(len(recipe.shape))):
+        raise FxfuseError(f"the recipe of {recipe.name} orders dims {recipe.order}, its members have shape {recipe.shape}")
+    if recipe.style == "cat" and not recipe.shape:
+        raise FxfuseError(f"the recipe of {recipe.name} concatenates members without dims; these can only be stacked")
+
+
+def pack(recipe: Recipe, tensors: Sequence[Tensor]) -> Tensor:
+    """Join one tensor per lane into the packed tensor, bit for bit; differentiable.
+
+    ``tensors[i]`` has ``recipe.shape``; all share one dtype and device. The result is contiguous. Raises ``FxfuseError``
+    where count or shape do not fit.
+
+    >>> recipe = Recipe("packed.weight", ("0.weight", "1.weight"), (3, 5), (1, 0), "stack")
+    >>> pack(recipe, [torch.zeros(3, 5), torch.ones(3, 5)]).shape
+    torch.Size([2, 5, 3])
+    """
+    if len(tensors) != len(recipe.members):
+        raise FxfuseError(f"{recipe.name} is packed of {len(recipe.members)} tensors, got {len(tensors)}")
+    for name, tensor in zip(recipe.members, tensors, strict=True):
+        if tuple(tensor.shape) != recipe.shape:
+            raise FxfuseError(f"{name} has shape {tuple(tensor.shape)}, its recipe says {recipe.shape}")
+    identity = recipe.order == tuple(range(len(recipe.shape)))
+    stored = list(tensors) if identity else [tensor.permute(recipe.order) for tensor in tensors]
+    return torch.cat(stored) if recipe.style == "cat" else torch.stack(stored)
+
+
+def lane_view(recipe: Recipe, packed: Tensor, index: int) -> Tensor:
+    """Member ``index`` as a view of the packed tensor, in the original's shape; differentiable."""
+    if recipe.style == "cat":
+        rows = recipe.shape[recipe.order[0]]
+        stored = packed.narrow(0, index * rows, rows)
+    else:
+        stored = packed.select(0, index)
+    return stored if recipe.order == tuple(range(len(recipe.shape))) else stored.permute(inverse(recipe.order))
+
+
+def lane_views(recipe: Recipe, packed: Tensor) -> tuple[Tensor, ...]:
+    """All members as views made by one ``unbind``: its backward is one ``stack``, where n ``select`` would each fill and add
+    a zero tensor of the size of the whole pack."""
+    # splitting a dim never copies, whatever the strides: view and unflatten agree
+    lanes = packed.view(len(recipe.members), recipe.shape[recipe.order[0]], *packed.shape[1:]) if recipe.style == "cat" else packed
+    stored = lanes.unbind(0)
+    if recipe.order == tuple(range(len(recipe.shape))):
+        return stored
+    back = inverse(recipe.order)
+    return tuple(tensor.permute(back) for tensor in stored)
+
+
+def unpack(recipe: Recipe, packed: Tensor) -> list[Tensor]:
+    """Split a packed tensor into views, one per lane, in the originals' shapes: the inverse of ``pack``, bit for bit.
+
+    >>> recipe = Recipe("packed.weight", ("0.weight", "1.weight"), (3, 5), (1, 0), "cat")
+    >>> [tuple(t.shape) for t in unpack(recipe, torch.zeros(10, 3))]
+    [(3, 5), (3, 5)]
+    """
+    if tuple(packed.shape) != packed_shape(recipe):
+        raise FxfuseError(f"{recipe.name} has shape {tuple(packed.shape)}, its recipe says {packed_shape(recipe)}")
+    return [lane_view(recipe, packed, index) for index in range(len(recipe.members))]

@@ -1,0 +1,121 @@
+"""Choose the regions: the smallest modules whose forward holds a loop.
+
+Comes in: an ``Observation`` of a model. Goes out: ``Region``s (a module call, with its graph prepared and its lanes found), none inside
+another, and a ``Refusal`` for each module call with something in it that could not be looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .graph import Place, Refusal
+from .observe import Observation
+from .passes.lift import Lifted, lift
+from .passes.vectorize import Prepared, prepare
+from .trace import Frame
+from .tracer import has_hooks
+
+
+@dataclass
+class Region:
+    """A module call that will be rewritten."""
+
+    frame: Frame
+    prepared: Prepared
+
+
+def closed_frames(observation: Observation) -> frozenset[int]:
+    """Module calls that stay as they are inside a region: hooks, or steps that a graph cannot repeat."""
+    trace = observation.trace
+    for event in trace.events:
+        if event.poison and event.frame >= 0:
+            frame = trace.frames[event.frame]
+            if not frame.poison:
+                frame.poison, frame.place = event.poison, event.place
+    return frozenset(frame.index for frame in trace.frames if frame.poison or has_hooks(frame.module))
+
+
+class RegionFinder:
+    """Walks the module calls from the outside in."""
+
+    def __init__(self, observation: Observation, min_lanes: int) -> None:
+        self.observation, self.min_lanes = observation, min_lanes
+        self.closed = closed_frames(observation)
+        self.regions: list[Region] = []
+        self.refusals: list[Refusal] = []
+
+    def lifted(self, frame: Frame) -> Lifted | Refusal:
+        fixed = self.observation.fixed.get(frame.index)
+        lifted = lift(self.observation.trace, frame, self.observation.dynamic, self.closed - {frame.index})
+        if isinstance(lifted, Lifted) and fixed is not None and not lifted.specialised:
+            lifted.specialised, lifted.place = fixed.reason, fixed.place
+        return lifted
+
+    def visit(self, index: int = 0) -> None:
+        """Find the regions in the module call ``index`` and below."""
+        frame = self.observation.trace.frames[index]
+        if any(_nested(frame.path, region.frame.path) for region in self.regions):
+            return
+        found: Lifted | Refusal = Refusal(frame.poison, frame.place) if frame.poison else self.lifted(frame)
+        if isinstance(found, Refusal):
+            self._refuse(frame, found.reason, found.place)
+            self._visit_children(frame)
+            return
+        prepared = prepare(found, self.min_lanes)
+        if prepared.worthwhile:
+            inner = self._inner_frames(frame, prepared)
+            if inner is None:
+                self.regions.append(Region(frame, prepared))
+                return
+            for child in inner:
+                self.visit(child)
+        for child in self._closed_below(frame):
+            self.visit(child)
+
+    def _visit_children(self, frame: Frame) -> None:
+        for child in frame.children:
+            self.visit(child)
+
+    def _refuse(self, frame: Frame, reason: str, place: Place | None) -> None:
+        # A layer of torch.nn that cannot be looked into is no region that anybody expects: only what calls other modules is one.
+        if frame.children or not type(frame.module).__module__.startswith("torch."):
+            self.refusals.append(Refusal(reason, place, frame.path))
+
+    def _inner_frames(self, frame: Frame, prepared: Prepared) -> list[int] | None:
+        """The calls inside ``frame`` that hold all lane sets between them; None where ``frame`` itself is the smallest that does."""
+        if prepared.factored:
+            return None
+        children: list[int] = []
+        for component in prepared.bundles.components():
+            frames = {m.meta["frame"] for i in component for m in prepared.bundles.classes[i].members}
+            holders = {self._child_of(frame.index, at) for at in frames}
+            if len(holders) > 1 or None in holders:
+                return None
+            (holder,) = holders
+            if holder is not None and holder not in children:
+                children.append(holder)
+        return children
+
+    def _child_of(self, ancestor: int, at: int) -> int | None:
+        """The direct child of ``ancestor`` that contains the call ``at``; None for ``ancestor`` itself."""
+        frames = self.observation.trace.frames
+        if at == ancestor:
+            return None
+        while frames[at].parent != ancestor:
+            at = frames[at].parent
+        return at
+
+    def _closed_below(self, frame: Frame) -> list[int]:
+        found: list[int] = []
+        pending = list(frame.children)
+        while pending:
+            index = pending.pop(0)
+            if index in self.closed:
+                found.append(index)
+            else:
+                pending.extend(self.observation.trace.frames[index].children)
+        return found
+
+
+def _nested(path: str, other: str) -> bool:
+    return path == other or not other or not path or path.startswith(other + ".") or other.startswith(path + ".")

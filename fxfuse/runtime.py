@@ -1,0 +1,249 @@
+"""Programs as functions: guard, fetch the weights, run the graph, shape the result.
+
+Comes in: a ``graph.Program`` and a way to find its tensors and modules in the region. Goes out: ``run(args, kwargs)``, which
+returns the region's result, or ``MISS`` where the guard does not hold. Tensors are looked up in their owner's dict at every
+call (one dict lookup each), so that reassigned Parameters are seen and no stale weight is ever used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+import torch.utils._pytree as pytree
+from torch import nn
+
+from fxfuse.errors import FxfuseError
+from fxfuse.graph import Program
+from fxfuse.guards import Facts, compile_guard, explain_miss
+
+
+class _Miss:
+    def __repr__(self) -> str:
+        return "MISS"
+
+
+MISS = _Miss()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a program's own tensor is found: ``getattr(owner, store)[name]``, or ``getattr(owner, name)`` without store."""
+
+    owner: Any
+    store: str | None
+    name: str
+
+    def fetch(self) -> Any:
+        return getattr(self.owner, self.name) if self.store is None else getattr(self.owner, self.store)[self.name]
+
+
+def walk(root: Any, path: str) -> Any:
+    """The object at a dotted path: attributes of modules, indices of lists and tuples, keys of dicts.
+
+    >>> walk(nn.ModuleList([nn.Linear(2, 3)]), "0.weight").shape
+    torch.Size([3, 2])
+    """
+    here = root
+    for part in path.replace("[", ".").replace("]", "").split(".") if path else ():
+        if isinstance(here, list | tuple):
+            here = here[int(part)]
+        elif isinstance(here, dict):
+            here = here[part] if part in here else here[next(key for key in here if str(key) == part.strip("'\""))]
+        elif isinstance(here, nn.Module) and part in here._modules:
+            here = here._modules[part]
+        else:
+            here = getattr(here, part)
+    return here
+
+
+def source(root: nn.Module, target: str) -> Source:
+    """Where the tensor of a ``get_attr`` target is found at run time."""
+    path, _, name = target.rpartition(".")
+    owner = walk(root, path)
+    if isinstance(owner, nn.Module):
+        for store in ("_parameters", "_buffers"):
+            if name in getattr(owner, store):
+                return Source(owner, store, name)
+    if isinstance(owner, list | tuple | dict):
+        raise FxfuseError(f"{target} lies in a plain {type(owner).__name__}, where a program cannot look it up")
+    getattr(owner, name)
+    return Source(owner, None, name)
+
+
+def apply_module(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a submodule that the program left as it was."""
+    return module(*args, **kwargs)
+
+
+@dataclass
+class Compiled:
+    """A program as a function, and what is needed to say why a call missed it."""
+
+    run: Callable[[tuple[Any, ...], dict[str, Any]], Any]
+    program: Program
+    sources: list[tuple[str, Source]]
+    facts: list[Facts]
+
+    def rebound(
+        self, forward: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The same call spelled as it was recorded (``f(x, mask=None)`` for ``f(x=x)``), None where it is another call."""
+        positional, keywords = self.program.in_spec.children()
+        names = list(keywords.context) if keywords.num_children else []
+        if len(args) == positional.num_children and list(kwargs) == names:
+            return None
+        try:
+            signature = inspect.signature(forward)
+            bound = signature.bind(module, *args, **kwargs)
+        except (TypeError, ValueError):
+            return None
+        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
+            return None
+        given = dict(bound.arguments)
+        bound.apply_defaults()
+        order = list(signature.parameters)[1:]
+        first = order[: positional.num_children]
+        if len(first) < positional.num_children or set(first) & set(names) or not set(names) <= set(order):
+            return None
+        for name in order:  # what the recorded call left out has to have its default
+            if name not in first and name not in names and name in given and given[name] is not signature.parameters[name].default:
+                return None
+        return tuple(bound.arguments[name] for name in first), {name: bound.arguments[name] for name in names}
+
+    def why(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Why ``run`` missed, in a sentence."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.program.in_spec:
+            return f"called with {_form(args, kwargs, leaves)}, recorded {_recorded_form(self.program.in_spec)}"
+        tensors = [place.fetch() for _, place in self.sources]
+        reason = explain_miss(self.program.guard, leaves, self.facts, tensors)
+        return reason or "the guard did not hold"
+
+
+def compile_program(
+    program: Program, root: nn.Module, facts_of: dict[str, Facts] | None = None, override: dict[str, Source] | None = None
+) -> Compiled:
+    """Generate the function of a program over the modules of ``root``.
+
+    ``facts_of`` says what the program's own tensors were when it was made (else: what they are now); ``override`` gives the
+    sources of targets that are not found by their path. Raises ``FxfuseError`` (or AttributeError) where the graph reads what
+    the region does not have.
+    """
+    flat, places, modules = _flat_graph(program.graph, root, override or {})
+    inputs = [f"x{i}" for i in range(len(program.guard.leaves))]
+    code = flat.python_code("self")
+    space = dict(code.globals)
+    exec(code.src, space)
+    facts = [(facts_of or {}).get(name) or Facts.of(name, place.fetch()) for name, place in places]
+
+    scope: dict[str, Any] = {
+        "MISS": MISS,
+        "graph": space["forward"],
+        "guard": compile_guard(program.guard, facts),
+        "flatten": pytree.tree_flatten,
+        "unflatten": pytree.tree_unflatten,
+        "in_spec": program.in_spec,
+        "out_spec": program.out_spec,
+    }
+    tensors, fetches = [], []
+    for i, (_, place) in enumerate(places):
+        scope[f"owner{i}"] = place.owner
+        tensors.append(f"t{i}")
+        if place.store is None:
+            fetches.append(f"t{i} = getattr(owner{i}, {place.name!r})")
+        else:
+            fetches.append(f"t{i} = owner{i}.{place.store}[{place.name!r}]")
+    for i, module in enumerate(modules):
+        scope[f"module{i}"] = module
+    everything = [*inputs, *tensors]
+    lines = ["def run(args, kwargs):"]
+    if _plain_inputs(program.in_spec):
+        lines.append(f"    if kwargs or len(args) != {len(inputs)}: return MISS")
+        lines.extend([f"    {', '.join(inputs)}, = args"] if inputs else [])
+    else:
+        lines.append("    leaves, spec = flatten((args, kwargs))")
+        lines.append("    if spec != in_spec: return MISS")
+        lines.extend([f"    {', '.join(inputs)}, = leaves"] if inputs else [])
+    lines.extend(f"    {fetch}" for fetch in fetches)
+    lines.append(f"    if not guard({', '.join(everything)}): return MISS")
+    called = ["None", *everything, *(f"module{i}" for i in range(len(modules)))]
+    lines.append(f"    out = graph({', '.join(called)})")
+    lines.append(f"    return {_result(program.out_spec)}")
+    exec("\n".join(lines), scope)
+    return Compiled(scope["run"], program, places, facts)
+
+
+def _flat_graph(
+    graph: torch.fx.Graph, root: nn.Module, override: dict[str, Source]
+) -> tuple[torch.fx.Graph, list[tuple[str, Source]], list[nn.Module]]:
+    """A copy of the graph whose tensors and submodules are placeholders, after the inputs and in this order."""
+    flat = torch.fx.Graph()
+    env: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            env[node] = flat.placeholder(node.name)
+    places: dict[str, tuple[Source, torch.fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            if node.target not in places:
+                place = override.get(node.target) or source(root, node.target)
+                places[node.target] = (place, flat.placeholder("tensor_" + node.target.replace(".", "_")))
+            env[node] = places[node.target][1]
+    modules: dict[str, tuple[nn.Module, torch.fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target not in modules:
+            modules[node.target] = (walk(root, node.target), flat.placeholder("module_" + node.target.replace(".", "_")))
+
+    def copied(arg: torch.fx.Node) -> torch.fx.Node:
+        return env[arg]
+
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        args, kwargs = torch.fx.map_arg(node.args, copied), torch.fx.map_arg(node.kwargs, copied)
+        if node.op == "output":
+            flat.output(args[0])
+        elif node.op == "call_module":
+            env[node] = flat.call_function(apply_module, (modules[node.target][1], *args), kwargs)
+        else:
+            env[node] = flat.create_node(node.op, node.target, args, kwargs, node.name)
+    return flat, [(name, place) for name, (place, _) in places.items()], [module for module, _ in modules.values()]
+
+
+def _plain_inputs(spec: Any) -> bool:
+    """Are the arguments a flat tuple of leaves, without keywords?"""
+    args, kwargs = spec.children()
+    return kwargs.num_children == 0 and args.type is tuple and all(child.is_leaf() for child in args.children())
+
+
+def _result(spec: Any) -> str:
+    """The expression that makes the region's result of the flat list of outputs."""
+    if spec.is_leaf():
+        return "out[0]"
+    if all(child.is_leaf() for child in spec.children()):
+        if spec.type is tuple:
+            return "tuple(out)"
+        if spec.type is list:
+            return "list(out)"
+    return "unflatten(list(out), out_spec)"
+
+
+def _form(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> str:
+    return _words(len(args), list(kwargs), len(leaves))
+
+
+def _recorded_form(spec: Any) -> str:
+    args, kwargs = spec.children()
+    return _words(args.num_children, list(kwargs.context), spec.num_leaves)
+
+
+def _words(positional: int, keywords: list[str], leaves: int) -> str:
+    text = f"{positional} positional argument{'' if positional == 1 else 's'}"
+    if keywords:
+        text += f" and {', '.join(map(str, keywords))}"
+    return f"{text} ({leaves} values)"

@@ -1,0 +1,190 @@
+"""Graphs as plain data: ``torch.fx.Graph`` and ``graph.Program`` to something that pickle takes, and back.
+
+Comes in: a graph whose call targets are importable (torch functions and methods, operators, ``torch.ops`` overloads,
+functions of any module). Goes out: lists and tuples of strings, numbers and torch's own picklable values, without code.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+import torch.utils._pytree as pytree
+
+from fxfuse.errors import FxfuseError
+from fxfuse.graph import Place, Program
+
+_NAMESPACES = ("torch", "torch.nn.functional", "torch._C._nn", "torch.special", "torch.linalg", "torch.fft", "operator", "math", "builtins")
+_LEAF = pytree.tree_flatten(0)[1]
+_KEPT_META = (str, int, float, bool, Place, type(None))
+
+
+@dataclass(frozen=True)
+class NodeRef:
+    """Stands for a node in the arguments of another one."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function by name: ``Target("torch", "add")``, ``Target("torch.ops", "aten::add.Tensor")``."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class _Slice:
+    parts: tuple[Any, Any, Any]  # python < 3.14 cannot pickle a slice in protocol 2, and its parts may hold nodes
+
+
+def target_to_data(function: Any) -> Target:
+    """Name a function so that ``target_from_data`` finds the same object. Raises ``FxfuseError`` where it has no such name.
+
+    >>> target_to_data(torch.relu)
+    Target(module='torch', name='relu')
+    """
+    if isinstance(function, torch._ops.OpOverload):
+        return Target("torch.ops", f"{function._schema.name}.{function._overloadname}")
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return Target("torch.ops", function._qualified_op_name)
+    name = getattr(function, "__name__", None)
+    if name is not None:
+        candidates = [Target(str(getattr(function, "__module__", None)), getattr(function, "__qualname__", name))]
+        candidates.extend(Target(space, name) for space in _NAMESPACES)
+        candidates.append(Target("torch", f"Tensor.{name}"))
+        owner = getattr(function, "__objclass__", None)
+        if owner is not None:  # methods and slot wrappers: Tensor.__getitem__, or a property's __get__
+            candidates.append(Target(owner.__module__, f"{owner.__qualname__}.{name}"))
+        for target in candidates:
+            try:
+                if target_from_data(target) is function:
+                    return target
+            except (ImportError, AttributeError, ValueError):
+                continue
+    bound = getattr(function, "__self__", None)  # Tensor.shape.__get__
+    if bound is not None and name == "__get__" and hasattr(torch.Tensor, getattr(bound, "__name__", "")):
+        return Target("torch", f"Tensor.{bound.__name__}.__get__")
+    raise FxfuseError(f"a graph that calls {function!r} cannot be saved: it is not importable by a name")
+
+
+def target_from_data(target: Target) -> Any:
+    """The function that a ``Target`` names."""
+    if target.module == "torch.ops":
+        space, _, rest = target.name.partition("::")
+        op, _, overload = rest.partition(".")
+        packet = getattr(getattr(torch.ops, space), op)
+        return getattr(packet, overload) if overload else packet
+    modules = {"torch": torch, "operator": operator, "_operator": operator, "math": math, "builtins": builtins}
+    found: Any = modules.get(target.module) or importlib.import_module(target.module)
+    for part in target.name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, torch.fx.Node):
+        return NodeRef(value.name)
+    if isinstance(value, slice):
+        return _Slice((_encode(value.start), _encode(value.stop), _encode(value.step)))
+    if isinstance(value, torch.Size):
+        return value
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_encode(item) for item in value)
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if callable(value) and not isinstance(value, type):
+        return target_to_data(value)
+    return value
+
+
+def _decode(value: Any, nodes: dict[str, torch.fx.Node]) -> Any:
+    if isinstance(value, NodeRef):
+        return nodes[value.name]
+    if isinstance(value, _Slice):
+        start, stop, step = (_decode(part, nodes) for part in value.parts)
+        return slice(start, stop, step)
+    if isinstance(value, Target):
+        return target_from_data(value)
+    if type(value) is tuple:
+        return tuple(_decode(item, nodes) for item in value)
+    if type(value) is list:
+        return [_decode(item, nodes) for item in value]
+    if type(value) is dict:
+        return {key: _decode(item, nodes) for key, item in value.items()}
+    return value
+
+
+def _meta(meta: dict[str, Any]) -> dict[str, Any]:
+    """What of a node's meta is worth saving: places, names, shapes as text; never tensors or live objects."""
+    return {key: value for key, value in meta.items() if isinstance(value, _KEPT_META)}
+
+
+def graph_to_data(graph: torch.fx.Graph) -> list[dict[str, Any]]:
+    """A graph as a list of nodes, each a dict of picklable values.
+
+    >>> graph = torch.fx.Graph()
+    >>> _ = graph.output([graph.call_function(torch.relu, (graph.placeholder("x"),))])
+    >>> print(graph_from_data(graph_to_data(graph)).python_code("self").src.strip().splitlines()[-1].strip())
+    return [relu]
+    """
+    return [
+        {
+            "op": node.op,
+            "name": node.name,
+            "target": target_to_data(node.target) if node.op == "call_function" else node.target,
+            "args": _encode(tuple(node.args)),
+            "kwargs": _encode(dict(node.kwargs)),
+            "meta": _meta(node.meta),
+        }
+        for node in graph.nodes
+    ]
+
+
+def graph_from_data(data: list[dict[str, Any]]) -> torch.fx.Graph:
+    """The graph that ``graph_to_data`` wrote."""
+    graph = torch.fx.Graph()
+    nodes: dict[str, torch.fx.Node] = {}
+    for item in data:
+        target = target_from_data(item["target"]) if item["op"] == "call_function" else item["target"]
+        args, kwargs = _decode(item["args"], nodes), _decode(item["kwargs"], nodes)
+        node = graph.create_node(item["op"], target, args, kwargs, item["name"])
+        node.meta.update(item["meta"])
+        nodes[item["name"]] = node
+    return graph
+
+
+def _spec_to_data(spec: Any) -> Any:
+    # a TreeSpec pickles, with a FutureWarning for each of its leaves
+    return None if spec.is_leaf() else (spec.type, spec.context, [_spec_to_data(child) for child in spec.children()])
+
+
+def _spec_from_data(data: Any) -> Any:
+    if data is None:
+        return _LEAF
+    kind, context, children = data
+    return pytree.TreeSpec(kind, context, [_spec_from_data(child) for child in children])
+
+
+def program_to_data(program: Program) -> dict[str, Any]:
+    """A program as picklable data."""
+    return {
+        "graph": graph_to_data(program.graph),
+        "guard": program.guard,
+        "in_spec": _spec_to_data(program.in_spec),
+        "out_spec": _spec_to_data(program.out_spec),
+    }
+
+
+def program_from_data(data: dict[str, Any]) -> Program:
+    """The program that ``program_to_data`` wrote."""
+    return Program(graph_from_data(data["graph"]), data["guard"], _spec_from_data(data["in_spec"]), _spec_from_data(data["out_spec"]))

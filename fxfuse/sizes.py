@@ -1,0 +1,123 @@
+"""Sizes that remember where they came from.
+
+Comes in: the sizes of a recorded tensor. Goes out: ``TracedInt``, an ``int`` that carries the expression it was computed by, so that
+``x.view(x.shape[0] * 2, -1)`` is recorded as an expression of ``x`` and holds for other batch sizes. Arithmetic gives exact
+expressions; every comparison is logged, because the recorded run took one of its branches. What leaves the tracked world
+(``int(n)``, ``range(n)``, ``math.sqrt(n)``) becomes a plain number, which the second recording (``unify``) then finds to differ.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class SizeOf:
+    """``value.shape[dim]`` of the recorded value with that number."""
+
+    value: int
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class SizeOp:
+    """An arithmetic operation on sizes: ``op`` is a name in the ``operator`` module."""
+
+    op: str
+    args: tuple[Any, ...]  # of SizeOf, SizeOp, int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A comparison of sizes that the recorded run made, and how it came out."""
+
+    op: str
+    left: Any
+    right: Any
+    result: bool
+
+
+class TracedInt(int):
+    """An ``int`` with the expression it stands for. torch, numpy and Python take it as the number it is.
+
+    >>> log = []
+    >>> n = TracedInt.make(6, SizeOf(0, 0), log)
+    >>> (n * 2 + 1, (n * 2 + 1).expr.op, n > 4, len(log))
+    (13, 'add', True, 1)
+    """
+
+    expr: SizeOf | SizeOp
+    log: list[Comparison]
+
+    @classmethod
+    def make(cls, value: int, expr: SizeOf | SizeOp, log: list[Comparison]) -> TracedInt:
+        traced = cls(value)
+        traced.expr = expr
+        traced.log = log
+        return traced
+
+    # A size that ends up in copied or pickled state is the plain number: the recording it belonged to is over.
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return (int, (int(self),))
+
+    def __copy__(self) -> int:
+        return int(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> int:
+        return int(self)
+
+    __hash__ = int.__hash__
+
+
+def _expr(value: Any) -> Any:
+    return value.expr if isinstance(value, TracedInt) else int(value)
+
+
+def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
+    compute = getattr(operator, name)
+
+    def method(self: TracedInt, *others: Any) -> Any:
+        if any(type(other) is not int and not isinstance(other, TracedInt) for other in others):
+            plain = [int(self), *others]
+            return compute(*(reversed(plain) if reflected else plain))
+        operands = (self, *others)
+        if reflected:
+            operands = operands[::-1]
+        value = compute(*(int(o) for o in operands))
+        return TracedInt.make(value, SizeOp(name, tuple(_expr(o) for o in operands)), self.log)
+
+    return method
+
+
+def _comparison(name: str) -> Callable[..., Any]:
+    compute = getattr(operator, name)
+
+    def method(self: TracedInt, other: Any) -> Any:
+        if type(other) is not int and not isinstance(other, TracedInt):
+            return compute(int(self), other)
+        result = bool(compute(int(self), int(other)))
+        self.log.append(Comparison(name, self.expr, _expr(other), result))
+        return result
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    setattr(TracedInt, f"__{_name}__", _arithmetic(_name, False))
+    setattr(TracedInt, f"__r{_name}__", _arithmetic(_name, True))
+TracedInt.__neg__ = _arithmetic("neg", False)  # type: ignore[method-assign]
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(TracedInt, f"__{_name}__", _comparison(_name))
+
+
+def _truth(self: TracedInt) -> bool:
+    result = int(self) != 0
+    self.log.append(Comparison("ne", self.expr, 0, result))
+    return result
+
+
+TracedInt.__bool__ = _truth  # type: ignore[method-assign]
+TracedInt.__hash__ = int.__hash__  # type: ignore[method-assign]

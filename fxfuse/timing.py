@@ -1,0 +1,45 @@
+"""Median times of callables, run in turn.
+
+Comes in: two or more callables. Goes out: the median seconds of each. They alternate, so that a machine whose speed drifts
+slows all of them alike; each is warmed up first. Figures of different calls of this function are not to be compared.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def medians(functions: Sequence[Callable[[], object]], *, budget: float = 0.3, least: int = 5, most: int = 200) -> list[float]:
+    """Median seconds of each function, from at most about ``budget`` seconds for all of them together.
+
+    >>> fast, slow = medians([lambda: None, lambda: sum(range(100000))], budget=0.05)
+    >>> fast < slow
+    True
+    """
+    for function in functions:
+        function()
+    start = time.perf_counter()
+    for function in functions:
+        _once(function)
+    round_seconds = max(time.perf_counter() - start, 1e-7)
+    rounds = max(least, min(most, int(budget / round_seconds)))
+    samples: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, times in zip(functions, samples, strict=True):
+            times.append(_once(function))
+    return [statistics.median(times) for times in samples]
+
+
+def _once(function: Callable[[], object]) -> float:
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

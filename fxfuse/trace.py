@@ -1,0 +1,80 @@
+"""What one recorded run looked like, as data.
+
+Comes in: nothing. Goes out: ``Trace``: values (every tensor that was seen), events (every torch call), frames (every module call), in the
+order of the run. Arguments are trees of Python containers in which a tensor is a ``Ref`` and a tracked size an expression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .graph import Place
+from .sizes import Comparison
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """The recorded value with this number."""
+
+    value: int
+
+
+@dataclass(slots=True)
+class Value:
+    """One tensor of the run. ``origin`` is how it came in: an input, an attribute of a module, a constant, or made by an event."""
+
+    tensor: torch.Tensor
+    origin: str  # "made" | "input" | "attribute" | "constant"
+    name: str = ""  # of an attribute: its path in the model
+    storage: int = 0  # equal for tensors that share memory
+    shape: tuple[int, ...] = ()  # as it was when first seen: an in-place resize would show
+
+
+@dataclass(slots=True)
+class Event:
+    """One torch call. ``mutated`` are the values whose contents it changed."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    mutated: tuple[int, ...]
+    place: Place | None
+    frame: int
+    poison: str = ""  # why a region must not contain this call; empty: it may
+
+
+@dataclass(slots=True)
+class Frame:
+    """One call of a module: events ``start:end``, its flattened arguments and results."""
+
+    index: int
+    parent: int
+    path: str
+    module: torch.nn.Module
+    leaves: list[Any]
+    in_spec: Any
+    start: int
+    end: int = -1
+    out: list[Any] = field(default_factory=list)
+    out_spec: Any = None
+    place: Place | None = None
+    poison: str = ""  # why this module's forward cannot be a region, or part of one
+    children: list[int] = field(default_factory=list)
+    raw: tuple[Any, Any] | None = None  # the args and kwargs themselves
+
+
+@dataclass
+class Trace:
+    """One recorded run of a model."""
+
+    values: list[Value]
+    events: list[Event]
+    frames: list[Frame]
+    comparisons: list[tuple[Comparison, int, Place | None]]  # with the frame and the line in which it was made
+    reads_dtype: bool = False
+    failure: str = ""  # the run raised: why

@@ -1,0 +1,466 @@
+"""Is the fused model equal to the original?
+
+Comes in: two models and example inputs. Goes out: ``Validation``. Compared are outputs (values, None, integers, strides,
+``requires_grad``), gradients of inputs, every parameter's gradient under the original's name, and buffers after the call, in train
+and eval mode, in float64 and in the models' own dtype. A true rewrite agrees in float64 to about 1e-12, so a wrong one cannot
+hide in rounding; what differs in float32 is reported as rounding, next to how far the original itself is from float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse import inputs as fresh
+from fxfuse.determinism import preserved_state
+from fxfuse.difference import KINDS, Difference, Distance, Kind, Rounding, Spread, Validation, distance, histogram
+from fxfuse.errors import ArgumentError
+from fxfuse.runs import Run, coarsest, run
+
+__all__ = ["Difference", "Rounding", "Spread", "Validation", "validate", "verify"]
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+
+SLACK = 64  # an error of this many roundings, or this many times what a change of the last bit causes, is still rounding
+FLOOR = 16  # and so is one of this many roundings of the largest tensor of its kind, where the tensor itself is zero but for rounding
+
+
+def verify(
+    original: nn.Module,
+    fused: nn.Module,
+    example_inputs: Any,
+    *,
+    example_kwargs: dict[str, Any] | None = None,
+    modes: Sequence[str] = ("train", "eval"),
+    gradients: bool = True,
+    rtol: float = 1e-10,
+    other_batches: bool = True,
+    seed: int = 0,
+    raises: bool = False,
+) -> Validation:
+    """Compare two models of the same parameters on the examples, on fresh data and on other batch sizes.
+
+    ``example_inputs``: a tensor or a tuple of positional arguments, any shapes and dtypes. ``modes``: of "train", "eval". ``rtol``: the
+    largest relative difference (largest absolute difference over the largest absolute value, per tensor) in float64.
+    ``other_batches``: also resampled rows of the example, as many as it has, 1, n+1 and 2n+1, where the original takes them. ``raises``:
+    raise ``ValidationError`` with the worst tensor instead of returning a failed ``Validation``. Both models stay as they are. Raises
+    ``ArgumentError`` for arguments of another kind.
+
+    Method: float64 copies of both models under fixed "random" numbers (dropout differs in its mask by design), random cotangents;
+    see ``validate``.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    >>> verify(model, copy.deepcopy(model), torch.randn(5, 3)).ok
+    True
+    >>> other = copy.deepcopy(model)
+    >>> other[0].bias.data += 1
+    >>> verify(model, other, torch.randn(5, 3)).ok
+    False
+    """
+    for name, value in (("original", original), ("fused", fused)):
+        if not isinstance(value, nn.Module):
+            raise ArgumentError(f"verify: {name} must be a torch.nn.Module, {type(value).__name__} came")
+    if not isinstance(example_inputs, (Tensor, tuple)):
+        raise ArgumentError(f"verify: example_inputs must be a tensor or a tuple of arguments, {type(example_inputs).__name__} came")
+    if example_kwargs is not None and not isinstance(example_kwargs, dict):
+        raise ArgumentError(f"verify: example_kwargs must be a dict, {type(example_kwargs).__name__} came")
+    if not rtol >= 0:
+        raise ArgumentError(f"verify: rtol must be a number of 0 or more, {rtol!r} came")
+    given: Example = ((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs, dict(example_kwargs or {}))
+    examples = [given, *(other_examples(given, seed=seed) if other_batches else [])]
+    result = validate(original, fused, examples, modes=modes, gradients=gradients, rtol=rtol, seed=seed, must_run=1)
+    if raises:
+        result.raise_if_failed()
+    return result
+
+
+def other_examples(example: Example, *, seed: int = 0) -> list[Example]:
+    """Fresh data for an example: as many rows, then 1, n+1 and 2n+1 rows; empty where no tensor has rows.
+
+    >>> [x.shape[0] for (x,), _ in other_examples(((torch.randn(4, 2),), {}))]
+    [4, 1, 5, 9]
+    """
+    rows = fresh.batch_size(*example)
+    if not rows:
+        return []
+    sizes = list(dict.fromkeys([rows, 1, rows + 1, 2 * rows + 1]))
+    return [fresh.resample(*example, batch=size, seed=seed + i + 1) for i, size in enumerate(sizes)]
+
+
+def validate(
+    original: nn.Module,
+    fused: nn.Module,
+    examples: Sequence[Example],
+    *,
+    modes: Sequence[str] = ("train", "eval"),
+    gradients: bool = True,
+    float64: bool = True,
+    own_dtype: bool = True,
+    rtol: float = 1e-10,
+    seed: int = 0,
+    must_run: int | None = None,
+) -> Validation:
+    """Compare two models on ``examples``, each ``(args, kwargs)``.
+
+    Each example is run in each mode; where the flags of the original are mixed (some lanes in eval mode), also as they are; in eval
+    mode also without grad. In float64 a tensor passes if its relative difference is at most ``rtol``, or no larger than what a
+    change of the last bits of the original's weights, inputs and cotangents causes (a bias before a BatchNorm has a gradient of
+    pure rounding), or than ``FLOOR`` roundings of the largest tensor of its kind. A
+    model that computes in a narrower dtype somewhere inside is measured with that dtype's rounding. In the own dtype the
+    bound is ``SLACK`` roundings, or that same change; where float64 has proved the two equal, single elements on the edge of
+    a ReLU or a maximum may differ too, as long as the relative norm stays below the root of the dtype's eps.
+
+    ``float64=False`` and ``own_dtype=False`` leave one of the two out. ``must_run``: how many examples, from the first, the original
+    must accept (default: all); others that it refuses are left out if the fused model refuses them too.
+
+    Raises ``ArgumentError`` for modes other than "train" and "eval", or if there is nothing to compare in.
+    """
+    unknown = [m for m in modes if m not in ("train", "eval", "given")]
+    if unknown or not modes:
+        raise ArgumentError(f'validate: modes must be some of "train", "eval", "given"; {list(modes)} came')
+    if not (float64 or own_dtype):
+        raise ArgumentError("validate: one of float64 and own_dtype must be on")
+    start = time.perf_counter()
+    with torch.inference_mode(False), torch.enable_grad(), preserved_state(original, fused):
+        check = _Check(original, fused, list(examples), rtol, len(examples) if must_run is None else must_run)
+        result = check.run(list(modes), gradients, float64, own_dtype, seed)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call that both models answer."""
+
+    example: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mode: str
+    gradients: bool
+    dtype: torch.dtype | None  # None: the model's own
+    cotangents: torch.dtype
+    seed: int
+    requires_grad: bool | None = True
+    shake: float = 0.0
+
+    @property
+    def label(self) -> str:
+        return self.mode if self.gradients else f"{self.mode} without grad"
+
+    @property
+    def precision(self) -> torch.dtype:
+        return self.dtype or self.cotangents
+
+    def run(self, model: nn.Module) -> Run:
+        return run(
+            model,
+            self.args,
+            self.kwargs,
+            mode=self.mode,
+            gradients=self.gradients,
+            requires_grad=self.requires_grad,
+            dtype=self.dtype,
+            cotangents=self.cotangents,
+            seed=self.seed,
+            shake=self.shake,
+        )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What both models answered to one call."""
+
+    call: _Call
+    model: nn.Module  # the original
+    original: Run
+    fused: Run
+
+    @property
+    def eps(self) -> float:
+        """One rounding of the narrowest floating dtype that either run computed in."""
+        narrow = {d for d in self.original.precisions | self.fused.precisions if not d.is_complex}
+        return max(torch.finfo(d).eps for d in narrow | {self.call.precision})
+
+
+class _Check:
+    """The course of one validation; ``result`` fills up."""
+
+    def __init__(self, original: nn.Module, fused: nn.Module, examples: list[Example], rtol: float, must_run: int) -> None:
+        self.examples, self.rtol, self.must_run = examples, rtol, must_run
+        self.result = Validation(rtol=rtol, examples=[_described(*example) for example in examples])
+        self.rounding: dict[Kind, Rounding] = {}
+        self.proofs: set[str] = set()
+        copies = [self._copy(original, "original"), self._copy(fused, "fused model")]
+        self.copied = all(made for _, made in copies)
+        self.original, self.fused = (model for model, _ in copies)
+
+    def _copy(self, model: nn.Module, what: str) -> tuple[nn.Module, bool]:
+        try:
+            return copy.deepcopy(model), True
+        except Exception as error:  # a user's module may hold anything
+            self._note(f"the {what} cannot be copied ({_said(error)}): compared in place, in its own dtype only")
+            return model, False
+
+    def _doubled(self) -> tuple[nn.Module, nn.Module] | None:
+        try:
+            one, two = copy.deepcopy(self.original), copy.deepcopy(self.fused)
+            for model in (one, two):
+                model._apply(_double)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            self._note(f"no float64 copy of the models ({_said(error)}): compared in their own dtype only")
+            return None
+        return one, two
+
+    def run(self, modes: list[str], gradients: bool, float64: bool, own_dtype: bool, seed: int) -> Validation:
+        if len({m.training for m in self.original.modules()}) == 2 and "given" not in modes:
+            modes = [*modes, "given"]  # some lanes in eval mode: neither train() nor eval() shows that state
+        wide = self._doubled() if float64 and self.copied else None
+        own = (own_dtype or wide is None) and not (wide is not None and _all_float64(self.original, self.examples))
+        forms = [(mode, gradients) for mode in modes] + [(mode, False) for mode in modes if mode == "eval" and gradients]
+        for mode, grad in forms:
+            for i, (args, kwargs) in enumerate(self.examples):
+                cotangents = coarsest((args, kwargs), self.original)
+                call = _Call(i, args, kwargs, mode, grad, None, cotangents, seed + 7919 * i)
+                self._compare_both(call, wide, own)
+        self.result.modes = tuple(dict.fromkeys(d.mode for d in self.result.differences))
+        self._verdict(modes)
+        return self.result
+
+    def _compare_both(self, call: _Call, wide: tuple[nn.Module, nn.Module] | None, own: bool) -> None:
+        exact = self._pair(replace(call, dtype=torch.float64), *wide) if wide is not None else None
+        mine = self._pair(call, self.original, self.fused) if own else None
+        if exact is not None and exact.original.error is not None and mine is not None and mine.original.error is None:
+            self._note(f"float64 left out ({call.label}): there the original raises {_said(exact.original.error)}")
+            exact = None
+        agreed = exact is not None and self._compare(exact, proved=False)
+        proved = agreed and exact is not None and not exact.fused.fallbacks
+        if proved:
+            self.proofs.add(call.mode)
+        if mine is not None:
+            self._compare(mine, proved=proved and not mine.fused.fallbacks)
+            self._round(mine, exact)
+
+    def _pair(self, call: _Call, original: nn.Module, fused: nn.Module) -> _Pair:
+        pair = _Pair(call, original, call.run(original), call.run(fused))
+        if call.gradients and (pair.original.error is not None or pair.fused.fallbacks):
+            # Inputs that require grad may be what the original refuses (it writes to them) or the fused model was not made for.
+            call = replace(call, requires_grad=None)
+            other = _Pair(call, original, call.run(original), call.run(fused))
+            if other.original.error is None and (pair.original.error is not None or not other.fused.fallbacks):
+                pair = other
+        self.result.fallbacks.update(pair.fused.fallbacks)
+        for op in sorted(pair.original.undefined | pair.fused.undefined):
+            self._note(f"{op} drew real random numbers: what depends on it cannot be compared")
+        return pair
+
+    def _compare(self, pair: _Pair, *, proved: bool) -> bool:
+        """Add the differences of one call; True if it was compared and all passed."""
+        call, a, b = pair.call, pair.original, pair.fused
+        if a.error is not None and b.error is not None:
+            if call.example < self.must_run:
+                self._note(f"example {call.example} left out ({call.label}): both models raise {_said(a.error)}")
+            return False
+        if a.error is not None or b.error is not None:
+            one, other, error = ("original", "fused model", a.error) if a.error is not None else ("fused model", "original", b.error)
+            note = f"the {one} raises {_said(error)}, the {other} answers"
+            self.result.differences.append(_difference(call, "output", "of the call", None, self.rtol, note))
+            return False
+        bound = self.rtol if call.precision == torch.float64 else SLACK * pair.eps
+        found = [_difference(call, kind, name, _distance(x, y), bound, flag) for kind, name, x, y, flag in _entries(a, b)]
+        if not all(d.ok for d in found):
+            found = self._forgive(pair, found, proved)
+        self.result.differences += found
+        return all(d.ok for d in found)
+
+    def _forgive(self, pair: _Pair, found: list[Difference], proved: bool) -> list[Difference]:
+        """Let pass what is rounding: no more than the original itself moves when the last bits of its numbers change."""
+        noise = self._noise(pair)
+        sizes, apart = _norms(pair)
+        result = []
+        for d in found:
+            # In float64 an original that moves by more than a millionth of its size proves nothing: that is chaos, not rounding.
+            ceiling = math.inf if pair.eps > 1e-15 else 1e-6 * sizes[d.kind]
+            floor = FLOOR * pair.eps * sizes[d.kind]
+            rounding = d.max_abs <= max(floor, min(SLACK * noise.get((d.kind, d.name), 0.0), ceiling))
+            # Elements on the edge of a ReLU or a maximum jump; once float64 has spoken, the norm decides in the narrower dtype.
+            edges = proved and d.max_abs < math.inf and apart[d.kind] <= pair.eps**0.5
+            result.append(replace(d, ok=True) if not d.note and (rounding or edges) else d)
+        return result
+
+    def _noise(self, pair: _Pair) -> dict[tuple[Kind, str], float]:
+        """How far each tensor of the original moves when weights, inputs and cotangents change by about one rounding."""
+        moved: dict[tuple[Kind, str], float] = {}
+        for attempt in (1, 2) if self.copied else ():
+            random = torch.Generator().manual_seed(attempt)
+            other = copy.deepcopy(pair.model)
+            with torch.no_grad():
+                for p in other.parameters():
+                    p.copy_(fresh.shaken(p.detach(), pair.eps, random))
+            tree = fresh.to_dtype((pair.call.args, pair.call.kwargs), pair.call.precision) if pair.call.dtype else None
+            args, kwargs = fresh.shaken(tree or (pair.call.args, pair.call.kwargs), pair.eps, random)
+            again = replace(pair.call, args=args, kwargs=kwargs, shake=pair.eps).run(other)
+            if again.error is None:
+                for kind, name, a, b, _ in _entries(pair.original, again):
+                    gap = _distance(a, b)
+                    moved[kind, name] = max(moved.get((kind, name), 0.0), 0.0 if gap.delta is None else gap.max_abs)
+        return moved
+
+    def _round(self, mine: _Pair, exact: _Pair | None) -> None:
+        """Collect rounding in the own dtype, and of both models against float64."""
+        if mine.original.error is not None or mine.fused.error is not None:
+            return
+        truth: dict[tuple[Kind, str], Any] = {}
+        if exact is not None and exact.original.error is None:
+            truth = {(kind, name): value for kind, name, value, _, _ in _entries(exact.original, exact.original)}
+        for kind, name, a, b, _ in _entries(mine.original, mine.fused):
+            if not (isinstance(a, Tensor) and isinstance(b, Tensor) and (a.is_floating_point() or a.is_complex())):
+                continue
+            row = self.rounding.setdefault(kind, Rounding(kind, _name(mine.call.precision)))
+            known = truth.get((kind, name))
+            for spread, x, y in ((row.between, a, b), (row.original, a, known), (row.fused, b, known)):
+                gap = distance(x, y) if isinstance(y, Tensor) else None
+                if gap is not None and gap.delta is not None:
+                    spread.add(gap.delta)
+
+    def _verdict(self, modes: list[str]) -> None:
+        result = self.result
+        result.rounding = [self.rounding[kind] for kind in KINDS if kind in self.rounding]
+        result.proved = set(modes) <= self.proofs
+        result.worst = max(result.differences, key=lambda d: (not d.ok, d.dtype == "float64", d.max_rel), default=None)
+        result.ok = bool(result.differences) and all(d.ok for d in result.differences)
+        if not result.differences:
+            result.reason = "nothing could be compared: " + ("; ".join(result.notes) or "no example was given")
+        elif not result.ok:
+            result.reason = str(result.worst)
+
+    def _note(self, text: str) -> None:
+        if text not in self.result.notes:
+            self.result.notes.append(text)
+
+
+def _entries(a: Run, b: Run) -> Iterator[tuple[Kind, str, Any, Any, str]]:
+    """Kind, name, both values, and what is wrong besides the values."""
+    for name in dict.fromkeys([*a.outputs, *b.outputs]):
+        x, y = a.outputs.get(name, _MISSING), b.outputs.get(name, _MISSING)
+        flags = _flags(x, y)
+        if not flags and a.flags.get(name) != b.flags.get(name):
+            flags = f"requires_grad is {b.flags.get(name)}, in the original {a.flags.get(name)}"
+        yield "output", name, x, y, flags
+    for name, (written, value) in a.inputs.items():
+        if name in b.inputs and (written or b.inputs[name][0]):
+            yield "output", f"{name} after the call", value, b.inputs[name][1], ""
+    parts: tuple[tuple[Kind, dict[str, Any], dict[str, Any]], ...] = (
+        ("input gradient", a.input_gradients, b.input_gradients),
+        ("parameter gradient", a.parameter_gradients, b.parameter_gradients),
+        # A fused model saves tied parameters under names that are not among its parameters: only the original's buffers count.
+        ("buffer", a.buffers, {n: t for n, t in b.buffers.items() if n in a.buffers}),
+    )
+    for kind, ours, theirs in parts:
+        for name in dict.fromkeys([*ours, *theirs]):
+            x, y = ours.get(name, _MISSING), theirs.get(name, _MISSING)
+            if x is not None or y is not None:
+                yield kind, name, x, y, ""
+    for name in a.unsaved:
+        if name in b.unsaved:
+            yield "buffer", name, a.unsaved[name], b.unsaved[name], ""
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_MISSING = _Missing()
+
+
+def _distance(a: Any, b: Any) -> Distance:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype != b.dtype or a.device != b.device:
+            return _unequal(f"{_name(b.dtype)} on {b.device}", f"{_name(a.dtype)} on {a.device}")
+        return distance(a, b)
+    for one, other in ((a, b), (b, a)):
+        if one is None and isinstance(other, Tensor) and not other.count_nonzero():
+            return distance(other, other)  # no gradient, and a gradient of zeros: the same to an optimizer without momentum
+    if isinstance(a, float) and isinstance(b, float):
+        return distance(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
+    if type(a) is type(b) and bool(a == b):
+        return Distance(0.0, 0.0, 0.0, torch.zeros(0, dtype=torch.float64))
+    return _unequal(_brief(b), _brief(a))
+
+
+def _unequal(fused: str, original: str) -> Distance:
+    return Distance(math.inf, math.inf, 0.0, None, f"{fused}, the original has {original}")
+
+
+def _flags(a: Any, b: Any) -> str:
+    """Strides where they can be seen: in dims of more than one element."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape or a.numel() == 0:
+        return ""
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        return "" if a.layout == b.layout else f"layout {b.layout}, the original has {a.layout}"
+    seen = [d for d in range(a.ndim) if a.shape[d] > 1]
+    if any(a.stride(d) != b.stride(d) for d in seen):
+        return f"strides {b.stride()}, the original has {a.stride()}"
+    return ""
+
+
+def _difference(call: _Call, kind: Kind, name: str, gap: Distance | None, bound: float, flag: str) -> Difference:
+    note = flag if gap is None else gap.note or flag
+    lost = gap is None or gap.delta is None
+    shape = histogram(gap.delta) if gap is not None and gap.delta is not None else []
+    rel = math.inf if gap is None or lost else gap.max_rel
+    high, mean = (gap.max_abs, gap.mean_abs) if gap is not None else (math.inf, math.inf)
+    return Difference(
+        name, kind, call.label, call.example, _name(call.precision), high, mean, rel, shape, ok=not note and rel <= bound, note=note
+    )
+
+
+def _norms(pair: _Pair) -> tuple[dict[Kind, float], dict[Kind, float]]:
+    """By kind: the largest absolute value, and the relative L2 distance of all floating tensors together."""
+    sizes, squares, gaps = (dict.fromkeys(KINDS, 0.0) for _ in range(3))
+    for kind, _, a, b, _ in _entries(pair.original, pair.fused):
+        gap = _distance(a, b)
+        if isinstance(a, Tensor) and gap.delta is not None and (a.is_floating_point() or a.is_complex()):
+            sizes[kind] = max(sizes[kind], gap.scale)
+            squares[kind] += float(a.detach().abs().double().square().nansum())
+            gaps[kind] += float(gap.delta.square().sum())
+    # Gradients of both kinds come from the same cotangents; one kind alone may be nothing but rounding.
+    sizes["input gradient"] = sizes["parameter gradient"] = max(sizes["input gradient"], sizes["parameter gradient"])
+    return sizes, {kind: (gaps[kind] / max(squares[kind], 1e-300)) ** 0.5 for kind in KINDS}
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.to(fresh.wider(tensor.dtype, torch.float64))
+
+
+def _all_float64(model: nn.Module, examples: Sequence[Example]) -> bool:
+    tensors = [*model.parameters(), *model.buffers(), *(t for example in examples for t in fresh.tensors_in(*example))]
+    return all(t.dtype in (torch.float64, torch.complex128) for t in tensors if t.is_floating_point() or t.is_complex())
+
+
+def _described(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    tensors = fresh.tensors_in(args, kwargs)
+    text = ", ".join(f"{list(t.shape)} {_name(t.dtype)}" for t in tensors[:3])
+    return text + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "") if tensors else "no tensors"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _brief(value: Any) -> str:
+    text = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _said(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

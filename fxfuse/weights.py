@@ -1,0 +1,62 @@
+"""Which of a region's tensors may be packed.
+
+Comes in: a model and the path of a region. Goes out: the names (relative to the region) of tensors that must stay as they are, each with the
+reason, and the kind (parameter or buffer) of those that may be packed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+def unpackable(model: nn.Module, path: str) -> tuple[dict[str, str], dict[str, Literal["parameter", "buffer"]]]:
+    """``({name: reason}, {name: kind})`` over all tensors that modules of the region hold."""
+    prefix = f"{path}." if path else ""
+    owners: dict[int, list[str]] = {}
+    found: dict[str, tuple[torch.Tensor, Literal["parameter", "buffer", "attribute"], nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        stem = f"{name}." if name else ""
+        stores: tuple[tuple[Literal["parameter", "buffer", "attribute"], dict[str, object]], ...] = (
+            ("parameter", dict(module._parameters)),
+            ("buffer", dict(module._buffers)),
+            ("attribute", module.__dict__),
+        )
+        for kind, store in stores:
+            for key, tensor in store.items():
+                if isinstance(tensor, torch.Tensor):
+                    owners.setdefault(id(tensor), []).append(stem + key)
+                    if (stem + key).startswith(prefix):
+                        found[(stem + key)[len(prefix) :]] = (tensor, kind, module)
+    blocked: dict[str, str] = {}
+    kinds: dict[str, Literal["parameter", "buffer"]] = {}
+    for name, (tensor, kind, module) in found.items():
+        reason = _reason(tensor, kind, module, name.rpartition(".")[2])
+        outside = [o for o in owners[id(tensor)] if not o.startswith(prefix)]
+        if outside:
+            reason = reason or f"{prefix}{name} is shared with {outside[0]}"
+        if reason:
+            blocked[name] = reason
+        elif kind != "attribute":
+            kinds[name] = kind
+    return blocked, kinds
+
+
+def _reason(tensor: torch.Tensor, kind: str, module: nn.Module, key: str) -> str:
+    if kind == "attribute":
+        return "it is a plain attribute"
+    if kind == "buffer" and key in module._non_persistent_buffers_set:
+        return "it is a buffer that is not saved"
+    if kind == "parameter" and type(tensor) is not nn.Parameter:
+        return f"it is a {type(tensor).__name__}"
+    if kind == "buffer" and type(tensor) is not torch.Tensor:
+        return f"it is a {type(tensor).__name__}"
+    if tensor.layout is not torch.strided or not tensor.is_leaf:
+        return "it is no plain leaf tensor"
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        return "it has a gradient hook"
+    if tensor.__dict__:
+        return f"it carries attributes ({', '.join(tensor.__dict__)})"
+    return ""

@@ -1,0 +1,1 @@
+"""The compiler passes: one file a pass, each graph in, graph out. Importable as ``fxfuse.passes``."""

@@ -1,0 +1,196 @@
+"""Find the lanes: which nodes of the graph are the same computation on other data.
+
+Comes in: a functional graph. Goes out: ``Bundles``: classes of nodes that can be computed as one, and the order of lanes in each.
+
+Two nodes are in one class when they call the same op with the same attributes on operands of the same classes, slices of one
+tensor being one class whatever their position, and parameters of one shape likewise. This is value numbering (hash consing) up to
+the lane index, as the SLP vectorizer's isomorphism test but for whole graphs at once. Because a node's class is made of its
+operands' classes, all members of a class sit at the same height: they cannot depend on each other, and contracting every
+class to one node leaves the graph acyclic. One pass over the nodes, linear in their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+import torch.fx
+
+from .ops import Op
+
+Node = torch.fx.Node
+
+# Which argument of a slicing op is the lane's position, and may differ from lane to lane.
+POSITIONS = {"select": ("index",), "slice_along": ("start", "stop"), "narrow": ("start",)}
+
+
+@dataclass
+class Bundle:
+    """The same op in every lane: ``members[i]`` is lane i's node."""
+
+    index: int
+    members: list[Node]
+    operands: set[int] = field(default_factory=set)  # classes it reads
+    height: int = 0
+
+    @property
+    def op(self) -> Op | None:
+        target = self.members[0].target
+        return target if isinstance(target, Op) else None
+
+    @property
+    def name(self) -> str:
+        return self.op.name if self.op is not None else self.members[0].op
+
+
+@dataclass
+class Bundles:
+    """All classes of a graph. ``active`` are those that are computed as one; the others stay as single nodes."""
+
+    classes: list[Bundle]
+    of: dict[Node, int]
+    active: set[int]
+    position: dict[Node, int]  # of a node within its bundle
+
+    def bundle(self, node: Node) -> Bundle | None:
+        """The active bundle of a node, or None."""
+        index = self.of.get(node)
+        return self.classes[index] if index is not None and index in self.active else None
+
+    def components(self) -> list[set[int]]:
+        """Lane sets: active bundles connected through their operands. Each is kept or refused as a whole."""
+        dataflow = nx.Graph()
+        dataflow.add_nodes_from(self.active)
+        for index in self.active:
+            dataflow.add_edges_from((index, other) for other in self.classes[index].operands if other in self.active)
+        return sorted((set(c) for c in nx.connected_components(dataflow)), key=min)
+
+
+def find_bundles(
+    graph: torch.fx.Graph, vectorizable: Callable[[Bundle], bool], is_view: Callable[[Bundle], bool], min_lanes: int
+) -> Bundles:
+    """Classes of equal nodes; those with at least ``min_lanes`` members that ``vectorizable`` accepts are active.
+
+    ``is_view(bundle)`` tells ops that launch nothing: a bundle of those is worth computing as one only next to one that does.
+    """
+    classes: list[Bundle] = []
+    of: dict[Node, int] = {}
+    by_key: dict[Any, int] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        key = _key(node, of)
+        index = by_key.setdefault(key, len(classes))
+        if index == len(classes):
+            operands = {of[o] for o in node.all_input_nodes}
+            classes.append(Bundle(index, [], operands, 1 + max((classes[o].height for o in operands), default=0)))
+        classes[index].members.append(node)
+        of[node] = index
+    active = {
+        b.index for b in classes if len(b.members) >= min_lanes and b.op is not None and b.members[0].meta.get("shape") is not None and vectorizable(b)
+        or _is_size(b) and len(b.members) >= min_lanes
+    }  # fmt: skip
+    bundles = Bundles(classes, of, active, {})
+    _drop_idle_views(bundles, is_view)
+    _order(bundles)
+    return bundles
+
+
+def _is_size(bundle: Bundle) -> bool:
+    return bundle.op is not None and bundle.op.name.startswith("size")
+
+
+def _key(node: Node, of: dict[Node, int]) -> Any:
+    meta = node.meta
+    facts = (meta.get("shape"), meta.get("dyn"), meta.get("dtype"), meta.get("device"))
+    if node.op == "placeholder":
+        return ("input", *facts)
+    if node.op == "get_attr":
+        return ("attribute", *facts, meta.get("requires_grad"))
+    if node.op != "call_function" or not isinstance(node.target, Op):
+        return ("alone", id(node))
+    erased = POSITIONS.get(node.target.name, ())
+    args = tuple(
+        None if name in erased else _freeze(arg, of) for name, arg in zip(node.target.names, node.args, strict=True)
+    )  # fmt: skip
+    key = (node.target, args, facts)
+    try:
+        hash(key)
+    except TypeError:
+        return ("alone", id(node))
+    return key
+
+
+def _freeze(arg: Any, of: dict[Node, int]) -> Any:
+    if isinstance(arg, Node):
+        return ("class", of[arg])
+    if isinstance(arg, (list, tuple)):
+        return tuple([_freeze(a, of) for a in arg])
+    if isinstance(arg, slice):
+        return ("slice", _freeze(arg.start, of), _freeze(arg.stop, of), _freeze(arg.step, of))
+    if isinstance(arg, dict):
+        return tuple(sorted((k, _freeze(v, of)) for k, v in arg.items()))
+    return (type(arg).__name__, arg)
+
+
+def _drop_idle_views(bundles: Bundles, is_view: Callable[[Bundle], bool]) -> None:
+    """Bundles of views that neither feed nor come from a bundle that computes stay single nodes: they cost nothing as they are."""
+    classes = bundles.classes
+    computing = {i for i in bundles.active if not is_view(classes[i])}
+    derived = set(computing)
+    for bundle in classes:  # operands come before their users
+        if bundle.index in bundles.active and bundle.operands & derived:
+            derived.add(bundle.index)
+    needed = set(computing)
+    for bundle in reversed(classes):
+        if bundle.index in needed:
+            needed |= bundle.operands & bundles.active
+    bundles.active &= derived | needed
+
+
+def _order(bundles: Bundles) -> None:
+    """The order of lanes: by the position of the first operand that tells lanes apart, else as the program has them.
+
+    Lanes that read the same position (two networks on each slice) are ordered network by network, so that each is a run of its own.
+    """
+    for bundle in bundles.classes:
+        if bundle.index in bundles.active:
+            positions = _operand_positions(bundle, bundles)
+            if positions is not None:
+                seen: dict[Any, int] = {}
+                keys = []
+                for member, position in zip(bundle.members, positions, strict=True):
+                    occurrence = seen.get(position, 0)
+                    seen[position] = occurrence + 1
+                    keys.append((occurrence, position, member))
+                bundle.members = [member for _, _, member in sorted(keys, key=lambda k: k[:2])]
+            bundles.position.update((member, position) for position, member in enumerate(bundle.members))
+
+
+def _operand_positions(bundle: Bundle, bundles: Bundles) -> list[Any] | None:
+    first = bundle.members[0]
+    op = bundle.op
+    assert op is not None
+    if op.name in POSITIONS:
+        sources = [member.all_input_nodes[0] for member in bundle.members]
+        at = op.names.index(POSITIONS[op.name][0])
+        order = {s: i for i, s in enumerate(dict.fromkeys(sources))}
+        inner = [bundles.position.get(s, order[s]) for s in sources]
+        return [(i, member.args[at]) for i, member in zip(inner, bundle.members, strict=True)]
+    flat = [_flat_operands(member) for member in bundle.members]
+    for column in range(len(_flat_operands(first))):
+        nodes = [operands[column] for operands in flat]
+        if all(n is nodes[0] for n in nodes):
+            continue
+        if all(n in bundles.position for n in nodes):
+            return [(bundles.position[n],) for n in nodes]
+    return None
+
+
+def _flat_operands(node: Node) -> list[Node]:
+    found: list[Node] = []
+    torch.fx.node.map_arg(node.args, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found

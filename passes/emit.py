@@ -1,0 +1,459 @@
+"""Write the rewritten graph: one op per bundle, single nodes as they were.
+
+Comes in: a lifted graph, its bundles, and which lowering to use for which bundle. Goes out: a new ``torch.fx.Graph`` that calls public torch
+functions, and the recipes of the weights it packs. The rules (``passes/rules``) say what to write for a bundle; this file gives them
+their operands in packed form and carries the layouts.
+
+A packed value is a node and the dim of its lane axis (``Packed``), as in JAX's batching rules; ``dim is None`` means that all lanes have the
+same value. Every node carries ``meta["val"]``, a meta tensor, so that rules can look at physical shapes and strides.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import networkx as nx
+import torch
+import torch.fx
+from fxfuse.graph import FusedOp, Recipe
+
+from .bundle import Bundle, Bundles
+from .functional import slice_along
+from .lift import Lifted
+from .ops import Op
+
+Node = torch.fx.Node
+
+
+class Packed(NamedTuple):
+    """The values of all lanes in one tensor; ``dim`` is the lane axis, None where the lanes share one value."""
+
+    node: Node
+    dim: int | None
+
+
+class CannotVectorize(Exception):
+    """Raised by a rule that meets a case it does not cover: the bundle stays a loop, for this reason."""
+
+
+@dataclass
+class Packs:
+    """The weights packed so far, shared by all programs of one region."""
+
+    recipes: dict[tuple[str, ...], Recipe] = field(default_factory=dict)
+    where: dict[str, tuple[Recipe, int]] = field(default_factory=dict)  # member -> its recipe and lane
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    unpackable: dict[str, str] = field(default_factory=dict)  # member -> why it must stay as it is
+    kinds: dict[str, Literal["parameter", "buffer"]] = field(default_factory=dict)  # of the members that may be packed
+    holder: str = "packed"
+
+    def name(self, members: tuple[str, ...]) -> str:
+        """A readable name for the pack: the members' common path, without the part that differs from lane to lane."""
+        split = [member.split(".") for member in members]
+        width = min(len(parts) for parts in split)
+        common = [
+            parts[0] for parts in zip(*(s[:width] for s in split), strict=True) if len(set(parts)) == 1
+        ]  # fmt: skip
+        last = split[0][-1]
+        if not common or common[-1] != last:
+            common.append(last)
+        base = ".".join([self.holder, *common])
+        taken = {recipe.name for recipe in self.recipes.values()}
+        name, count = base, 1
+        while name in taken or any(t.startswith(name + ".") or name.startswith(t + ".") for t in taken):
+            count += 1
+            name = ".".join([self.holder, *common[:-1], str(count), last]) if len(common) == 1 else ".".join(
+                [self.holder, *common[:-2], f"{common[-2]}_{count}", last]
+            )  # fmt: skip
+        return name
+
+
+class Emitter:
+    """Builds one program's graph."""
+
+    def __init__(
+        self, lifted: Lifted, bundles: Bundles, packs: Packs, rules: Callable[[Bundle], Any], lowering: dict[Any, str], prefer: str
+    ) -> None:
+        self.lifted, self.bundles, self.packs, self.rules = lifted, bundles, packs, rules
+        self.lowering, self.prefer = lowering, prefer
+        self.graph = torch.fx.Graph()
+        self.singles: dict[Node, Any] = {}
+        self.values: dict[int, Packed] = {}
+        self.pieces: dict[int, Node] = {}
+        self.attributes: dict[str, Node] = {}
+        self.choices: dict[Any, tuple[str, ...]] = {}
+        self.ops: list[FusedOp] = []
+        self.source: Node | None = None  # the original node on whose behalf we are writing
+
+    # -- writing nodes ------------------------------------------------------------------------------------------------------------
+
+    def call(self, func: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
+        """A call of ``func`` (a name: a Tensor method); its ``meta["val"]`` is found by running it on meta tensors."""
+        if isinstance(func, str):
+            node = self.graph.call_method(func, args, kwargs)
+            function: Callable[..., Any] = getattr(torch.Tensor, func)
+        else:
+            node = self.graph.call_function(func, args, kwargs)
+            function = func
+        values, keywords = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with torch.no_grad():
+            node.meta["val"] = function(*values, **keywords)
+        return self._placed(node)
+
+    def _placed(self, node: Node) -> Node:
+        if self.source is not None:
+            node.meta["place"] = self.source.meta.get("place")
+            place = node.meta["place"]
+            if place is not None:
+                node.meta["stack_trace"] = f'File "{place.file}", line {place.line}, in {self.source.meta.get("path") or "forward"}'
+        return node
+
+    def attribute(self, target: str, value: torch.Tensor) -> Node:
+        """A tensor that the region holds, read once per program."""
+        node = self.attributes.get(target)
+        if node is None:
+            node = self.attributes[target] = self.graph.get_attr(target)
+            node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            node.meta["place"] = None
+        return node
+
+    def constant(self, values: list[int], device: torch.device) -> Node:
+        """An index tensor held by the region."""
+        tensor = torch.tensor(values, dtype=torch.int64, device=device)
+        for name, known in self.packs.constants.items():
+            if known.dtype is tensor.dtype and known.device == tensor.device and torch.equal(known, tensor):
+                return self.attribute(name, known)
+        name = f"{self.packs.holder}.index_{len(self.packs.constants)}"
+        self.packs.constants[name] = tensor
+        return self.attribute(name, tensor)
+
+    # -- operands -----------------------------------------------------------------------------------------------------------------
+
+    def operand(self, bundle: Bundle, name: str) -> Any:
+        """The argument ``name`` of a bundle: ``Packed`` where it is a tensor, else the value that all lanes have in common."""
+        op = bundle.op
+        assert op is not None
+        column = op.names.index(name)
+        first = bundle.members[0].args[column]
+        if isinstance(first, Node):
+            return self.fetch([member.args[column] for member in bundle.members])
+        if isinstance(first, (tuple, list)) and any(isinstance(item, Node) for item in first):
+            return type(first)(
+                self.fetch([member.args[column][i] for member in bundle.members]) if isinstance(item, Node) else item
+                for i, item in enumerate(first)
+            )
+        return first
+
+    def nodes(self, bundle: Bundle, name: str) -> list[Node] | None:
+        """The lanes' own nodes for the tensor argument ``name``; None where it is not a tensor."""
+        assert bundle.op is not None
+        column = bundle.op.names.index(name)
+        found = [member.args[column] for member in bundle.members]
+        return found if isinstance(found[0], Node) else None
+
+    def fetch(self, nodes: list[Node]) -> Packed:
+        """The values of ``nodes``, one per lane, as one packed value; at best nothing is moved."""
+        first = nodes[0]
+        if all(node is first for node in nodes):
+            return Packed(self.single(first), None)
+        if all(node.op == "get_attr" for node in nodes):
+            packed = self.weights(nodes)
+            if packed is not None:
+                return packed
+        bundle = self.bundles.bundle(first)
+        if bundle is not None and all(self.bundles.of.get(node) == bundle.index for node in nodes):
+            value = self.values[bundle.index]
+            return self.pick(value, len(bundle.members), [self.bundles.position[node] for node in nodes])
+        return Packed(self.call(torch.stack, [self.single(node) for node in nodes], 0), 0)
+
+    def pick(self, value: Packed, total: int, positions: list[int]) -> Packed:
+        """The lanes at ``positions`` of a packed value of ``total`` lanes."""
+        node, dim = value
+        if dim is None or positions == list(range(total)):
+            return value
+        count = len(positions)
+        step = positions[1] - positions[0] if count > 1 else 1
+        if step > 0 and positions == list(range(positions[0], positions[0] + step * count, step)):
+            return Packed(self.call(slice_along, node, dim, positions[0], positions[-1] + 1, step), dim)
+        if count % total == 0 and positions == list(range(total)) * (count // total):
+            sizes = [-1] * (len(node.meta["val"].shape) + 1)
+            sizes[dim] = count // total
+            expanded = self.call("expand", self.call(torch.unsqueeze, node, dim), *sizes)
+            return Packed(self.call(torch.flatten, expanded, dim, dim + 1), dim)
+        return Packed(self.call(torch.index_select, node, dim, self.constant(positions, self.device(nodes=None))), dim)
+
+    def device(self, nodes: Iterable[Node] | None) -> torch.device:
+        """The device the region was recorded on."""
+        for node in nodes or self.lifted.graph.nodes:
+            device = node.meta.get("device")
+            if device is not None:
+                return torch.device(device)
+        return torch.device("cpu")
+
+    # -- weights ------------------------------------------------------------------------------------------------------------------
+
+    def weights(self, nodes: list[Node], order: tuple[int, ...] | None = None, style: str = "stack") -> Packed | None:
+        """The lanes' own parameters as one packed tensor ``[G, *shape.permute(order)]``, packed once; None where they cannot be.
+
+        ``style="cat"`` gives ``[G * s0, ...]`` with ``dim`` 0 instead. The first request decides how the pack is stored; later ones
+        that want another order get a view of it.
+        """
+        targets = tuple(str(node.target) for node in nodes)
+        if any(node.op != "get_attr" for node in nodes) or any(t in self.packs.unpackable for t in targets):
+            return None
+        meta = nodes[0].meta
+        shape = tuple(meta["shape"])
+        order = tuple(range(len(shape))) if order is None else order
+        recipe = self.packs.recipes.get(targets)
+        if recipe is None:
+            if len(set(targets)) < len(targets) or any(t in self.packs.where for t in targets):
+                return self._repack(nodes, targets, order, style)
+            stored = "cat" if len(shape) == 1 else style if shape else "stack"
+            recipe = Recipe(
+                self.packs.name(targets), targets, shape, order, "cat" if stored == "cat" else "stack",
+                self.packs.kinds.get(targets[0], "parameter"), bool(meta.get("requires_grad")),
+            )  # fmt: skip
+            self.packs.recipes[targets] = recipe
+            self.packs.where.update((target, (recipe, lane)) for lane, target in enumerate(targets))
+        return self._viewed(self.packed(recipe, meta), recipe, order, style)
+
+    def packed(self, recipe: Recipe, meta: dict[str, Any]) -> Node:
+        """The node that reads a packed tensor as it is stored."""
+        inner = [recipe.shape[d] for d in recipe.order]
+        shape = [len(recipe.members), *inner]
+        if recipe.style == "cat":
+            shape = [shape[0] * shape[1], *shape[2:]]
+        return self.attribute(recipe.name, torch.empty(shape, dtype=meta["dtype"], device="meta"))
+
+    def _viewed(self, node: Node, recipe: Recipe, order: tuple[int, ...], style: str) -> Packed:
+        lanes = len(recipe.members)
+        if recipe.order == order and recipe.style == style:
+            return Packed(node, 0)
+        if recipe.style == "cat":
+            node = self.call(torch.unflatten, node, 0, (lanes, -1))
+        if recipe.order != order:
+            inverse = [recipe.order.index(d) for d in order]
+            node = self.call(torch.permute, node, (0, *(1 + d for d in inverse)))
+        if style == "cat":
+            node = self.call(torch.flatten, node, 0, 1)
+        return Packed(node, 0)
+
+    def _repack(self, nodes: list[Node], targets: tuple[str, ...], order: tuple[int, ...], style: str) -> Packed | None:
+        """Weights that another bundle has packed already: the same pack in another order, or part of it."""
+        found = [self.packs.where.get(target) for target in targets]
+        recipe = found[0][0] if found[0] is not None else None
+        if recipe is None or any(f is None or f[0] is not recipe for f in found):
+            return None
+        whole = self._viewed(self.packed(recipe, nodes[0].meta), recipe, order, "stack")
+        picked = self.pick(whole, len(recipe.members), [f[1] for f in found if f is not None])
+        return Packed(self.call(torch.flatten, picked.node, 0, 1), 0) if style == "cat" else picked
+
+    # -- single nodes -------------------------------------------------------------------------------------------------------------
+
+    def single(self, node: Node) -> Any:
+        """The value of one original node in the new graph."""
+        known = self.singles.get(node)
+        if known is not None:
+            return known
+        bundle = self.bundles.bundle(node)
+        if node.op == "get_attr":
+            made = self.attribute(str(node.target), _meta(node))
+        elif bundle is not None and bundle.index in self.values and not self._cheaper_alone(node, bundle):
+            made = self._lane(bundle, node)
+        else:
+            made = self._copy(node)
+        self.singles[node] = made
+        return made
+
+    def _cheaper_alone(self, node: Node, bundle: Bundle) -> bool:
+        """A slice of a tensor that is no lane itself: slicing it again is free, taking it out of a pack may not be."""
+        return bundle.name in ("select", "slice_along") and self.bundles.bundle(node.all_input_nodes[0]) is None
+
+    def _lane(self, bundle: Bundle, node: Node) -> Any:
+        value, dim = self.values[bundle.index]
+        if dim is None:
+            return value
+        pieces = self.pieces.get(bundle.index)
+        if pieces is None:
+            pieces = self.pieces[bundle.index] = self.call(torch.unbind, value, dim)
+        return self.call(operator.getitem, pieces, self.bundles.position[node])
+
+    def _copy(self, node: Node) -> Node:
+        previous, self.source = self.source, node
+        args = torch.fx.node.map_arg(node.args, self.single)
+        if node.op == "call_module":
+            made = self.graph.call_module(str(node.target), args, torch.fx.node.map_arg(node.kwargs, self.single))
+        else:
+            assert isinstance(node.target, Op), node
+            made = self.spell(node.target, args)
+        if node.meta.get("shape") is not None:
+            made.meta["val"] = _meta(node)
+        elif node.op == "call_function" and isinstance(node.target, Op) and node.target.name.startswith("size"):
+            values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+            made.meta["val"] = node.target(*values)
+        self._placed(made)
+        self.source = previous
+        return made
+
+    def spell(self, op: Op, args: tuple[Any, ...]) -> Node:
+        """A canonical call in the words a person would write: a torch function, or a Tensor method."""
+        positional, keywords = op.invocation(args)
+        name = getattr(op.func, "__name__", "")
+        if name == "__get__":
+            return self.graph.call_function(getattr, (positional[0], op.func.__self__.__name__))  # type: ignore[attr-defined]
+        if getattr(torch.Tensor, name, None) is op.func or isinstance(op.func, type(torch.Tensor.add)):
+            return self.graph.call_method(name, positional, keywords)
+        return self.graph.call_function(op.func, positional, keywords)
+
+    def respell(self, op: Op, args: tuple[Any, ...]) -> Node:
+        """A canonical call on packed operands, with its ``meta["val"]``."""
+        node = self.spell(op, args)
+        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        with torch.no_grad():
+            node.meta["val"] = op(*values)
+        return self._placed(node)
+
+    # -- the walk -----------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> torch.fx.Graph:
+        """The rewritten graph. Raises ``CannotVectorize`` with ``bundle`` set where a rule refuses."""
+        output = next(node for node in reversed(self.lifted.graph.nodes) if node.op == "output")
+        for node in self.lifted.graph.nodes:
+            if node.op == "placeholder":
+                made = self.graph.placeholder(node.name)
+                made.meta.update(place=None)
+                if node.meta.get("shape") is not None:
+                    made.meta["val"] = _meta(node)
+                self.singles[node] = made
+        for unit in self._units(output):
+            if isinstance(unit, int):
+                self._bundle(self.bundles.classes[unit])
+            elif unit not in self.singles:
+                self.singles[unit] = self._single_unit(unit)
+        self._outputs(output)
+        self.graph.eliminate_dead_code()
+        return self.graph
+
+    def _units(self, output: Node) -> list[Any]:
+        """Bundles (by number) and single nodes in an order that respects the dataflow, close to the program's own."""
+        of = {n: i for n, i in self.bundles.of.items() if i in self.bundles.active}
+        position = {node: i for i, node in enumerate(self.lifted.graph.nodes)}
+        dataflow = nx.DiGraph()
+        pending: list[Any] = [of.get(n, n) for n in output.all_input_nodes]
+        seen: set[Any] = set()
+        while pending:
+            unit = pending.pop()
+            if unit in seen or (isinstance(unit, Node) and unit.op in ("get_attr", "placeholder")):
+                continue
+            seen.add(unit)
+            dataflow.add_node(unit)
+            members = self.bundles.classes[unit].members if isinstance(unit, int) else [unit]
+            for operand in {of.get(n, n) for m in members for n in m.all_input_nodes}:
+                if not (isinstance(operand, Node) and operand.op in ("get_attr", "placeholder")):
+                    dataflow.add_edge(operand, unit)
+                    pending.append(operand)
+        first = {u: position[self.bundles.classes[u].members[0] if isinstance(u, int) else u] for u in dataflow}
+        return list(nx.lexicographical_topological_sort(dataflow, key=first.__getitem__))
+
+    def _bundle(self, bundle: Bundle) -> None:
+        self.source = bundle.members[0]
+        try:
+            rule = self.rules(bundle)
+            value, lowering = rule.apply(self, bundle)
+        except CannotVectorize as refusal:
+            refusal.bundle = bundle  # type: ignore[attr-defined]
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+            # A rule that fails on meta tensors is a rule that does not cover this case.
+            refusal = CannotVectorize(f"{bundle.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            refusal.bundle = bundle  # type: ignore[attr-defined]
+            raise refusal from error
+        self.values[bundle.index] = value
+        if not rule.view:
+            shapes = " x ".join(str(list(n.meta["shape"])) for n in bundle.members[0].all_input_nodes[:2] if n.meta.get("shape") is not None)
+            self.ops.append(FusedOp(bundle.name, len(bundle.members), lowering, bundle.members[0].meta.get("place"), shapes))
+        self.source = None
+
+    def _single_unit(self, node: Node) -> Any:
+        from .rules.joins import join  # a rule family that also serves single nodes
+
+        self.source = node
+        joined = join(self, node)
+        self.source = None
+        return joined if joined is not None else self._copy(node)
+
+    def _outputs(self, output: Node) -> None:
+        leaves = list(output.args[0])  # type: ignore[arg-type]
+        by_bundle: dict[int, list[Node]] = {}
+        for leaf in leaves:
+            bundle = self.bundles.bundle(leaf) if isinstance(leaf, Node) else None
+            if bundle is not None and bundle.index in self.values and self.values[bundle.index].dim is not None:
+                by_bundle.setdefault(bundle.index, []).append(leaf)
+        for index, members in by_bundle.items():
+            members = list(dict.fromkeys(members))
+            if len(members) > 1:
+                self._separate(self.bundles.classes[index], members)
+        self.graph.output([self._strided(leaf) if isinstance(leaf, Node) else leaf for leaf in leaves])
+
+    def _separate(self, bundle: Bundle, members: list[Node]) -> None:
+        """Lanes that leave the region one by one leave as tensors of their own, as they were: not as views of one pack."""
+        value, dim = self.values[bundle.index]
+        assert dim is not None
+        self.source = members[0]
+        pieces = self.call(torch.unbind_copy, value, dim)
+        for member in members:
+            self.singles[member] = self.call(operator.getitem, pieces, self.bundles.position[member])
+        self.source = None
+
+    def _strided(self, leaf: Node) -> Any:
+        """An output with the strides that the original's has, where both are dense: callers may ``view`` it."""
+        node = self.single(leaf)
+        wanted, value = leaf.meta.get("out_stride"), node.meta.get("val")
+        if wanted is None or not isinstance(value, torch.Tensor) or value.shape != torch.Size(leaf.meta["shape"]):
+            return node
+        if all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
+            return node
+        order = sorted(range(len(wanted)), key=lambda d: (-wanted[d], d))
+        if order == list(range(len(order))):
+            return self.call("contiguous", node)
+        inverse = [order.index(d) for d in range(len(order))]
+        return self.call(torch.permute, self.call("contiguous", self.call(torch.permute, node, tuple(order))), tuple(inverse))
+
+    # -- layout helpers for rules ---------------------------------------------------------------------------------------------------
+
+    def choose(self, bundle: Bundle, options: tuple[str, ...]) -> str:
+        """The lowering to use, out of what the rule can do here; the planner learns of the choice by it."""
+        key = signature(bundle)
+        self.choices[key] = options
+        chosen = self.lowering.get(key)
+        if chosen in options:
+            return str(chosen)
+        return self.prefer if self.prefer in options else options[0]
+
+    def front(self, value: Packed, lanes: int) -> Node:
+        """The value with its lane axis in front, ``[G, ...]``; a shared value is expanded (no copy)."""
+        node, dim = value
+        if dim is None:
+            return self.call("expand", self.call(torch.unsqueeze, node, 0), lanes, *([-1] * len(node.meta["val"].shape)))
+        return node if dim == 0 else self.call(torch.movedim, node, dim, 0)
+
+    def at(self, value: Packed, dim: int) -> Node:
+        """A batched value with its lane axis moved to ``dim``."""
+        assert value.dim is not None
+        return value.node if value.dim == dim else self.call(torch.movedim, value.node, value.dim, dim)
+
+
+def signature(bundle: Bundle) -> tuple[Any, ...]:
+    """What a bundle's choice of lowering hangs on, equal in the train and the eval graph."""
+    shapes = tuple(n.meta.get("shape") for n in bundle.members[0].all_input_nodes)
+    return (bundle.name, len(bundle.members), shapes)
+
+
+def _meta(node: Node) -> torch.Tensor:
+    shape, stride = node.meta["shape"], node.meta.get("stride")
+    if stride is None:
+        return torch.empty(shape, dtype=node.meta["dtype"], device="meta")
+    return torch.empty_strided(shape, stride, dtype=node.meta["dtype"], device="meta")

@@ -1,0 +1,77 @@
+"""Finish the programs of a region: what they assume, and which weights they share.
+
+Comes in: a ``Lifted`` frame and its rewritten graph. Goes out: a ``Program`` with its guard. ``resolve_packed`` makes every program of the
+region read a weight that any of them has packed from the pack.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+from fxfuse.graph import Guard, Program, Recipe, TensorGuard
+from fxfuse.trace import Ref, Trace
+
+from .emit import Packs
+from .lift import Lifted
+
+
+def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program:
+    """The program of one frame in one mode."""
+    frame = lifted.frame
+    free = {} if lifted.specialised else lifted.dynamic
+    leaves: list[object] = []
+    same: list[int] = []
+    seen: dict[int, int] = {}
+    batch: list[tuple[int, int]] = []
+    for index, leaf in enumerate(frame.leaves):
+        if not isinstance(leaf, Ref):
+            leaves.append(("constant", leaf))
+            same.append(index)
+            continue
+        value = trace.values[leaf.value]
+        dynamic = free.get(leaf.value, frozenset())
+        shape = tuple(None if dim in dynamic else size for dim, size in enumerate(value.shape))
+        leaves.append(TensorGuard(shape, value.tensor.dtype, value.tensor.device))
+        same.append(seen.setdefault(leaf.value, index))
+        if same[-1] == index:
+            batch.extend((index, dim) for dim in sorted(dynamic))
+    # Free sizes were varied together: they are one size until a run shows otherwise.
+    equal = tuple((batch[0], other) for other in batch[1:])
+    generic = not lifted.factories and not trace.reads_dtype and not _spells_dtype(graph)
+    guard = Guard(
+        tuple(leaves), tuple(same), tuple(dict.fromkeys(lifted.size_checks)), equal, torch.get_default_dtype(), generic, not lifted.factories
+    )
+    return Program(graph, guard, frame.in_spec, frame.out_spec)
+
+
+def _spells_dtype(graph: torch.fx.Graph) -> bool:
+    found: list[object] = []
+
+    def look(item: object) -> object:
+        if isinstance(item, torch.dtype):
+            found.append(item)
+        return item
+
+    for node in graph.nodes:
+        torch.fx.node.map_aggregate((node.args, node.kwargs), look)
+    return bool(found)
+
+
+def resolve_packed(graph: torch.fx.Graph, packs: Packs) -> None:
+    """Replace reads of packed members by their slice of the pack, in place."""
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or str(node.target) not in packs.where:
+            continue
+        recipe, lane = packs.where[str(node.target)]
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(_member(graph, recipe, lane))
+        graph.erase_node(node)
+
+
+def _member(graph: torch.fx.Graph, recipe: Recipe, lane: int) -> torch.fx.Node:
+    made = graph.get_attr(recipe.name)
+    if recipe.style == "cat":
+        made = graph.call_function(torch.unflatten, (made, 0, (len(recipe.members), -1)))
+    made = graph.call_function(torch.select, (made, 0, lane))
+    inverse = tuple(recipe.order.index(d) for d in range(len(recipe.order)))
+    return made if inverse == tuple(range(len(inverse))) else graph.call_function(torch.permute, (made, inverse))

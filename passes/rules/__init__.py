@@ -1,0 +1,31 @@
+"""The batching rules: one file an op family. ``rule_of(bundle)`` finds the rule for a bundle.
+
+Adding an op touches one file of this folder (and this list, where the file is new).
+"""
+
+from __future__ import annotations
+
+from ..bundle import Bundle
+from . import conv, elementwise, joins, linear, matmul, norm, pad, random, reduce, shape, slicing
+from .base import RULES, Rule
+
+FAMILIES = (conv, elementwise, joins, linear, matmul, norm, pad, random, reduce, shape, slicing)
+
+
+def rule_of(bundle: Bundle) -> Rule | None:
+    """The rule for the bundle's op: its own, or the elementwise one where the operator's schema says it is elementwise."""
+    found = RULES.get(bundle.name)
+    if found is None and bundle.op is not None and bundle.op.pointwise and not bundle.op.random:
+        return elementwise.POINTWISE
+    return found
+
+
+def has_rule(bundle: Bundle) -> bool:
+    """True where lanes of this op can be computed as one."""
+    return rule_of(bundle) is not None
+
+
+def is_view(bundle: Bundle) -> bool:
+    """True where the op launches nothing."""
+    found = rule_of(bundle)
+    return found is not None and found.view

@@ -1,0 +1,80 @@
+"""What a rule is, and the register of all rules.
+
+A rule says, for one op: given which operands carry a lane axis and where, what single op computes all lanes, and where the lane axis
+ends up (JAX's batching rules, written on operands so that they serve modules, functional calls and computed weights alike).
+
+To add an op: write a function ``(emitter, bundle) -> Packed`` in a file of this folder and decorate it with ``@rule("name", ...)``.
+Raise ``CannotVectorize(reason)`` for a case it does not cover: the lanes then stay as they are and the report says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..bundle import Bundle
+from ..emit import CannotVectorize, Emitter, Packed
+
+Vectorize = Callable[[Emitter, Bundle], "Packed | tuple[Packed, str]"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``view``: launches nothing. ``heavy``: carries parameters or a product. ``lowering``: the name used in reports by default."""
+
+    ops: tuple[str, ...]
+    vectorize: Vectorize
+    view: bool = False
+    heavy: bool = False
+    lowering: str = ""
+
+    def apply(self, emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
+        """The packed result and the lowering used; checks that shape and dtype are what the lanes had."""
+        result = self.vectorize(emitter, bundle)
+        value, lowering = result if isinstance(result[1], str) else (result, self.lowering or bundle.name)
+        assert isinstance(value, Packed)
+        member, made = bundle.members[0], value.node.meta.get("val")
+        if hasattr(made, "shape") and member.meta.get("shape") is not None:
+            shape = list(made.shape)
+            if value.dim is not None:
+                lanes = shape.pop(value.dim)
+                if lanes != len(bundle.members):
+                    raise CannotVectorize(f"{bundle.name}: packed {lanes} lanes instead of {len(bundle.members)}")
+            if tuple(shape) != tuple(member.meta["shape"]):
+                raise CannotVectorize(f"{bundle.name}: lanes would have shape {tuple(shape)} instead of {tuple(member.meta['shape'])}")
+            if made.dtype is not member.meta["dtype"]:
+                raise CannotVectorize(f"{bundle.name}: lanes would have dtype {made.dtype} instead of {member.meta['dtype']}")
+        return value, lowering
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*ops: str, view: bool = False, heavy: bool = False, lowering: str = "") -> Callable[[Vectorize], Vectorize]:
+    """Register a function as the rule of these ops (canonical names, as ``passes.ops.op_name`` gives them)."""
+
+    def register(vectorize: Vectorize) -> Vectorize:
+        made = Rule(ops, vectorize, view, heavy, lowering)
+        for op in ops:
+            if op in RULES:
+                raise ValueError(f"two rules for {op}")
+            RULES[op] = made
+        return vectorize
+
+    return register
+
+
+def rank(node: Any) -> int:
+    """The rank of a lane's own value."""
+    return len(node.meta["shape"])
+
+
+def physical(dim: int, lane: int | None) -> int:
+    """Where a lane's dimension ``dim`` is in a packed value whose lane axis is at ``lane``."""
+    return dim if lane is None or dim < lane else dim + 1
+
+
+def shared(*values: Any) -> bool:
+    """True where no operand carries a lane axis: one computation serves all lanes."""
+    return all(not isinstance(v, Packed) or v.dim is None for v in values)

@@ -1,0 +1,94 @@
+"""Elementwise ops, known by their schema tag: the same op on the packed operands, aligned for broadcasting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..bundle import Bundle
+from ..emit import CannotVectorize, Emitter, Packed
+from .base import Rule, rank, rule
+
+
+def aligned(emitter: Emitter, operands: list[tuple[Packed, int]], out_rank: int) -> tuple[list[Any], int]:
+    """Operands ``(value, lane rank)`` made to broadcast as the lanes' own do, and the lane axis of the result.
+
+    Where all batched operands of full rank have their lanes at one place, nothing moves.
+    """
+    dims = {value.dim for value, r in operands if value.dim is not None and r == out_rank}
+    low = any(value.dim is not None and r < out_rank for value, r in operands)
+    lane = dims.pop() if len(dims) == 1 and not low else 0
+    assert lane is not None
+    made = []
+    for value, r in operands:
+        node = value.node
+        if value.dim is None:
+            missing = r - (out_rank - lane)
+            made.append(emitter.call(torch.unsqueeze, node, missing) if missing > 0 else node)
+            continue
+        node = emitter.at(value, lane)
+        for _ in range(out_rank - r):  # lane is 0 here: [G, ...] -> [G, 1, ..., ...]
+            node = emitter.call(torch.unsqueeze, node, 1)
+        made.append(node)
+    return made, lane
+
+
+def pointwise(emitter: Emitter, bundle: Bundle) -> Packed:
+    op = bundle.op
+    assert op is not None
+    operands = [(name, emitter.operand(bundle, name)) for name in op.names]
+    nodes = {name: bundle.members[0].args[op.names.index(name)] for name, value in operands if isinstance(value, Packed)}
+    if any(isinstance(value, (list, tuple)) and any(isinstance(v, Packed) for v in value) for _, value in operands):
+        raise CannotVectorize(f"{bundle.name} takes a list of tensors")
+    tensors = [(value, rank(nodes[name])) for name, value in operands if isinstance(value, Packed)]
+    dtypes = {node.meta["dtype"] for node in nodes.values()}
+    if len(dtypes) > 1 and any(r == 0 for _, r in tensors):
+        raise CannotVectorize(f"{bundle.name} mixes dtypes with zero-dimensional tensors, whose promotion packing would change")
+    if all(value.dim is None for value, _ in tensors):
+        made, lane = [value.node for value, _ in tensors], None
+    else:
+        made, lane = aligned(emitter, tensors, rank(bundle.members[0]))  # type: ignore[assignment]
+    iterator = iter(made)
+    args = tuple(next(iterator) if isinstance(value, Packed) else value for _, value in operands)
+    return Packed(emitter.respell(op, args), lane)
+
+
+POINTWISE = Rule(("*",), pointwise, lowering="pointwise")
+
+
+@rule("clone", "detach", "zeros_like", "ones_like", "full_like", "to", "type_as", lowering="pointwise")
+def _same_shape(emitter: Emitter, bundle: Bundle) -> Packed:
+    op = bundle.op
+    assert op is not None
+    if bundle.name == "type_as":
+        raise CannotVectorize("type_as takes its dtype from another tensor")
+    value = emitter.operand(bundle, "input")
+    rest = tuple(emitter.operand(bundle, name) for name in op.names[1:])
+    if any(isinstance(r, Packed) for r in rest):
+        raise CannotVectorize(f"{bundle.name} takes its dtype from another tensor")
+    return Packed(emitter.respell(op, (value.node, *rest)), value.dim)
+
+
+@rule("contiguous", view=True)
+def _contiguous(emitter: Emitter, bundle: Bundle) -> Packed:
+    # Layouts are ours to choose inside a region; the region's outputs get the strides of the original's.
+    return emitter.operand(bundle, "input")  # type: ignore[no-any-return]
+
+
+@rule("as_slot", lowering="pointwise")
+def _as_slot(emitter: Emitter, bundle: Bundle) -> Packed:
+    value, slot = emitter.operand(bundle, "value"), emitter.operand(bundle, "slot")
+    shape = bundle.members[0].meta["shape"]
+    node = emitter.front(value, len(bundle.members))
+    extra = len(node.meta["val"].shape) - 1 - len(shape)
+    for _ in range(extra):
+        node = emitter.call(torch.squeeze, node, 1)
+    for _ in range(-extra):
+        node = emitter.call(torch.unsqueeze, node, 1)
+    if node.meta["val"].dtype is not bundle.members[0].meta["dtype"]:
+        node = emitter.call("to", node, bundle.members[0].meta["dtype"])
+    if tuple(node.meta["val"].shape[1:]) != tuple(shape) or bundle.members[0].meta["dyn"]:
+        target = emitter.front(slot, len(bundle.members))
+        node = emitter.call("expand_as", node, target)
+    return Packed(node, 0)

@@ -1,0 +1,44 @@
+"""Dropout inside lanes: one dropout of the packed tensor. Every lane draws its own mask; the numbers differ from the loop's."""
+
+from __future__ import annotations
+
+
+from ..bundle import Bundle
+from ..emit import Emitter, Packed
+from .base import rule
+from .fold import fold, unfold
+
+
+def _training(emitter: Emitter, bundle: Bundle) -> bool:
+    assert bundle.op is not None
+    return bool(emitter.operand(bundle, "training" if "training" in bundle.op.names else "train"))
+
+
+@rule("dropout", "alpha_dropout", lowering="pointwise, own masks")
+def _dropout(emitter: Emitter, bundle: Bundle) -> Packed:
+    op = bundle.op
+    assert op is not None
+    value = emitter.operand(bundle, "input")
+    if not _training(emitter, bundle):
+        return value
+    if value.dim is None:  # lanes that drop out of one shared tensor draw a mask each
+        value = Packed(emitter.front(value, len(bundle.members)), 0)
+    return Packed(emitter.respell(op, (value.node, *bundle.members[0].args[1:])), value.dim)
+
+
+@rule("dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_alpha_dropout", lowering="channels, own masks")
+def _channel_dropout(emitter: Emitter, bundle: Bundle) -> Packed:
+    op = bundle.op
+    assert op is not None
+    value = emitter.operand(bundle, "input")
+    if not _training(emitter, bundle):
+        return value
+    if value.dim is None:
+        value = Packed(emitter.front(value, len(bundle.members)), 0)
+    batched = len(bundle.members[0].meta["shape"]) > {"dropout1d": 2, "dropout2d": 3, "dropout3d": 4}.get(bundle.name, 1)
+    if not batched:
+        return Packed(emitter.respell(op, (emitter.at(value, 0), *bundle.members[0].args[1:])), 0)
+    node, place = fold(emitter, value)
+    return unfold(emitter, emitter.respell(op, (node, *bundle.members[0].args[1:])), place, len(bundle.members))
+
+

@@ -1,0 +1,183 @@
+"""Shape ops inside lanes: the same op on the packed tensor, dims counted past the lane axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..bundle import Bundle
+from ..emit import CannotVectorize, Emitter, Packed
+from .base import physical, rank, rule
+
+
+def _input(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = emitter.operand(bundle, "input")
+    assert isinstance(value, Packed)
+    return value
+
+
+def _same(emitter: Emitter, bundle: Bundle, value: Packed) -> Packed:
+    """All lanes are one: the op as it is."""
+    assert bundle.op is not None
+    args = [emitter.operand(bundle, name) for name in bundle.op.names[1:]]
+    return Packed(emitter.respell(bundle.op, (value.node, *(numbers(a) for a in args))), None)
+
+
+def numbers(arg: Any) -> Any:
+    """Sizes in an argument: each must be the same in every lane."""
+    if isinstance(arg, Packed):
+        if arg.dim is not None:
+            raise CannotVectorize("lanes use sizes that differ")
+        return arg.node
+    return type(arg)(numbers(a) for a in arg) if type(arg) in (tuple, list) else arg
+
+
+@rule("size", view=True)
+def _size(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    return Packed(emitter.call("size", value.node, physical(emitter.operand(bundle, "dim"), value.dim)), None)
+
+
+@rule("size_add", "size_sub", "size_mul", view=True)
+def _size_arithmetic(emitter: Emitter, bundle: Bundle) -> Packed:
+    assert bundle.op is not None
+    args = [numbers(emitter.operand(bundle, name)) for name in bundle.op.names]
+    return Packed(emitter.call(bundle.op.func, *args), None)
+
+
+@rule("view", "reshape", "view_as", "reshape_as", view=True)
+def _reshape(emitter: Emitter, bundle: Bundle) -> Packed:
+    if bundle.name.endswith("_as"):
+        raise CannotVectorize(f"{bundle.name} takes its shape from another tensor")
+    value = _input(emitter, bundle)
+    if value.dim is None:
+        return _same(emitter, bundle, value)
+    assert bundle.op is not None
+    sizes = numbers(emitter.operand(bundle, bundle.op.names[1]))
+    sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+    lanes = len(bundle.members)
+    return Packed(emitter.call("reshape", emitter.front(value, lanes), (lanes, *sizes)), 0)
+
+
+@rule("flatten", view=True)
+def _flatten(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    if value.dim is None:
+        return _same(emitter, bundle, value)
+    start, end = emitter.operand(bundle, "start_dim"), emitter.operand(bundle, "end_dim")
+    if rank(bundle.members[0].args[0]) == 0:
+        return Packed(emitter.call(torch.unsqueeze, value.node, 1), 0)
+    if start < value.dim <= end:
+        value = Packed(emitter.front(value, len(bundle.members)), 0)
+    assert value.dim is not None
+    node = emitter.call(torch.flatten, value.node, physical(start, value.dim), physical(end, value.dim))
+    return Packed(node, value.dim if value.dim <= start else value.dim - (end - start))
+
+
+@rule("unflatten", view=True)
+def _unflatten(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    if value.dim is None:
+        return _same(emitter, bundle, value)
+    dim = emitter.operand(bundle, "dim") % rank(bundle.members[0].args[0])
+    sizes = numbers(emitter.operand(bundle, "sizes"))
+    node = emitter.call(torch.unflatten, value.node, physical(dim, value.dim), tuple(sizes))
+    return Packed(node, value.dim if value.dim <= dim else value.dim + len(sizes) - 1)
+
+
+@rule("unsqueeze", view=True)
+def _unsqueeze(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    dim = emitter.operand(bundle, "dim")
+    if value.dim is None:
+        return Packed(emitter.call(torch.unsqueeze, value.node, dim), None)
+    if dim <= value.dim:
+        return Packed(emitter.call(torch.unsqueeze, value.node, dim), value.dim + 1)
+    return Packed(emitter.call(torch.unsqueeze, value.node, dim + 1), value.dim)
+
+
+@rule("squeeze", view=True)
+def _squeeze(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    dims = emitter.operand(bundle, "dim")
+    dims = tuple(dims) if isinstance(dims, (tuple, list)) else (dims,)
+    node = value.node
+    lane = value.dim
+    for dim in sorted(dims, reverse=True):
+        node = emitter.call(torch.squeeze, node, physical(dim, lane))
+        lane = lane if lane is None or dim >= lane else lane - 1
+    return Packed(node, lane)
+
+
+@rule("transpose", "t", "mT", view=True)
+def _transpose(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    lanes_rank = rank(bundle.members[0].args[0])
+    if bundle.name == "transpose":
+        first, second = emitter.operand(bundle, "dim0"), emitter.operand(bundle, "dim1")
+    elif lanes_rank < 2:
+        return value
+    else:
+        first, second = lanes_rank - 2, lanes_rank - 1
+    return Packed(emitter.call(torch.transpose, value.node, physical(first, value.dim), physical(second, value.dim)), value.dim)
+
+
+@rule("permute", view=True)
+def _permute(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    dims = emitter.operand(bundle, "dims")
+    if value.dim is None:
+        return Packed(emitter.call(torch.permute, value.node, tuple(dims)), None)
+    node = emitter.front(value, len(bundle.members))
+    return Packed(emitter.call(torch.permute, node, (0, *(d + 1 for d in dims))), 0)
+
+
+@rule("movedim", view=True)
+def _movedim(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    source, destination = emitter.operand(bundle, "source"), emitter.operand(bundle, "destination")
+    if value.dim is None:
+        return Packed(emitter.call(torch.movedim, value.node, source, destination), None)
+    as_tuple = [(v,) if isinstance(v, int) else tuple(v) for v in (source, destination)]
+    node = emitter.front(value, len(bundle.members))
+    return Packed(emitter.call(torch.movedim, node, tuple(s + 1 for s in as_tuple[0]), tuple(d + 1 for d in as_tuple[1])), 0)
+
+
+@rule("expand", "expand_as", "broadcast_to", view=True)
+def _expand(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    if bundle.name == "expand_as":
+        other = emitter.operand(bundle, "other")
+        node = _padded(emitter, bundle, value, rank(bundle.members[0]))
+        return Packed(emitter.call("expand_as", node, emitter.front(other, len(bundle.members))), 0)
+    if value.dim is None:
+        return _same(emitter, bundle, value)
+    sizes = numbers(emitter.operand(bundle, "size"))
+    sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
+    return Packed(emitter.call("expand", _padded(emitter, bundle, value, len(sizes)), (-1, *sizes)), 0)
+
+
+@rule("repeat", lowering="repeat")
+def _repeat(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    if value.dim is None:
+        return _same(emitter, bundle, value)
+    times = numbers(emitter.operand(bundle, "repeats"))
+    times = tuple(times) if isinstance(times, (tuple, list)) else (times,)
+    return Packed(emitter.call("repeat", _padded(emitter, bundle, value, len(times)), (1, *times)), 0)
+
+
+def _padded(emitter: Emitter, bundle: Bundle, value: Packed, to_rank: int) -> Any:
+    """``[G, ...]`` with ones after the lane axis, up to ``to_rank`` dims of the lane's own."""
+    node = emitter.front(value, len(bundle.members))
+    for _ in range(to_rank - rank(bundle.members[0].args[0])):
+        node = emitter.call(torch.unsqueeze, node, 1)
+    return node
+
+
+@rule("flip", lowering="flip")
+def _flip(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    dims = emitter.operand(bundle, "dims")
+    return Packed(emitter.call(torch.flip, value.node, tuple(physical(d, value.dim) for d in dims)), value.dim)

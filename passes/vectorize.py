@@ -1,0 +1,123 @@
+"""From a lifted graph to its rewritten form: normalize, find lanes, bundle, emit.
+
+Comes in: a ``Lifted`` graph and the packs of its region. Goes out: ``Vectorized``: the rewritten graph, what fused, what not and why.
+A bundle whose rule refuses is taken apart again, alone, and the rest is tried anew. Lane sets that would not save a launch are left.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.fx
+from fxfuse.graph import FusedOp, Place, Refusal
+
+from .bundle import Bundle, Bundles, Node, find_bundles
+from .emit import CannotVectorize, Emitter, Packs
+from .factor import factor_shared_maps
+from .joins import normalize_joins
+from .lift import Lifted
+from .rules import has_rule, is_view, rule_of
+
+
+@dataclass
+class Prepared:
+    """A lifted graph after normalization, and its bundles."""
+
+    lifted: Lifted
+    bundles: Bundles
+    factored: list[tuple[str, int, Any]]
+    refusals: list[Refusal] = field(default_factory=list)
+    disabled: set[Node] = field(default_factory=set)
+    min_lanes: int = 2
+
+    def find(self) -> None:
+        """Find the bundles anew, without what was disabled and without lane sets that save nothing."""
+        self.bundles = find_bundles(
+            self.lifted.graph, lambda b: has_rule(b) and not any(m in self.disabled for m in b.members), is_view, self.min_lanes
+        )
+        for component in self.bundles.components():
+            if saved_launches(self.bundles, component) <= 0:
+                self.bundles.active -= component
+                for index in component:
+                    for member in self.bundles.classes[index].members:
+                        self.bundles.position.pop(member, None)
+
+    @property
+    def worthwhile(self) -> bool:
+        return bool(self.bundles.active or self.factored)
+
+
+@dataclass
+class Vectorized:
+    """One program of a region, rewritten."""
+
+    graph: torch.fx.Graph
+    packs: Packs
+    ops: list[FusedOp]
+    choices: dict[Any, tuple[str, ...]]
+
+
+def prepare(lifted: Lifted, min_lanes: int) -> Prepared:
+    """Normalize ``lifted`` in place and find its lanes."""
+    normalize_joins(lifted.graph)
+    factored = factor_shared_maps(lifted.graph)
+    prepared = Prepared(lifted, Bundles([], {}, set(), {}), factored, min_lanes=min_lanes)
+    prepared.find()
+    return prepared
+
+
+def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer: str) -> Vectorized | None:
+    """Emit the rewritten graph; ``packs`` is extended only where that succeeds. None where nothing is left to fuse."""
+    while prepared.worthwhile:
+        attempt = copy.copy(packs)
+        attempt.recipes, attempt.where, attempt.constants = dict(packs.recipes), dict(packs.where), dict(packs.constants)
+        emitter = Emitter(prepared.lifted, prepared.bundles, attempt, _rule, lowering, prefer)
+        try:
+            graph = emitter.run()
+        except CannotVectorize as refusal:
+            bundle: Bundle = refusal.bundle  # type: ignore[attr-defined]
+            place: Place | None = bundle.members[0].meta.get("place")
+            prepared.refusals.append(Refusal(str(refusal), place, prepared.lifted.frame.path))
+            prepared.disabled.update(bundle.members)
+            prepared.find()
+            continue
+        factored = [FusedOp(op, count, "one map of the summed input", place) for op, count, place in prepared.factored]
+        return Vectorized(graph, attempt, factored + emitter.ops, emitter.choices)
+    return None
+
+
+def _rule(bundle: Bundle) -> Any:
+    found = rule_of(bundle)
+    if found is None:
+        raise CannotVectorize(f"no rule for {bundle.name}")
+    return found
+
+
+def saved_launches(bundles: Bundles, component: set[int]) -> int:
+    """Launches that computing a lane set as one saves, less those that gathering its operands costs."""
+    saved = 0
+    for index in component:
+        bundle = bundles.classes[index]
+        lanes = len(bundle.members)
+        if not is_view(bundle):
+            saved += lanes - 1
+        if bundle.name in ("select", "slice_along"):
+            continue
+        for column in _columns(bundle):
+            if all(n is column[0] for n in column) or all(n.op == "get_attr" for n in column):
+                continue
+            if all(bundles.of[n] == bundles.of[column[0]] for n in column) and bundles.of[column[0]] in bundles.active:
+                continue
+            saved -= 1
+    return saved
+
+
+def _columns(bundle: Bundle) -> list[list[Node]]:
+    rows: list[list[Node]] = []
+    for member in bundle.members:
+        row: list[Node] = []
+        torch.fx.node.map_arg(member.args, lambda n, row=row: row.append(n))  # type: ignore[misc]
+        rows.append(row)
+    return [list(column) for column in zip(*rows, strict=True)]
