@@ -57,6 +57,8 @@ class AliasPack:
     def tensor(self) -> Tensor:
         """The packed tensor, of the current values. Raises ``StaleAlias`` where the members do not fit together."""
         members = self.members()
+        if torch.compiler.is_compiling():  # a traced graph cannot look at addresses: it packs at every call
+            return pack(self.recipe, members)
         buffer = self.buffer
         if buffer is None or list(map(Tensor.data_ptr, members)) != self.pointers:
             buffer = self.bind(members)

@@ -276,11 +276,27 @@ _WIDE = {
     torch.complex64: torch.complex128,
     torch.complex32: torch.complex128,
 }
-_ALWAYS_FLOAT: frozenset[Any] = frozenset({
-    torch.zeros, torch.ones, torch.empty, torch.empty_strided, torch.empty_permuted, torch.rand, torch.randn, torch.eye,
-    torch.linspace, torch.logspace, torch.fft.fftfreq, torch.fft.rfftfreq, torch.bartlett_window, torch.blackman_window,
-    torch.hamming_window, torch.hann_window, torch.kaiser_window,
-})
+_ALWAYS_FLOAT: frozenset[Any] = frozenset(
+    {
+        torch.zeros,
+        torch.ones,
+        torch.empty,
+        torch.empty_strided,
+        torch.empty_permuted,
+        torch.rand,
+        torch.randn,
+        torch.eye,
+        torch.linspace,
+        torch.logspace,
+        torch.fft.fftfreq,
+        torch.fft.rfftfreq,
+        torch.bartlett_window,
+        torch.blackman_window,
+        torch.hamming_window,
+        torch.hann_window,
+        torch.kaiser_window,
+    }
+)
 # Factories whose dtype follows their arguments, and how many positional arguments leave the dtype out.
 _FROM_DATA: dict[Any, int] = {
     torch.tensor: 2,

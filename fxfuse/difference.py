@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -71,13 +72,12 @@ class Spread:
         """``(e, n)`` in rising order: n elements differ by 10**e up to 10**(e+1)."""
         return sorted(self.by_exponent.items())
 
-    def add(self, delta: Tensor) -> None:
-        """Count the elements of ``delta`` (float64, not negative)."""
-        if delta.numel():
-            self.count += delta.numel()
-            self.max = max(self.max, float(delta.max()))
-            self.total += float(delta.sum())
-            self.by_exponent.update(dict(histogram(delta)))
+    def add(self, gap: Gap) -> None:
+        """Count the elements of a pair of tensors that could be compared."""
+        self.count += gap.count
+        self.max = max(self.max, gap.max_abs)
+        self.total += gap.total
+        self.by_exponent.update(dict(gap.histogram))
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as data for ``json.dumps``."""
@@ -187,34 +187,28 @@ class Validation:
         }
 
 
-def histogram(delta: Tensor) -> Histogram:
-    """Count elements by power of ten: ``(e, n)`` for n elements in 10**e up to 10**(e+1), e = -inf for zeros, inf for inf and NaN.
+@dataclass(frozen=True)
+class Gap:
+    """How far two tensors are apart; where they cannot be subtracted, ``note`` says why and the distances are inf."""
 
-    >>> histogram(torch.tensor([0.0, 0.02, 0.05, 3.0]))
-    [(-inf, 1), (-2.0, 2), (0.0, 1)]
-    """
-    delta = delta.detach().to("cpu", torch.float64).reshape(-1)
-    zeros = delta.numel() - int(delta.count_nonzero())
-    if zeros == delta.numel():
-        return [(-math.inf, zeros)] if zeros else []
-    finite = delta[(delta > 0) & delta.isfinite()]
-    lost = delta.numel() - zeros - finite.numel()
-    result: Histogram = [(-math.inf, zeros)] if zeros else []
-    if finite.numel():
-        edges, counts = torch.unique(torch.floor(torch.log10(finite)), return_counts=True)
-        result += list(zip(edges.tolist(), counts.tolist(), strict=True))
-    return [*result, (math.inf, lost)] if lost else result
-
-
-@dataclass
-class Distance:
-    """What ``distance`` measured; ``delta`` is None where the two cannot be subtracted, and ``note`` says why."""
-
-    max_abs: float
-    mean_abs: float
-    scale: float  # the largest finite absolute value of the first
-    delta: Tensor | None
+    count: int = 0
+    max_abs: float = 0.0
+    total: float = 0.0  # of the absolute differences
+    squares: float = 0.0  # of the differences
+    scale: float = 0.0  # the largest finite absolute value of the first tensor
+    norm: float = 0.0  # the sum of its squares
+    histogram: Histogram = field(default_factory=list)
     note: str = ""
+
+    @classmethod
+    def lost(cls, note: str) -> Gap:
+        """Of two things that cannot be subtracted."""
+        return cls(max_abs=math.inf, total=math.inf, note=note)
+
+    @property
+    def mean_abs(self) -> float:
+        """The mean absolute difference."""
+        return self.total / max(self.count, 1)
 
     @property
     def max_rel(self) -> float:
@@ -223,35 +217,106 @@ class Distance:
 
 
 _TINY = 1e-300
+_LARGE = 1 << 20  # elements that are measured at a time
+_LOW, _HIGH = -330, 310  # powers of ten that a float64 has
 
 
-def distance(a: Tensor, b: Tensor) -> Distance:
+def distance(a: Tensor, b: Tensor) -> Gap:
     """Measure |a - b| elementwise in float64. NaN must stand in the same places, inf equals inf.
 
     >>> distance(torch.tensor([1.0, math.inf]), torch.tensor([1.5, math.inf])).max_abs
     0.5
     """
+    return distances([(a, b)])[0]
+
+
+def distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Gap]:
+    """``distance`` of many pairs. Small tensors are measured together: a model of a thousand lanes has many thousands.
+
+    >>> [gap.histogram for gap in distances([(torch.zeros(3), torch.tensor([0.0, 0.02, 0.05])), (torch.ones(1), torch.ones(2))])]
+    [[(-inf, 1), (-2.0, 2)], []]
+    """
+    result = [_obstacle(a, b) or _EMPTY for a, b in pairs]
+    flat: list[tuple[int, Tensor, Tensor]] = []
+    waiting = 0
+    for i, (a, b) in enumerate(pairs):
+        if result[i] is not _EMPTY or a.numel() == 0:
+            continue
+        if not (_inexact(a) or _inexact(b)):
+            result[i] = _integers(a, b)
+            continue
+        flat.append((i, _flat(a), _flat(b)))
+        waiting += flat[-1][1].numel()
+        if waiting > _LARGE:
+            _measure(flat, result)
+            flat, waiting = [], 0
+    if flat:
+        _measure(flat, result)
+    return result
+
+
+_EMPTY = Gap()
+
+
+def _obstacle(a: Tensor, b: Tensor) -> Gap | None:
     if a.shape != b.shape:
-        return Distance(math.inf, math.inf, 0.0, None, f"shape {list(b.shape)}, the original has {list(a.shape)}")
-    if a.layout is not torch.strided or b.layout is not torch.strided:
-        a, b = (t.to_dense() if t.layout is not torch.strided else t for t in (a, b))
-    if a.numel() == 0:
-        return Distance(0.0, 0.0, 0.0, torch.zeros(0, dtype=torch.float64))
-    if torch.equal(a, b):
-        return Distance(0.0, 0.0, float(torch.where(a.isfinite(), a, 0).abs().max()), torch.zeros(a.numel(), dtype=torch.float64))
-    if not (_inexact(a) or _inexact(b)):  # integers: float64 would round large ones
-        unequal = (a != b).reshape(-1)
-        delta = torch.where(unequal, (a.double() - b.double()).abs().reshape(-1).clamp(min=1.0), 0.0)
-        return Distance(float(delta.max()), float(delta.mean()), float(a.double().abs().max()), delta)
-    exact = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-    a, b = (torch.view_as_real(t.detach().to(exact).resolve_conj()) if exact.is_complex else t.detach().to(exact) for t in (a, b))
+        return Gap.lost(f"shape {list(b.shape)}, the original has {list(a.shape)}")
+    if a.dtype != b.dtype and not (_inexact(a) and _inexact(b)):
+        return Gap.lost(f"{b.dtype}, the original has {a.dtype}")
+    return None
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    tensor = torch.view_as_real(tensor.to(torch.complex128).resolve_conj()) if tensor.is_complex() else tensor.double()
+    return tensor.reshape(-1).cpu()
+
+
+def _integers(a: Tensor, b: Tensor) -> Gap:
+    """Exactly: float64 would round large integers."""
+    unequal = int((a != b).count_nonzero())
+    far = max(float((a.double() - b.double()).abs().max()), 1.0) if unequal else 0.0
+    scale = float(a.double().abs().max())
+    shape: Histogram = [(-math.inf, a.numel() - unequal)] if unequal < a.numel() else []
+    if unequal:
+        shape.append((math.floor(math.log10(far)), unequal))
+    return Gap(a.numel(), far, far * unequal, far * far * unequal, scale, 0.0, shape)
+
+
+def _measure(flat: list[tuple[int, Tensor, Tensor]], result: list[Gap]) -> None:
+    sizes = torch.tensor([a.numel() for _, a, _ in flat])
+    owner = torch.repeat_interleave(torch.arange(len(flat)), sizes)
+    a, b = torch.cat([a for _, a, _ in flat]), torch.cat([b for _, _, b in flat])
     same = (a == b) | (a.isnan() & b.isnan())
-    lost = int((~same & ~(a.isfinite() & b.isfinite())).sum())
-    scale = float(torch.where(a.isfinite(), a.abs(), 0.0).max())
-    if lost:
-        return Distance(math.inf, math.inf, scale, None, f"NaN or inf in {lost} places where the other has another value")
-    delta = torch.where(same, 0.0, (a - b).abs()).reshape(-1)
-    return Distance(float(delta.max()), float(delta.mean()), scale, delta)
+    finite = a.isfinite()
+    clash = _sums(owner, (~same & ~(finite & b.isfinite())).double(), len(flat))
+    value = torch.where(finite, a.abs(), 0.0)
+    delta = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=0.0, posinf=0.0)
+    largest, scale = (torch.zeros(len(flat), dtype=torch.float64).scatter_reduce_(0, owner, x, "amax") for x in (delta, value))
+    total, squares, norm = (_sums(owner, x, len(flat)) for x in (delta, delta.square(), value.square()))
+    shapes = _histograms(owner, delta, len(flat))
+    figures = zip(*(x.tolist() for x in (largest, total, squares, scale, norm, clash)), strict=True)
+    for (i, x, _), shape, (top, sum_, square, size, length, lost) in zip(flat, shapes, figures, strict=True):
+        note = f"NaN or inf in {int(lost)} places where the other has another value"
+        result[i] = Gap.lost(note) if lost else Gap(x.numel(), top, sum_, square, size, length, shape)
+
+
+def _sums(owner: Tensor, values: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.float64).index_add_(0, owner, values)
+
+
+def _histograms(owner: Tensor, delta: Tensor, count: int) -> list[Histogram]:
+    some = delta > 0
+    exponent = torch.floor(torch.log10(delta[some])).to(torch.int64).clamp(_LOW, _HIGH) - _LOW
+    width = _HIGH - _LOW + 1
+    bins, numbers = torch.unique(owner[some] * width + exponent, return_counts=True)
+    zeros = torch.bincount(owner[~some], minlength=count).tolist()
+    shapes: list[Histogram] = [[(-math.inf, n)] if n else [] for n in zeros]
+    for bin_, number in zip(bins.tolist(), numbers.tolist(), strict=True):
+        shapes[bin_ // width].append((float(bin_ % width + _LOW), number))
+    return shapes
 
 
 def _inexact(tensor: Tensor) -> bool:

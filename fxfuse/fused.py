@@ -353,6 +353,15 @@ def install(
     return model
 
 
+def misfit(model: nn.Module, plan: RegionPlan, packing: str = "packed") -> str:
+    """Why ``plan`` alone cannot be installed in ``model``; empty where it can. Changes nothing."""
+    try:
+        _examine(model, plan, packing)
+    except FxfuseError as error:
+        return str(error)
+    return ""
+
+
 def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
     """Find what the plan names in the model. Raises ``FxfuseError`` where something does not fit; changes nothing."""
     where = plan.path or type(model).__name__

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxfuse.graph import Guard, TensorGuard
 
@@ -65,6 +66,7 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
     space: dict[str, Any] = {
         "Tensor": Tensor,
         "Parameter": torch.nn.Parameter,
+        "FakeTensor": FakeTensor,  # what torch.export traces with
         "strided": torch.strided,
         "autocast": _autocast,
         "default_dtype": torch.get_default_dtype,
@@ -93,7 +95,7 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
             else:
                 tests.append(f"not same_constant({x}, {constant(value)})")
             continue
-        tests.append(f"type({x}) is not Tensor and type({x}) is not Parameter")
+        tests.append(f"type({x}) is not Tensor and type({x}) is not Parameter and type({x}) is not FakeTensor")
         tests.append(f"{x}.layout is not strided")
         tests.append(f"len(s{i} := {x}.shape) != {len(leaf.shape)}")
         tests.extend(f"s{i}[{dim}] != {size}" for dim, size in enumerate(leaf.shape) if size is not None)
@@ -160,7 +162,7 @@ def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (
             if not (x is leaf[1] if leaf[1] is None or isinstance(leaf[1], bool) else _same_constant(x, leaf[1])):
                 return f"input {i} is {_short(x)}, recorded {_short(leaf[1])}"
             continue
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        if type(x) not in (Tensor, torch.nn.Parameter, FakeTensor):
             return f"input {i} is {_short(x)}, recorded a plain tensor"
         if x.layout is not torch.strided:
             return f"input {i} has layout {x.layout}, recorded torch.strided"

@@ -17,21 +17,82 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Ops that carry parameters or cost like those that do: matmuls, convolutions, embeddings, norms, recurrent cells, attention.
-HEAVY = frozenset({
-    "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "einsum", "convolution", "convolution_backward",
-    "mkldnn_convolution", "embedding", "_embedding_bag", "_embedding_bag_forward_only", "mkldnn_rnn_layer", "lstm", "gru",
-    "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "native_layer_norm",
-    "native_group_norm", "cudnn_batch_norm",
-})
+HEAVY = frozenset(
+    {
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "mv",
+        "addmv",
+        "dot",
+        "linear",
+        "einsum",
+        "convolution",
+        "convolution_backward",
+        "mkldnn_convolution",
+        "embedding",
+        "_embedding_bag",
+        "_embedding_bag_forward_only",
+        "mkldnn_rnn_layer",
+        "lstm",
+        "gru",
+        "_thnn_fused_lstm_cell",
+        "_thnn_fused_gru_cell",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_attention_math",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "native_layer_norm",
+        "native_group_norm",
+        "cudnn_batch_norm",
+    }
+)
 # Ops that launch no kernel: views, allocations, metadata.
-FREE = frozenset({
-    "view", "_unsafe_view", "t", "transpose", "permute", "select", "slice", "unsqueeze", "squeeze", "expand", "detach", "alias",
-    "as_strided", "split", "split_with_sizes", "unbind", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
-    "lift_fresh", "unfold", "diagonal", "view_as_real", "view_as_complex", "_reshape_alias", "sym_size", "narrow", "chunk",
-    "movedim", "is_same_size", "real", "imag", "_conj", "resolve_conj", "set_",
-})
+FREE = frozenset(
+    {
+        "view",
+        "_unsafe_view",
+        "t",
+        "transpose",
+        "permute",
+        "select",
+        "slice",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "detach",
+        "alias",
+        "as_strided",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "lift_fresh",
+        "unfold",
+        "diagonal",
+        "view_as_real",
+        "view_as_complex",
+        "_reshape_alias",
+        "sym_size",
+        "narrow",
+        "chunk",
+        "movedim",
+        "is_same_size",
+        "real",
+        "imag",
+        "_conj",
+        "resolve_conj",
+        "set_",
+    }
+)
 
 _Depth = dict[int, int]  # signature -> how many heavy ops of that signature lie on the longest chain that ends here
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from . import fused as fused_modules
+from .copies import sharing_copy
 from .determinism import preserved_state
 from .errors import FxfuseError
 from .graph import Program, Refusal, RegionPlan
@@ -164,7 +165,7 @@ class _Pipeline:
     def run(self, inplace: bool) -> nn.Module:
         with self.stage("record"):
             try:
-                self.work = _sharing_copy(self.model)
+                self.work = sharing_copy(self.model)
             except Exception as error:
                 return self._unchanged(inplace, Refusal(f"the model cannot be copied: {str(error).splitlines()[0]}"))
             observations = self._observe()
@@ -190,22 +191,23 @@ class _Pipeline:
             return result
         if result is self.model and not inplace:
             return self._unchanged(True, Refusal("the model cannot be copied"))
+        before = self.model
+        if inplace and self.options.validate:
+            before = self.spare()  # what to compare with, once the model itself is rewritten
         with self.stage("rewrite and pack"):
-            plans = self._installable(plans)
-            before = result if not inplace else self.spare()
-            if plans and inplace and self.options.validate:
-                trial = fused_modules.install(self.spare(), plans, strict=self.options.strict)
-                plans = self._validated(before, trial, plans)
-            result = fused_modules.install(result, plans, strict=self.options.strict, packing=self.options.packing) if plans else result
+            if inplace and self.options.validate:
+                trial = self.spare()
+                plans = self._validated(before, trial, self._install(trial, plans))
+            plans = self._install(result, plans)
         if plans and self.options.validate and not inplace:
             kept = self._validated(self.model, result, plans)
             if len(kept) != len(plans):
-                plans = kept
-                result = fused_modules.install(self.spare(), plans, strict=self.options.strict, packing=self.options.packing)
+                result = self.spare()
+                plans = self._install(result, kept)
         self.report.fused = plans
         if plans:
             with self.stage("measure"):
-                self._measure(self.model if not inplace else before, result)
+                self._measure(result)
             for state in fused_modules.regions(result).values():
                 state.fallbacks.clear()
         set_report(result, self.report)
@@ -295,17 +297,21 @@ class _Pipeline:
 
     # -- the whole model ----------------------------------------------------------------------------------------------------------
 
-    def _installable(self, plans: list[RegionPlan]) -> list[RegionPlan]:
-        """The plans that the model takes: what cannot be installed becomes a refusal."""
-        kept: list[RegionPlan] = []
-        for plan in plans:
+    def _install(self, model: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
+        """Rewrite ``model`` by the plans that fit it, and return those; what cannot be installed becomes a refusal."""
+        kept = list(plans)
+        while kept:
             try:
-                fused_modules.install(_sharing_copy(self.model), [*kept, plan], packing="packed")
+                fused_modules.install(model, kept, strict=self.options.strict, packing=self.options.packing)
+                return kept
             except FxfuseError as error:
-                self.report.refused.append(Refusal(str(error), plan.place, plan.path))
-            else:
-                kept.append(plan)
+                culprit = next((plan for plan in kept if fused_modules.misfit(model, plan, self.options.packing)), kept[-1])
+                self.report.refused.append(Refusal(str(error), culprit.place, culprit.path))
+                kept.remove(culprit)
         return kept
+
+    def _installed(self, plans: list[RegionPlan]) -> nn.Module:
+        return fused_modules.install(self.spare(), plans, strict=self.options.strict, packing=self.options.packing)
 
     def _validated(self, original: nn.Module, result: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
         """The plans that pass; a region that does not is undone alone."""
@@ -321,25 +327,24 @@ class _Pipeline:
                 return []
             kept: list[RegionPlan] = []
             for plan in plans:
-                alone = compare(original, fused_modules.install(self.spare(), [plan]), examples, must_run=1)
+                alone = compare(original, self._installed([plan]), examples, must_run=1)
                 if alone.ok:
                     kept.append(plan)
                 else:
                     self.report.refused.append(Refusal(f"undone: the rewritten form differs: {alone.reason}", plan.place, plan.path))
             if kept:
-                together = compare(original, fused_modules.install(self.spare(), kept), examples, must_run=1)
+                together = compare(original, self._installed(kept), examples, must_run=1)
                 self.report.validation = together
                 if not together.ok:
                     return []
             return kept
 
-    def _measure(self, original: nn.Module, result: nn.Module) -> None:
+    def _measure(self, result: nn.Module) -> None:
         """Launches of one forward, before and after, in the mode asked for; times of the whole model where tuning is on."""
         training = self.options.mode == "train"
-        copies = [_sharing_copy(original), _sharing_copy(result)]
-        with preserved_state(original, result), torch.set_grad_enabled(training):
+        with preserved_state(self.work, result), torch.set_grad_enabled(training):
             counts = []
-            for module in copies:
+            for module in (self.work, result):
                 module.train(training)
                 counts.append(count(lambda m=module: m(*self.args, **self.kwargs), bound=False))  # type: ignore[misc]
             self.report.launches = (counts[0].total, counts[1].total)
@@ -347,7 +352,7 @@ class _Pipeline:
             if len(self.report.fused) == 1:
                 self.report.fused[0].launches, self.report.fused[0].heavy = self.report.launches, self.report.heavy
             if self.options.tune and self.options.objective == "time":
-                calls = [lambda m=module: m(*self.args, **self.kwargs) for module in copies]  # type: ignore[misc]
+                calls = [lambda m=module: m(*self.args, **self.kwargs) for module in (self.work, result)]  # type: ignore[misc]
                 before, after = medians(calls, budget=0.3)
                 self.report.timings["forward"] = (before, after)
 
@@ -368,12 +373,6 @@ def _holder(module: nn.Module) -> str:
 def _set_training(model: nn.Module, flags: Any) -> None:
     for module, flag in zip(model.modules(), flags, strict=True):
         module.__dict__["training"] = flag
-
-
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with the same Parameters and its own everything else."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, memo)
 
 
 def _optimizers_of(model: nn.Module) -> list[str]:

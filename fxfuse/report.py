@@ -179,7 +179,8 @@ def _bars(histogram: Histogram, most: int = 10, width: int = 40) -> list[str]:
     entries = sorted(histogram)
     zeros = sum(n for edge, n in entries if edge == -math.inf)
     entries = [(edge, n) for edge, n in entries if edge != -math.inf]
-    cut = max(0, len(entries) - most + (1 if zeros else 0))
+    room = most - (1 if zeros else 0)
+    cut = len(entries) - room + 1 if len(entries) > room else 0
     rows = [("equal", zeros)] if zeros else []
     if cut:
         rows.append((f"below 1e{int(entries[cut][0]):+03d}", sum(n for _, n in entries[:cut])))

@@ -58,7 +58,8 @@ def run(
     ``mode``: "train", "eval", or "given" for the flags as they are. ``requires_grad``: as in ``inputs.clone_inputs``. ``dtype``: float64
     casts the inputs and lets factories make float64; None leaves both alone. The cotangents depend on ``seed`` and on the outputs'
     order only, and are rounded to the dtype ``cotangents``, so that a float64 run of the same call sees equal numbers;
-    ``shake`` then moves each by up to twice that fraction. Model state (buffers, flags, ``grad`` of parameters) and random state are as before afterwards. Exceptions are kept, not raised.
+    ``shake`` then moves each by up to twice that fraction. Random ops give fixed numbers. Model state (buffers, flags, ``grad`` of
+    parameters) and random state are as before afterwards. Exceptions are kept, not raised.
     """
     result = Run()
     args, kwargs = to_dtype((args, kwargs), dtype) if dtype is not None else (args, kwargs)

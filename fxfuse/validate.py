@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from fxfuse import inputs as fresh
 from fxfuse.determinism import preserved_state
-from fxfuse.difference import KINDS, Difference, Distance, Kind, Rounding, Spread, Validation, distance, histogram
+from fxfuse.difference import KINDS, Difference, Gap, Kind, Rounding, Spread, Validation, distances
 from fxfuse.errors import ArgumentError
 from fxfuse.runs import Run, coarsest, run
 
@@ -109,13 +110,16 @@ def validate(
 ) -> Validation:
     """Compare two models on ``examples``, each ``(args, kwargs)``.
 
-    Each example is run in each mode; where the flags of the original are mixed (some lanes in eval mode), also as they are; in eval
-    mode also without grad. In float64 a tensor passes if its relative difference is at most ``rtol``, or no larger than what a
-    change of the last bits of the original's weights, inputs and cotangents causes (a bias before a BatchNorm has a gradient of
-    pure rounding), or than ``FLOOR`` roundings of the largest tensor of its kind. A
-    model that computes in a narrower dtype somewhere inside is measured with that dtype's rounding. In the own dtype the
-    bound is ``SLACK`` roundings, or that same change; where float64 has proved the two equal, single elements on the edge of
-    a ReLU or a maximum may differ too, as long as the relative norm stays below the root of the dtype's eps.
+    Each example is run in each mode, in float64; where the flags of the original are mixed (some lanes in eval mode), also as
+    they are. The first is also run without grad in eval mode, and in the models' own dtype; the others in that dtype only where
+    float64 proves nothing.
+
+    In float64 a tensor passes if its relative difference is at most ``rtol``, or no larger than what a change of the last bits
+    of the original's weights, inputs and cotangents causes (a bias before a BatchNorm has a gradient of pure rounding), or
+    than ``FLOOR`` roundings of the largest tensor of its kind. A model that computes in a narrower dtype somewhere inside is measured
+    with that dtype's rounding. In the own dtype the bound is ``SLACK`` roundings, or that same change; where float64 has proved the two
+    equal, single elements on the edge of a ReLU or a maximum may differ too, as long as the relative norm of all tensors
+    of a kind stays below the root of the dtype's eps.
 
     ``float64=False`` and ``own_dtype=False`` leave one of the two out. ``must_run``: how many examples, from the first, the original
     must accept (default: all); others that it refuses are left out if the fused model refuses them too.
@@ -188,6 +192,11 @@ class _Pair:
         narrow = {d for d in self.original.precisions | self.fused.precisions if not d.is_complex}
         return max(torch.finfo(d).eps for d in narrow | {self.call.precision})
 
+    @cached_property
+    def gaps(self) -> dict[tuple[Kind, str], Gap]:
+        """How far every tensor of the two runs is apart."""
+        return _gaps(self.original, self.fused)
+
 
 class _Check:
     """The course of one validation; ``result`` fills up."""
@@ -223,29 +232,26 @@ class _Check:
             modes = [*modes, "given"]  # some lanes in eval mode: neither train() nor eval() shows that state
         wide = self._doubled() if float64 and self.copied else None
         own = (own_dtype or wide is None) and not (wide is not None and _all_float64(self.original, self.examples))
-        forms = [(mode, gradients) for mode in modes] + [(mode, False) for mode in modes if mode == "eval" and gradients]
-        for mode, grad in forms:
+        for mode in modes:
             for i, (args, kwargs) in enumerate(self.examples):
-                cotangents = coarsest((args, kwargs), self.original)
-                call = _Call(i, args, kwargs, mode, grad, None, cotangents, seed + 7919 * i)
+                call = _Call(i, args, kwargs, mode, gradients, None, coarsest((args, kwargs), self.original), seed + 7919 * i)
                 self._compare_both(call, wide, own)
+                if mode == "eval" and gradients and i == 0:
+                    self._compare_both(replace(call, gradients=False), wide, own)
         self.result.modes = tuple(dict.fromkeys(d.mode for d in self.result.differences))
         self._verdict(modes)
         return self.result
 
     def _compare_both(self, call: _Call, wide: tuple[nn.Module, nn.Module] | None, own: bool) -> None:
         exact = self._pair(replace(call, dtype=torch.float64), *wide) if wide is not None else None
-        mine = self._pair(call, self.original, self.fused) if own else None
-        if exact is not None and exact.original.error is not None and mine is not None and mine.original.error is None:
-            self._note(f"float64 left out ({call.label}): there the original raises {_said(exact.original.error)}")
-            exact = None
-        agreed = exact is not None and self._compare(exact, proved=False)
-        proved = agreed and exact is not None and not exact.fused.fallbacks
+        proved = exact is not None and self._compare(exact, proved=False) is True and not exact.fused.fallbacks
         if proved:
             self.proofs.add(call.mode)
-        if mine is not None:
-            self._compare(mine, proved=proved and not mine.fused.fallbacks)
-            self._round(mine, exact)
+        # Rounding is shown on the first example; on the others the own dtype is run only where float64 has proved nothing.
+        if own and (call.example == 0 or not proved):
+            mine = self._pair(call, self.original, self.fused)
+            if self._compare(mine, proved=proved and not mine.fused.fallbacks) is not None:
+                self._round(mine, exact)
 
     def _pair(self, call: _Call, original: nn.Module, fused: nn.Module) -> _Pair:
         pair = _Pair(call, original, call.run(original), call.run(fused))
@@ -260,74 +266,85 @@ class _Check:
             self._note(f"{op} drew real random numbers: what depends on it cannot be compared")
         return pair
 
-    def _compare(self, pair: _Pair, *, proved: bool) -> bool:
-        """Add the differences of one call; True if it was compared and all passed."""
+    def _compare(self, pair: _Pair, *, proved: bool) -> bool | None:
+        """Add the differences of one call; True if all passed, None if there was nothing to compare."""
         call, a, b = pair.call, pair.original, pair.fused
+        if a.error is not None and call.dtype is not None and self.copied and not self._refuses(call):
+            self._note(f"float64 left out ({call.label}): there the original raises {_said(a.error)}")
+            return None
         if a.error is not None and b.error is not None:
             if call.example < self.must_run:
                 self._note(f"example {call.example} left out ({call.label}): both models raise {_said(a.error)}")
-            return False
+            return None
         if a.error is not None or b.error is not None:
             one, other, error = ("original", "fused model", a.error) if a.error is not None else ("fused model", "original", b.error)
-            note = f"the {one} raises {_said(error)}, the {other} answers"
-            self.result.differences.append(_difference(call, "output", "of the call", None, self.rtol, note))
+            gap = Gap.lost(f"the {one} raises {_said(error)}, the {other} answers")
+            self.result.differences.append(_difference(call, "output", "of the call", gap, self.rtol))
             return False
         bound = self.rtol if call.precision == torch.float64 else SLACK * pair.eps
-        found = [_difference(call, kind, name, _distance(x, y), bound, flag) for kind, name, x, y, flag in _entries(a, b)]
+        found = [_difference(call, kind, name, gap, bound) for (kind, name), gap in pair.gaps.items()]
         if not all(d.ok for d in found):
             found = self._forgive(pair, found, proved)
         self.result.differences += found
         return all(d.ok for d in found)
 
-    def _forgive(self, pair: _Pair, found: list[Difference], proved: bool) -> list[Difference]:
-        """Let pass what is rounding: no more than the original itself moves when the last bits of its numbers change."""
-        noise = self._noise(pair)
-        sizes, apart = _norms(pair)
-        result = []
-        for d in found:
-            # In float64 an original that moves by more than a millionth of its size proves nothing: that is chaos, not rounding.
-            ceiling = math.inf if pair.eps > 1e-15 else 1e-6 * sizes[d.kind]
-            floor = FLOOR * pair.eps * sizes[d.kind]
-            rounding = d.max_abs <= max(floor, min(SLACK * noise.get((d.kind, d.name), 0.0), ceiling))
-            # Elements on the edge of a ReLU or a maximum jump; once float64 has spoken, the norm decides in the narrower dtype.
-            edges = proved and d.max_abs < math.inf and apart[d.kind] <= pair.eps**0.5
-            result.append(replace(d, ok=True) if not d.note and (rounding or edges) else d)
-        return result
+    def _refuses(self, call: _Call) -> bool:
+        """Does the original refuse this call in its own dtype as well?"""
+        return replace(call, dtype=None, gradients=False).run(self.original).error is not None
 
-    def _noise(self, pair: _Pair) -> dict[tuple[Kind, str], float]:
+    def _forgive(self, pair: _Pair, found: list[Difference], proved: bool) -> list[Difference]:
+        """Let pass what is rounding, see ``validate``; the dear measurements only where something is left to explain."""
+        sizes, apart = _norms(pair.gaps)
+        # Elements on the edge of a ReLU or a maximum jump; once float64 has spoken, the norm decides in the narrower dtype.
+        edges = {kind for kind in KINDS if proved and apart[kind] <= pair.eps**0.5}
+        found = [replace(d, ok=d.ok or (not d.note and (d.kind in edges or d.max_abs <= FLOOR * pair.eps * sizes[d.kind]))) for d in found]
+        noise: dict[tuple[Kind, str], float] = {}
+        for attempt in (1, 2):
+            if all(d.ok or d.note for d in found):
+                break
+            for key, moved in self._noise(pair, attempt).items():
+                noise[key] = max(moved, noise.get(key, 0.0))
+            # In float64 an original that moves by more than a millionth of its size proves nothing: that is chaos, not rounding.
+            ceiling = {kind: math.inf if pair.eps > 1e-15 else 1e-6 * sizes[kind] for kind in KINDS}
+            found = [
+                replace(d, ok=d.ok or (not d.note and d.max_abs <= min(SLACK * noise.get((d.kind, d.name), 0.0), ceiling[d.kind])))
+                for d in found
+            ]
+        return found
+
+    def _noise(self, pair: _Pair, attempt: int) -> dict[tuple[Kind, str], float]:
         """How far each tensor of the original moves when weights, inputs and cotangents change by about one rounding."""
-        moved: dict[tuple[Kind, str], float] = {}
-        for attempt in (1, 2) if self.copied else ():
-            random = torch.Generator().manual_seed(attempt)
-            other = copy.deepcopy(pair.model)
-            with torch.no_grad():
-                for p in other.parameters():
-                    p.copy_(fresh.shaken(p.detach(), pair.eps, random))
-            tree = fresh.to_dtype((pair.call.args, pair.call.kwargs), pair.call.precision) if pair.call.dtype else None
-            args, kwargs = fresh.shaken(tree or (pair.call.args, pair.call.kwargs), pair.eps, random)
-            again = replace(pair.call, args=args, kwargs=kwargs, shake=pair.eps).run(other)
-            if again.error is None:
-                for kind, name, a, b, _ in _entries(pair.original, again):
-                    gap = _distance(a, b)
-                    moved[kind, name] = max(moved.get((kind, name), 0.0), 0.0 if gap.delta is None else gap.max_abs)
-        return moved
+        if not self.copied:
+            return {}
+        random = torch.Generator().manual_seed(attempt)
+        other = copy.deepcopy(pair.model)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.copy_(fresh.shaken(p.detach(), pair.eps, random))
+        tree = (pair.call.args, pair.call.kwargs)
+        args, kwargs = fresh.shaken(fresh.to_dtype(tree, pair.call.dtype) if pair.call.dtype is not None else tree, pair.eps, random)
+        again = replace(pair.call, args=args, kwargs=kwargs, shake=pair.eps).run(other)
+        return {key: gap.max_abs for key, gap in _gaps(pair.original, again).items() if not gap.note} if again.error is None else {}
 
     def _round(self, mine: _Pair, exact: _Pair | None) -> None:
-        """Collect rounding in the own dtype, and of both models against float64."""
+        """Collect rounding in the own dtype: the models against each other, and each against the original in float64."""
         if mine.original.error is not None or mine.fused.error is not None:
             return
         truth: dict[tuple[Kind, str], Any] = {}
         if exact is not None and exact.original.error is None:
             truth = {(kind, name): value for kind, name, value, _, _ in _entries(exact.original, exact.original)}
+        rows: list[tuple[Spread, Tensor, Tensor]] = []
         for kind, name, a, b, _ in _entries(mine.original, mine.fused):
-            if not (isinstance(a, Tensor) and isinstance(b, Tensor) and (a.is_floating_point() or a.is_complex())):
+            if not (isinstance(a, Tensor) and isinstance(b, Tensor) and _inexact(a) and _inexact(b)):
                 continue
             row = self.rounding.setdefault(kind, Rounding(kind, _name(mine.call.precision)))
+            rows.append((row.between, a, b))
             known = truth.get((kind, name))
-            for spread, x, y in ((row.between, a, b), (row.original, a, known), (row.fused, b, known)):
-                gap = distance(x, y) if isinstance(y, Tensor) else None
-                if gap is not None and gap.delta is not None:
-                    spread.add(gap.delta)
+            if isinstance(known, Tensor) and _inexact(known):
+                rows += [(row.original, known, a), (row.fused, known, b)]
+        for (spread, _, _), gap in zip(rows, distances([(a, b) for _, a, b in rows]), strict=True):
+            if not gap.note:
+                spread.add(gap)
 
     def _verdict(self, modes: list[str]) -> None:
         result = self.result
@@ -380,23 +397,35 @@ class _Missing:
 _MISSING = _Missing()
 
 
-def _distance(a: Any, b: Any) -> Distance:
+def _gaps(a: Run, b: Run) -> dict[tuple[Kind, str], Gap]:
+    """How far all that two runs left is apart, by kind and name."""
+    found: dict[tuple[Kind, str], Gap] = {}
+    pairs: dict[tuple[Kind, str], tuple[Tensor, Tensor]] = {}
+    for kind, name, x, y, flag in _entries(a, b):
+        gap = _plain_gap(x, y)
+        found[kind, name] = gap if gap.note or not flag else replace(gap, note=flag)
+        if not gap.note and isinstance(x, Tensor) and isinstance(y, Tensor):
+            pairs[kind, name] = x, y
+    for key, gap in zip(pairs, distances(list(pairs.values())), strict=True):
+        found[key] = gap if gap.note else replace(gap, note=found[key].note)
+    return found
+
+
+def _plain_gap(a: Any, b: Any) -> Gap:
+    """Between two leaves, if they are not both tensors; for two tensors only whether they can be subtracted."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.dtype != b.dtype or a.device != b.device:
-            return _unequal(f"{_name(b.dtype)} on {b.device}", f"{_name(a.dtype)} on {a.device}")
-        return distance(a, b)
+        same = a.dtype == b.dtype and a.device == b.device
+        return Gap() if same else _unequal(f"{_name(b.dtype)} on {b.device}", f"{_name(a.dtype)} on {a.device}")
     for one, other in ((a, b), (b, a)):
         if one is None and isinstance(other, Tensor) and not other.count_nonzero():
-            return distance(other, other)  # no gradient, and a gradient of zeros: the same to an optimizer without momentum
-    if isinstance(a, float) and isinstance(b, float):
-        return distance(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
-    if type(a) is type(b) and bool(a == b):
-        return Distance(0.0, 0.0, 0.0, torch.zeros(0, dtype=torch.float64))
-    return _unequal(_brief(b), _brief(a))
+            return Gap()  # no gradient, and a gradient of zeros: the same to plain gradient descent
+    if type(a) is type(b) is float:
+        return distances([(torch.tensor([a], dtype=torch.float64), torch.tensor([b], dtype=torch.float64))])[0]
+    return Gap() if type(a) is type(b) and bool(a == b) else _unequal(_brief(b), _brief(a))
 
 
-def _unequal(fused: str, original: str) -> Distance:
-    return Distance(math.inf, math.inf, 0.0, None, f"{fused}, the original has {original}")
+def _unequal(fused: str, original: str) -> Gap:
+    return Gap.lost(f"{fused}, the original has {original}")
 
 
 def _flags(a: Any, b: Any) -> str:
@@ -411,29 +440,37 @@ def _flags(a: Any, b: Any) -> str:
     return ""
 
 
-def _difference(call: _Call, kind: Kind, name: str, gap: Distance | None, bound: float, flag: str) -> Difference:
-    note = flag if gap is None else gap.note or flag
-    lost = gap is None or gap.delta is None
-    shape = histogram(gap.delta) if gap is not None and gap.delta is not None else []
-    rel = math.inf if gap is None or lost else gap.max_rel
-    high, mean = (gap.max_abs, gap.mean_abs) if gap is not None else (math.inf, math.inf)
+def _difference(call: _Call, kind: Kind, name: str, gap: Gap, bound: float) -> Difference:
+    rel = gap.max_rel if gap.max_abs < math.inf else math.inf
     return Difference(
-        name, kind, call.label, call.example, _name(call.precision), high, mean, rel, shape, ok=not note and rel <= bound, note=note
+        name,
+        kind,
+        call.label,
+        call.example,
+        _name(call.precision),
+        gap.max_abs,
+        gap.mean_abs,
+        rel,
+        gap.histogram,
+        ok=not gap.note and rel <= bound,
+        note=gap.note,
     )
 
 
-def _norms(pair: _Pair) -> tuple[dict[Kind, float], dict[Kind, float]]:
+def _norms(gaps: dict[tuple[Kind, str], Gap]) -> tuple[dict[Kind, float], dict[Kind, float]]:
     """By kind: the largest absolute value, and the relative L2 distance of all floating tensors together."""
-    sizes, squares, gaps = (dict.fromkeys(KINDS, 0.0) for _ in range(3))
-    for kind, _, a, b, _ in _entries(pair.original, pair.fused):
-        gap = _distance(a, b)
-        if isinstance(a, Tensor) and gap.delta is not None and (a.is_floating_point() or a.is_complex()):
-            sizes[kind] = max(sizes[kind], gap.scale)
-            squares[kind] += float(a.detach().abs().double().square().nansum())
-            gaps[kind] += float(gap.delta.square().sum())
+    sizes, squares, norms = (dict.fromkeys(KINDS, 0.0) for _ in range(3))
+    for (kind, _), gap in gaps.items():
+        sizes[kind] = max(sizes[kind], gap.scale)
+        squares[kind] += gap.squares
+        norms[kind] += gap.norm
     # Gradients of both kinds come from the same cotangents; one kind alone may be nothing but rounding.
     sizes["input gradient"] = sizes["parameter gradient"] = max(sizes["input gradient"], sizes["parameter gradient"])
-    return sizes, {kind: (gaps[kind] / max(squares[kind], 1e-300)) ** 0.5 for kind in KINDS}
+    return sizes, {kind: (squares[kind] / max(norms[kind], 1e-300)) ** 0.5 for kind in KINDS}
+
+
+def _inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _double(tensor: Tensor) -> Tensor:

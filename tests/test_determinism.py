@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxfuse import determinism
 from fxfuse.determinism import DefaultFloat64, Derandomized, preserved_state, same_bits
 
 # -- preserved_state --------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def test_an_exception_restores_too():
     state = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError), preserved_state(model):
         model(torch.randn(4, 2))
-        1 // 0
+        raise ZeroDivisionError
     assert int(model.num_batches_tracked) == 0
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -235,12 +236,20 @@ def test_rrelu_has_the_mean_slope_and_its_gradient():
     assert x.grad.tolist() == [0.5, 1]
 
 
-def test_what_has_no_fixed_form_is_named():
+def test_what_has_no_fixed_form_is_named(monkeypatch):
+    monkeypatch.delitem(determinism._FIXED, "rand")
     with Derandomized() as mode:
-        torch.nn.functional.fractional_max_pool2d(torch.ones(1, 1, 4, 4), 2, output_size=2)  # draws with rand: fixed
+        torch.randn(3)
         assert not mode.undefined
-        torch.empty(3).random_()
-    assert mode.undefined == set()
+        torch.rand(3)
+    assert mode.undefined == {"rand"}
+
+
+def test_functions_that_draw_inside():
+    with Derandomized() as mode:
+        got = [F.fractional_max_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 2, output_size=2) for _ in range(2)]
+    assert torch.equal(got[0], got[1])
+    assert not mode.undefined
 
 
 def test_narrow_precisions_are_seen():

@@ -554,17 +554,42 @@ def test_graphs_print_and_share_the_tensors() -> None:
     assert fused.graphs(model) == {}
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_torch_compile_takes_the_whole_model(strict: bool) -> None:
+@pytest.mark.parametrize("how", ["packed", "alias"])
+def test_torch_compile_takes_the_whole_model(how: str) -> None:
     torch._dynamo.reset()
-    original, model = pair(strict=strict)
+    original, model = pair(packing=how)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for n in (6, 3):
         x = data(n)
         torch.testing.assert_close(compiled(x), original(x), **CLOSE)
-    packed = model.core.packed.nets.get_submodule("0").weight
-    compiled(data()).sum().backward()
-    assert packed.grad is not None
+    x = data()
+    for m in (compiled, original):
+        (m(x) - 1).pow(3).sum().backward()
+    for name, grad in packing.original_gradients(model).items():
+        torch.testing.assert_close(grad, original.get_parameter(name).grad, **CLOSE)
+    for mode in (False, True):  # the flags choose another program
+        for m in (model, original):
+            m.train(mode)
+        torch.testing.assert_close(compiled(x), original(x), **CLOSE)
+
+
+def test_torch_compile_takes_what_falls_back() -> None:
+    torch._dynamo.reset()
+    original, model = pair(strict=False)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = data()
+    for m in (original, model):
+        m.core.nets[1][1] = nn.Tanh()
+    torch.testing.assert_close(compiled(x), original(x), **CLOSE)
+
+
+def test_torch_export_exports_the_packed_program() -> None:
+    original, model = pair()
+    original.eval(), model.eval()
+    exported = torch.export.export(model, (data(),), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    x = data(9)
+    torch.testing.assert_close(exported.module()(x), original(x), **CLOSE)
+    assert sum("baddbmm" in str(node.target) for node in exported.graph.nodes) == 2
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, at its first jvp

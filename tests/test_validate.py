@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxfuse.difference import Spread, distance, histogram
+from fxfuse.difference import Spread, distance, distances
 from fxfuse.errors import ArgumentError, ValidationError
 from fxfuse.validate import validate, verify
 
@@ -82,7 +82,7 @@ def randomized(model):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape))
-        for name, b in model.named_buffers():
+        for b in model.buffers():
             if b.is_floating_point():
                 b.copy_(torch.rand(b.shape) + 0.5)
     return model
@@ -692,22 +692,44 @@ def test_wrong_arguments(original, call, message):
 def test_distance():
     a, b = torch.tensor([1.0, -4.0]), torch.tensor([1.5, -4.0])
     gap = distance(a, b)
-    assert (gap.max_abs, gap.mean_abs, gap.scale, gap.max_rel) == (0.5, 0.25, 4.0, 0.125)
+    assert (gap.count, gap.max_abs, gap.mean_abs, gap.squares, gap.scale, gap.norm, gap.max_rel) == (2, 0.5, 0.25, 0.25, 4, 17, 0.125)
+    assert gap.histogram == [(-math.inf, 1), (-1.0, 1)]
     assert distance(torch.zeros(2), torch.zeros(2)).max_rel == 0
     assert distance(torch.zeros(2), torch.full((2,), 1e-30)).max_rel > 1
     assert distance(torch.zeros(0), torch.zeros(0)).max_rel == 0
     assert distance(torch.tensor([2**62]), torch.tensor([2**62 + 1])).max_abs >= 1
+    assert distance(torch.tensor([True]), torch.tensor([False])).max_abs == 1
     assert distance(torch.tensor([1j]), torch.tensor([1.0 + 0j])).max_abs == 1
     assert distance(torch.tensor([torch.inf]), torch.tensor([torch.inf])).max_abs == 0
-    assert distance(torch.tensor([torch.inf]), torch.tensor([-torch.inf])).delta is None
-    assert distance(torch.tensor([torch.nan, 1.0]), torch.tensor([1.0, torch.nan])).delta is None
+    assert distance(torch.tensor([torch.inf, 2.0]), torch.tensor([torch.inf, 2.5])).max_rel == 0.25
+    assert "in 1 places" in distance(torch.tensor([torch.inf]), torch.tensor([-torch.inf])).note
+    assert "in 2 places" in distance(torch.tensor([torch.nan, 1.0]), torch.tensor([1.0, torch.nan])).note
+    assert distance(torch.zeros(2), torch.zeros(3)).note == "shape [3], the original has [2]"
 
 
-def test_histograms():
-    assert histogram(torch.tensor([2e-9, 5e-9, 2e-3, 0.0])) == [(-math.inf, 1), (-9.0, 2), (-3.0, 1)]
+def test_many_distances_are_those_of_each(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    shapes = [(3,), (0,), (2, 5), (), (7,), (4, 4)]
+    pairs = [(torch.randn(s, generator=random), torch.randn(s, generator=random) * 1e-3) for s in shapes]
+    pairs += [(torch.arange(3), torch.arange(3)), (torch.randn(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.complex64))]
+    pairs += [(torch.zeros(1), torch.tensor([torch.nan])), (torch.ones(2), torch.ones(3))]
+    together = distances(pairs)
+    assert together == [distance(a, b) for a, b in pairs]
+    for (a, b), gap in zip(pairs[:6], together):
+        delta = (a.double() - b.double()).abs()
+        assert gap.count == a.numel() == sum(n for _, n in gap.histogram)
+        assert gap.max_abs == (delta.max() if a.numel() else 0)
+        assert math.isclose(gap.total, float(delta.sum()), rel_tol=1e-12)
+        assert all((delta >= 10**e).sum() - (delta >= 10 ** (e + 1)).sum() == n for e, n in gap.histogram if e > -math.inf)
+    monkeypatch.setattr("fxfuse.difference._LARGE", 4)
+    assert distances(pairs) == together, "in portions"
+
+
+def test_spreads():
     spread = Spread()
-    spread.add(torch.tensor([0.0, 0.5], dtype=torch.float64))
-    spread.add(torch.tensor([0.25], dtype=torch.float64))
+    for other in ([0.0, 0.5], [0.25]):
+        b = torch.tensor(other)
+        spread.add(distance(torch.zeros_like(b), b))
     assert (spread.count, spread.max, spread.mean) == (3, 0.5, 0.25)
     assert spread.histogram == [(-math.inf, 1), (-1.0, 2)]
     assert Spread().mean == 0
