@@ -104,7 +104,8 @@ class Derandomized(TorchDispatchMode):
     Limits: which elements a dropout drops is not compared (a mask shared by all lanes passes), nor noise that depends on
     the place by design. Names of random ops that have no fixed form here are left in ``undefined``; they ran as they are.
 
-    ``precisions``: the floating dtypes narrower than float64 in which some op gave a result while the context was on.
+    ``needed``: some op was random, or could have been. ``precisions``: the floating dtypes narrower than float64 in which some
+    op gave a result while the context was on.
 
     >>> with Derandomized():
     ...     torch.nn.functional.dropout(torch.ones(3), 0.5)
@@ -115,28 +116,26 @@ class Derandomized(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.undefined: set[str] = set()
         self.precisions: set[torch.dtype] = set()
+        self.needed = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = self._run(func, args, kwargs)
-        for tensor in tree_leaves(out):
+        special = _SPECIAL.get(func)
+        if special is None:
+            special = _SPECIAL[func] = _classify(func)
+        # The usual op: every one of a model's thousands passes here, so that this path is kept short.
+        out = func(*args, **kwargs) if not special else self._run(func, special, args, kwargs)
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.dtype in _NARROW:
                 self.precisions.add(tensor.dtype)
         return out
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        names = _ATTENTION_DROPOUT.get(func)
-        if names is None:
-            names = _ATTENTION_DROPOUT[func] = tuple(a.name for a in func._schema.arguments if a.name in ("dropout_p", "dropout"))
-        if names and "dropout" not in func.overloadpacket.__name__:
-            bound = _bound(func, args, kwargs)
-            if any(bound.get(name) for name in names):
-                return func(**{**bound, **dict.fromkeys(names, 0.0)})
-            return func(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
+    def _run(self, func: Any, special: tuple[str, ...], args: Any, kwargs: Any) -> Any:
+        self.needed = True
         name = func.overloadpacket.__name__
         bound = _bound(func, args, kwargs)
+        if special != _RANDOM:  # the names of arguments that hold a probability of dropping
+            return func(**{**bound, **dict.fromkeys(special, 0.0)}) if any(map(bound.get, special)) else func(*args, **kwargs)
         if name in _DROPOUT:
             return _dropout(func, bound)
         if name in ("rrelu_with_noise", "rrelu_with_noise_"):
@@ -155,10 +154,19 @@ class Derandomized(TorchDispatchMode):
         return out.copy_(value) if isinstance(value, Tensor) else out.fill_(value)
 
 
+def _classify(func: Any) -> tuple[str, ...]:
+    """Nothing for an ordinary op, ``_RANDOM`` for a random one, else the arguments by which it drops on its own (attention, cuDNN)."""
+    names = tuple(a.name for a in func._schema.arguments if a.name in ("dropout_p", "dropout"))
+    if names and "dropout" not in func.overloadpacket.__name__:
+        return names
+    return _RANDOM if torch.Tag.nondeterministic_seeded in func.tags else ()
+
+
+_RANDOM = ("random",)
+_SPECIAL: dict[Any, tuple[str, ...]] = {}
 _NARROW = frozenset(
     {torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex32, torch.float8_e4m3fn, torch.float8_e5m2}
 )
-_ATTENTION_DROPOUT: dict[Any, tuple[str, ...]] = {}
 _DROPOUT = frozenset({"native_dropout", "_fused_dropout"})
 
 

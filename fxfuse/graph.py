@@ -114,6 +114,14 @@ class Program:
     in_spec: Any  # torch.utils._pytree.TreeSpec of (args, kwargs)
     out_spec: Any  # torch.utils._pytree.TreeSpec of the result
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self  # finished programs are never changed, so that copies of a model share them
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        from .serialize import program_from_data, program_to_data  # only pickling needs it
+
+        return program_from_data, (program_to_data(self),)
+
 
 @dataclass(frozen=True)
 class FusedOp:

@@ -210,6 +210,7 @@ class _Pipeline:
                 self._measure(result)
             for state in fused_modules.regions(result).values():
                 state.fallbacks.clear()
+                state.strict = self.options.strict  # from here on: verification itself tries sizes that fall back
         set_report(result, self.report)
         return result
 
@@ -302,7 +303,7 @@ class _Pipeline:
         kept = list(plans)
         while kept:
             try:
-                fused_modules.install(model, kept, strict=self.options.strict, packing=self.options.packing)
+                fused_modules.install(model, kept, packing=self.options.packing)
                 return kept
             except FxfuseError as error:
                 culprit = next((plan for plan in kept if fused_modules.misfit(model, plan, self.options.packing)), kept[-1])
@@ -311,7 +312,7 @@ class _Pipeline:
         return kept
 
     def _installed(self, plans: list[RegionPlan]) -> nn.Module:
-        return fused_modules.install(self.spare(), plans, strict=self.options.strict, packing=self.options.packing)
+        return fused_modules.install(self.spare(), plans, packing=self.options.packing)
 
     def _validated(self, original: nn.Module, result: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
         """The plans that pass; a region that does not is undone alone."""

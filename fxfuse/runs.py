@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,14 +52,15 @@ def run(
     cotangents: torch.dtype = torch.float32,
     seed: int = 0,
     shake: float = 0.0,
+    buffers: bool = True,
 ) -> Run:
     """Call ``model`` on clones of the arguments and, with ``gradients``, backward from random cotangents.
 
     ``mode``: "train", "eval", or "given" for the flags as they are. ``requires_grad``: as in ``inputs.clone_inputs``. ``dtype``: float64
     casts the inputs and lets factories make float64; None leaves both alone. The cotangents depend on ``seed`` and on the outputs'
     order only, and are rounded to the dtype ``cotangents``, so that a float64 run of the same call sees equal numbers;
-    ``shake`` then moves each by up to twice that fraction. Random ops give fixed numbers. Model state (buffers, flags, ``grad`` of
-    parameters) and random state are as before afterwards. Exceptions are kept, not raised.
+    ``shake`` then moves each by up to twice that fraction. Random ops give fixed numbers. ``buffers=False`` leaves buffers out.
+    Model state (buffers, flags, ``grad`` of parameters) and random state are as before afterwards. Exceptions are kept, not raised.
     """
     result = Run()
     args, kwargs = to_dtype((args, kwargs), dtype) if dtype is not None else (args, kwargs)
@@ -85,14 +86,16 @@ def run(
             if gradients:
                 ends = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]
                 starts = _cotangents(ends, cotangents, seed, shake)  # outside of ``random``, which would fix them and note their dtype
-                with _precise(dtype), random:
+                # Backward draws no numbers itself; only the backward of an op that was fixed may have to be fixed as well.
+                with _precise(dtype), random if random.needed else nullcontext():
                     torch.autograd.backward(ends, starts)
             result.inputs = {n: (leaf._version != versions[n], leaf.detach()) for n, leaf in inputs.items()}
             if gradients:
                 result.input_gradients = {n: leaf.grad for n, leaf in inputs.items() if leaf.requires_grad and leaf.is_leaf}
-                result.parameter_gradients = {n: _kept(g) if g is not None else None for n, g in original_gradients(model).items()}
-            result.buffers = {n: _kept(b) for n, b in _buffers(model).items()}
-            result.unsaved = {n: _kept(b) for n, b in model.named_buffers() if n not in result.buffers}
+                result.parameter_gradients = dict(original_gradients(model))  # owned by this run: ``grad`` was None before
+            if buffers:
+                result.buffers = _buffers(model)
+                result.unsaved = {n: _kept(b) for n, b in model.named_buffers() if n not in result.buffers}
         except Exception as error:  # whatever the user's model raises is a result
             result.error = error.with_traceback(None)
         finally:

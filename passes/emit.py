@@ -289,14 +289,27 @@ class Emitter:
         else:
             assert isinstance(node.target, Op), node
             made = self.spell(node.target, args)
-        if node.meta.get("shape") is not None:
-            made.meta["val"] = _meta(node)
-        elif node.op == "call_function" and isinstance(node.target, Op) and node.target.name.startswith("size"):
-            values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-            made.meta["val"] = node.target(*values)
+        self._value(node, made, args)
         self._placed(made)
         self.source = previous
         return made
+
+    def _value(self, node: Node, made: Node, args: Any) -> None:
+        """``meta["val"]`` of a copied node: as recorded, unless an operand now has other strides, which this op may pass on."""
+        is_size = isinstance(node.target, Op) and node.target.name.startswith("size")
+        recorded = node.meta.get("shape") is not None
+        if recorded and not any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes):
+            made.meta["val"] = _meta(node)
+        elif is_size or (recorded and isinstance(node.target, Op)):
+            try:
+                values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+                with torch.no_grad():
+                    made.meta["val"] = node.target(*values)
+            except (KeyError, RuntimeError, NotImplementedError):  # an op without a meta kernel, or after one
+                if recorded:
+                    made.meta["val"] = _meta(node)
+        elif recorded:
+            made.meta["val"] = _meta(node)
 
     def spell(self, op: Op, args: tuple[Any, ...]) -> Node:
         """A canonical call in the words a person would write: a torch function, or a Tensor method."""
@@ -450,6 +463,11 @@ def signature(bundle: Bundle) -> tuple[Any, ...]:
     """What a bundle's choice of lowering hangs on, equal in the train and the eval graph."""
     shapes = tuple(n.meta.get("shape") for n in bundle.members[0].all_input_nodes)
     return (bundle.name, len(bundle.members), shapes)
+
+
+def _restrided(before: Node, after: Any) -> bool:
+    value = after.meta.get("val") if isinstance(after, Node) else None
+    return isinstance(value, torch.Tensor) and before.meta.get("stride") is not None and value.stride() != before.meta["stride"]
 
 
 def _meta(node: Node) -> torch.Tensor:

@@ -256,6 +256,7 @@ def test_narrow_precisions_are_seen():
     with Derandomized() as mode:
         x = torch.ones(2, dtype=torch.float64) * 2
     assert not mode.precisions
+    assert not mode.needed
     with Derandomized() as mode:
         x.float().double()
     assert mode.precisions == {torch.float32}
