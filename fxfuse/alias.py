@@ -70,9 +70,9 @@ class AliasPack:
     def bind(self, members: Sequence[Tensor]) -> Tensor:
         """Pack the members' current values and make their data views of the pack."""
         first = members[0]
-        for name, member in zip(self.recipe.members, members, strict=True):
-            if tuple(member.shape) != self.recipe.shape:
-                raise StaleAlias(f"{name} has shape {tuple(member.shape)}, packed as {self.recipe.shape}")
+        for index, (name, member) in enumerate(zip(self.recipe.members, members, strict=True)):
+            if tuple(member.shape) != self.recipe.member_shape(index):
+                raise StaleAlias(f"{name} has shape {tuple(member.shape)}, packed as {self.recipe.member_shape(index)}")
             if member.dtype is not first.dtype:
                 raise StaleAlias(f"{name} has dtype {member.dtype}, {self.recipe.members[0]} has {first.dtype}")
             if member.device != first.device:

@@ -253,7 +253,7 @@ def _pack_keys(state: RegionState, state_dict: Any, prefix: str) -> bool:
         tensors = []
         for index in range(len(recipe.members)):
             keys = [key for key in names[(recipe.name, index)] if key in state_dict]
-            if len(keys) != len(names[(recipe.name, index)]) or not keys or tuple(state_dict[keys[-1]].shape) != recipe.shape:
+            if len(keys) != len(names[(recipe.name, index)]) or not keys or tuple(state_dict[keys[-1]].shape) != recipe.member_shape(index):
                 return False
             tensors.append(state_dict[keys[-1]])
         if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
@@ -434,8 +434,9 @@ def _member(region: nn.Module, recipe: Recipe, member: str) -> tuple[nn.Module, 
         raise FxfuseError(f"the region has no tensor {member}, which {recipe.name} packs")
     if (store == "_parameters") != (recipe.kind == "parameter") and store != "__dict__":
         raise FxfuseError(f"{member} is a {'parameter' if store == '_parameters' else 'buffer'}, its recipe says {recipe.kind}")
-    if tuple(tensor.shape) != recipe.shape:
-        raise FxfuseError(f"{member} has shape {tuple(tensor.shape)}, its recipe says {recipe.shape}")
+    expected = recipe.member_shape(recipe.members.index(member))
+    if tuple(tensor.shape) != expected:
+        raise FxfuseError(f"{member} has shape {tuple(tensor.shape)}, its recipe says {expected}")
     if not tensor.is_leaf:
         raise FxfuseError(f"{member} is computed (it has a grad_fn) and cannot be packed")
     if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):

@@ -48,7 +48,8 @@ class Recipe:
 
     Let ``m_i`` be the tensor named ``members[i]``. Then ``packed = stack([m_i.permute(order) for i])``, and where
     ``style == "cat"`` the first two dims are flattened into one (``[G, s0, ...] -> [G*s0, ...]``). Zero-dimensional members
-    stack to ``[G]``. All names are relative to the region.
+    stack to ``[G]``. Where lanes spell one map in different shapes (a Linear's ``[M, K]``, a pointwise convolution's ``[M, K, 1]``),
+    ``own_shapes`` says each member's own, and members are reshaped to ``shape`` first. All names are relative to the region.
     """
 
     name: str  # of the packed tensor: "packed.nets.0.weight"
@@ -58,6 +59,11 @@ class Recipe:
     style: Literal["stack", "cat"]
     kind: Literal["parameter", "buffer"] = "parameter"
     requires_grad: bool = True
+    own_shapes: tuple[tuple[int, ...], ...] | None = None  # of each member, where they are not all ``shape``
+
+    def member_shape(self, index: int) -> tuple[int, ...]:
+        """The shape of member ``index`` in the original."""
+        return self.shape if self.own_shapes is None else self.own_shapes[index]
 
 
 @dataclass(frozen=True)

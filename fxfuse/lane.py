@@ -114,7 +114,7 @@ class Slot:
 
     def write(self, name: str, value: Any) -> None:
         """Copy an assigned tensor into the pack. Raises ``ArgumentError`` for what a view cannot become."""
-        shape, kind = self.recipe.shape, self.recipe.kind
+        shape, kind = self.recipe.member_shape(self.index), self.recipe.kind
         if not isinstance(value, Tensor):
             raise ArgumentError(f"{name} is packed with the other lanes: expected a tensor of shape {shape}, got {type(value).__name__}")
         if kind == "parameter" and self.store == "_parameters" and not isinstance(value, nn.Parameter):

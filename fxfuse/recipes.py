@@ -64,9 +64,11 @@ def pack(recipe: Recipe, tensors: Sequence[Tensor]) -> Tensor:
     """
     if len(tensors) != len(recipe.members):
         raise FxfuseError(f"{recipe.name} is packed of {len(recipe.members)} tensors, got {len(tensors)}")
-    for name, tensor in zip(recipe.members, tensors, strict=True):
-        if tuple(tensor.shape) != recipe.shape:
-            raise FxfuseError(f"{name} has shape {tuple(tensor.shape)}, its recipe says {recipe.shape}")
+    for index, (name, tensor) in enumerate(zip(recipe.members, tensors, strict=True)):
+        if tuple(tensor.shape) != recipe.member_shape(index):
+            raise FxfuseError(f"{name} has shape {tuple(tensor.shape)}, its recipe says {recipe.member_shape(index)}")
+    if recipe.own_shapes is not None:
+        tensors = [tensor.reshape(recipe.shape) for tensor in tensors]
     identity = recipe.order == tuple(range(len(recipe.shape)))
     stored = list(tensors) if identity else [tensor.permute(recipe.order) for tensor in tensors]
     return torch.cat(stored) if recipe.style == "cat" else torch.stack(stored)
@@ -79,7 +81,8 @@ def lane_view(recipe: Recipe, packed: Tensor, index: int) -> Tensor:
         stored = packed.narrow(0, index * rows, rows)
     else:
         stored = packed.select(0, index)
-    return stored if recipe.order == tuple(range(len(recipe.shape))) else stored.permute(inverse(recipe.order))
+    member = stored if recipe.order == tuple(range(len(recipe.shape))) else stored.permute(inverse(recipe.order))
+    return member if recipe.own_shapes is None else member.reshape(recipe.own_shapes[index])  # only dims of size 1 come and go: a view
 
 
 def lane_views(recipe: Recipe, packed: Tensor) -> tuple[Tensor, ...]:
@@ -88,10 +91,12 @@ def lane_views(recipe: Recipe, packed: Tensor) -> tuple[Tensor, ...]:
     # splitting a dim never copies, whatever the strides: view and unflatten agree
     lanes = packed.view(len(recipe.members), recipe.shape[recipe.order[0]], *packed.shape[1:]) if recipe.style == "cat" else packed
     stored = lanes.unbind(0)
-    if recipe.order == tuple(range(len(recipe.shape))):
-        return stored
-    back = inverse(recipe.order)
-    return tuple(tensor.permute(back) for tensor in stored)
+    if recipe.order != tuple(range(len(recipe.shape))):
+        back = inverse(recipe.order)
+        stored = tuple(tensor.permute(back) for tensor in stored)
+    if recipe.own_shapes is not None:
+        return tuple(tensor.reshape(own) for tensor, own in zip(stored, recipe.own_shapes, strict=True))
+    return stored
 
 
 def unpack(recipe: Recipe, packed: Tensor) -> list[Tensor]:

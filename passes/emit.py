@@ -214,7 +214,7 @@ class Emitter:
             stored = "cat" if len(shape) == 1 else style if shape else "stack"
             recipe = Recipe(
                 self.packs.name(targets), targets, shape, order, "cat" if stored == "cat" else "stack",
-                self.packs.kinds.get(targets[0], "parameter"), bool(meta.get("requires_grad")),
+                self.packs.kinds.get(targets[0], "parameter"), bool(meta.get("requires_grad")), _own_shapes(nodes),
             )  # fmt: skip
             self.packs.recipes[targets] = recipe
             self.packs.where.update((target, (recipe, lane)) for lane, target in enumerate(targets))
@@ -260,7 +260,12 @@ class Emitter:
             return known
         bundle = self.bundles.bundle(node)
         if node.op == "get_attr":
-            made = self.attribute(str(node.target), _meta(node))
+            own = node.meta.get("own_shape")
+            if own is None:
+                made = self.attribute(str(node.target), _meta(node))
+            else:
+                held = self.attribute(str(node.target), torch.empty(own, dtype=node.meta["dtype"], device="meta"))
+                made = self.call("reshape", held, node.meta["shape"])
         elif bundle is not None and bundle.index in self.values and not self._cheaper_alone(node, bundle):
             made = self._lane(bundle, node)
         else:
@@ -463,6 +468,13 @@ def signature(bundle: Bundle) -> tuple[Any, ...]:
     """What a bundle's choice of lowering hangs on, equal in the train and the eval graph."""
     shapes = tuple(n.meta.get("shape") for n in bundle.members[0].all_input_nodes)
     return (bundle.name, len(bundle.members), shapes)
+
+
+def _own_shapes(nodes: list[Node]) -> tuple[tuple[int, ...], ...] | None:
+    """The members' own shapes, where a pass reads some of them in another shape than they have."""
+    if all(node.meta.get("own_shape") is None for node in nodes):
+        return None
+    return tuple(tuple(node.meta.get("own_shape") or node.meta["shape"]) for node in nodes)
 
 
 def _restrided(before: Node, after: Any) -> bool:

@@ -74,4 +74,6 @@ def _member(graph: torch.fx.Graph, recipe: Recipe, lane: int) -> torch.fx.Node:
         made = graph.call_function(torch.unflatten, (made, 0, (len(recipe.members), -1)))
     made = graph.call_function(torch.select, (made, 0, lane))
     inverse = tuple(recipe.order.index(d) for d in range(len(recipe.order)))
-    return made if inverse == tuple(range(len(inverse))) else graph.call_function(torch.permute, (made, inverse))
+    if inverse != tuple(range(len(inverse))):
+        made = graph.call_function(torch.permute, (made, inverse))
+    return made if recipe.own_shapes is None else graph.call_function(torch.reshape, (made, recipe.own_shapes[lane]))

@@ -18,6 +18,7 @@ from .emit import CannotVectorize, Emitter, Packs
 from .factor import factor_shared_maps
 from .joins import normalize_joins
 from .lift import Lifted
+from .pointwise_conv import unify_pointwise
 from .rules import has_rule, is_view, rule_of
 
 
@@ -63,6 +64,7 @@ def prepare(lifted: Lifted, min_lanes: int) -> Prepared:
     """Normalize ``lifted`` in place and find its lanes."""
     normalize_joins(lifted.graph)
     factored = factor_shared_maps(lifted.graph)
+    unify_pointwise(lifted.graph)
     prepared = Prepared(lifted, Bundles([], {}, set(), {}), factored, min_lanes=min_lanes)
     prepared.find()
     return prepared

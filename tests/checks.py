@@ -237,7 +237,7 @@ def assert_fused_equals(
         assert_heavy(fused, x, heavy, **kwargs)
         args = as_args(x)
         before, after = (launches.count(lambda m=m: m(*args, **kwargs)).total for m in (model.train(), fused.train()))
-        assert after < before, f"{after} launches in all, {before} before"
+        assert after <= before, f"{after} launches in all, {before} before"
     if rtol_outputs is None:
         assert_checkpoints_travel(model, fused, *trials[1])
     return fused
