@@ -592,6 +592,20 @@ def regions(model: nn.Module) -> dict[str, RegionState]:
     return {path: module.__dict__[STATE] for path, module in model.named_modules() if STATE in module.__dict__}
 
 
+def accept_any_dtype(model: nn.Module) -> None:
+    """Let the programs of ``model`` run in any one floating dtype, also where they follow the default dtype of the recording.
+
+    For comparisons in float64 under ``DefaultFloat64`` only: elsewhere a factory would still make the dtype of the recording.
+    """
+    for state in regions(model).values():
+        programs = {
+            flags: Program(p.graph, replace(p.guard, generic_dtype=True), p.in_spec, p.out_spec) for flags, p in state.plan.programs.items()
+        }
+        state.plan = replace(state.plan, programs=programs)
+        state.compiled.clear()
+        state.ready = state.current = None
+
+
 def unfuse(model: nn.Module) -> nn.Module:
     """A new model of the original classes, with Parameters of its own; ``model`` is not changed.
 

@@ -1,31 +1,38 @@
 """Record a model often enough to know what its structure depends on.
 
-Comes in: a model in one mode (train or eval) and example inputs. Goes out: an ``Observation``: the trace of the example, the dims that are
+Comes in: a model and example inputs. Goes out: an ``Observation`` for each mode (train, eval): the trace of the example, the dims that are
 free (a second run with another batch size and other data took the same steps), and, marked on its frames, what cannot be trusted:
 a frame whose steps depend on the data is poisoned, one whose steps depend on sizes is held to the recorded sizes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 from torch import nn
 
+from .collector import paused
 from .inputs import batch_size, resample
 from .trace import Frame, Trace
 from .tracer import record
-from .unify import Mismatch, Unifier
+from .unify import Mismatch, Unifier, interchangeable
 
 
 @dataclass
 class Observation:
-    """One mode of a model. ``dynamic``: value number -> dims whose size is free. ``fixed``: frame -> why its sizes are not."""
+    """One mode of a model. ``dynamic``: value number -> dims whose size is free. ``fixed``: frame -> why its sizes are not.
+
+    ``same_as``: the observation of another mode, whose trace, dims and marks this one shares: the model does not depend on the mode.
+    """
 
     trace: Trace
     flags: tuple[bool, ...]
     dynamic: dict[int, frozenset[int]] = field(default_factory=dict)
     fixed: dict[int, Mismatch] = field(default_factory=dict)
+    same_as: Observation | None = None
 
     @property
     def failure(self) -> str:
@@ -38,33 +45,125 @@ def second_batch(size: int) -> int:
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
-    """Record ``model`` on the example and on resampled inputs, and hold the runs against each other, module call by module call."""
-    flags = tuple(module.training for module in model.modules())
-    trace = record(model, args, kwargs)
-    observation = Observation(trace, flags)
+    """Record ``model`` as it is on the example and on resampled inputs, and hold the runs against each other, call by call."""
+    with paused():
+        return _observed(_Runs(model, args, kwargs, None, []))
+
+
+def observe_modes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Sequence[bool]) -> list[Observation]:
+    """Observations in the ``modes`` given (True: train), the first of which counts most, and as the model is where that is another.
+
+    Where the second mode, on other data and another batch size, takes the very steps of the first, two runs in all show the
+    dependence on both; else each mode is observed by itself. The model's mode is the same afterwards.
+    """
+    given = _flags(model)
+    entered: list[_Mode] = []
+    try:
+        with paused():
+            first, *others = [_Runs(model, args, kwargs, _Mode(mode), entered) for mode in modes]
+            first.example()
+            if given not in [first.flags, *(runs.enter() for runs in others)]:
+                others.append(_Runs(model, args, kwargs, _Mode(given[0], given), entered))
+            return _together(first, others)
+    finally:
+        _Mode(given[0], given).enter(model)
+
+
+def _together(first: _Runs, others: list[_Runs]) -> list[Observation]:
+    base = Observation(first.example(), first.flags)
+    matches: list[Unifier | None] = [None] * len(others)
+    if not base.failure and not _asks_for_mode(first.model):
+        matches = [interchangeable(base.trace, runs.other()) for runs in others]
+    alike = next((match for match in matches if match is not None), None)
+    if alike is not None:
+        base.dynamic = alike.dynamic()
+    else:
+        base = _observed(first)
+    return [
+        base,
+        *(
+            _observed(runs) if match is None else Observation(base.trace, runs.flags, base.dynamic, base.fixed, same_as=base)
+            for runs, match in zip(others, matches, strict=True)
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class _Mode:
+    """``train()`` or ``eval()``, as the model's own method does it, and then the flags, where they are neither."""
+
+    training: bool
+    flags: tuple[bool, ...] | None = None
+
+    def enter(self, model: nn.Module) -> None:
+        model.train(self.training)
+        if self.flags is not None:
+            for module, flag in zip(model.modules(), self.flags, strict=True):
+                module.__dict__["training"] = flag
+
+
+class _Runs:
+    """The runs of a model in one mode (None: as it is), each made when it is first asked for. ``entered``: the model's modes so far."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: _Mode | None, entered: list[_Mode]) -> None:
+        self.model, self.args, self.kwargs, self.mode, self.entered = model, args, kwargs, mode, entered
+        self.size = batch_size(args, kwargs)
+        self.made: dict[str, Trace] = {}
+        self.flags: tuple[bool, ...] = ()
+
+    def enter(self) -> tuple[bool, ...]:
+        """Put the model into this mode; its flags there."""
+        if self.mode is not None and self.entered[-1:] != [self.mode]:
+            self.mode.enter(self.model)
+            self.entered.append(self.mode)
+        if not self.flags:
+            self.flags = _flags(self.model)
+        return self.flags
+
+    def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        if name not in self.made:
+            self.enter()
+            self.made[name] = record(self.model, args, kwargs)
+        return self.made[name]
+
+    def example(self) -> Trace:
+        return self._run("example", self.args, self.kwargs)
+
+    def resized(self) -> Trace | None:
+        """Other data, and another batch size; None where the inputs have none."""
+        if self.size is None:
+            return None
+        return self._run("resized", *resample(self.args, self.kwargs, batch=second_batch(self.size), seed=1))
+
+    def same_size(self) -> Trace:
+        """Other data."""
+        return self._run("same size", *resample(self.args, self.kwargs, batch=None, seed=2))
+
+    def other(self) -> Trace:
+        """As different from the example as it can be."""
+        return self.resized() or self.same_size()
+
+
+def _observed(runs: _Runs) -> Observation:
+    """One mode by itself."""
+    trace = runs.example()
+    observation = Observation(trace, runs.flags)
     if trace.failure or not trace.frames:
         return observation
-    size = batch_size(args, kwargs)
-    others: list[Trace] = []
-    if size is not None:
-        others.append(record(model, *resample(args, kwargs, batch=second_batch(size), seed=1)))
-    checker = _Checker(observation, model, args, kwargs, others[0] if others and not others[0].failure else None)
-    if others and others[0].failure:
-        checker.why = Mismatch(f"the forward fails at batch size {second_batch(size or 0)}: {others[0].failure}", None, 0)
+    resized = runs.resized()
+    checker = _Checker(observation, runs, resized if resized is not None and not resized.failure else None)
+    if resized is not None and resized.failure:
+        checker.why = Mismatch(f"the forward fails at batch size {second_batch(runs.size or 0)}: {resized.failure}", None, 0)
     checker.check(trace.frames[0])
     return observation
 
 
 class _Checker:
-    def __init__(
-        self, observation: Observation, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], resized: Trace | None
-    ) -> None:
-        self.observation, self.model, self.args, self.kwargs = observation, model, args, kwargs
-        self.resized = resized
+    def __init__(self, observation: Observation, runs: _Runs, resized: Trace | None) -> None:
+        self.observation, self.runs, self.resized = observation, runs, resized
         self.resized_frames = _by_call(resized) if resized is not None else {}
         self.calls = {frame.index: key for key, frame in _by_call(observation.trace).items()}
-        self.same_size: Trace | None = None
-        self.same_size_frames: dict[tuple[str, int], Frame] = {}
+        self.same_size_frames: dict[tuple[str, int], Frame] | None = None
         self.why: Mismatch | None = None
 
     def check(self, frame: Frame) -> None:
@@ -77,7 +176,9 @@ class _Checker:
             if difference is None:
                 self.observation.dynamic.update(unifier.dynamic())
                 return
-        other = self._same_size()
+        other = self.runs.same_size()
+        if self.same_size_frames is None:
+            self.same_size_frames = {} if other.failure else _by_call(other)
         mismatch: Mismatch | None = None
         if key in self.same_size_frames:
             mismatch = Unifier(self.observation.trace, other).compare(frame, self.same_size_frames[key])
@@ -96,11 +197,9 @@ class _Checker:
         for child in frame.children:
             self.check(self.observation.trace.frames[child])
 
-    def _same_size(self) -> Trace:
-        if self.same_size is None:
-            self.same_size = record(self.model, *resample(self.args, self.kwargs, batch=None, seed=2))
-            self.same_size_frames = {} if self.same_size.failure else _by_call(self.same_size)
-        return self.same_size
+
+def _flags(model: nn.Module) -> tuple[bool, ...]:
+    return tuple([module.training for module in model.modules()])
 
 
 def _by_call(trace: Trace) -> dict[tuple[str, int], Frame]:
@@ -112,3 +211,31 @@ def _by_call(trace: Trace) -> dict[tuple[str, int], Frame]:
         count[frame.path] = number + 1
         found[(frame.path, number)] = frame
     return found
+
+
+def _asks_for_mode(model: nn.Module) -> bool:
+    """Does the source of a class of the model, torch's aside, mention ``training``, or ``train()`` do more than torch's?
+
+    Then Python may take sizes into account in one mode only, which one run in each mode does not show. (torch's own modules hand
+    the flag to the call that depends on it, where it is seen.)
+    """
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    own = [cls for cls in classes if cls is not object and not cls.__module__.startswith("torch.")]
+    replaced = [vars(module)["forward"] for module in model.modules() if "forward" in vars(module)]
+    if any("train" in vars(cls) or "eval" in vars(cls) for cls in own):
+        return True
+    return any(_mentions(value, 0) for value in (*replaced, *(value for cls in own for value in vars(cls).values())))
+
+
+def _mentions(value: Any, depth: int) -> bool:
+    """Is ``training`` among the names in the code of a function, property, or wrapped function?"""
+    code = getattr(value, "__code__", None)
+    if isinstance(code, CodeType):
+        pending = [code]
+        while pending:
+            code = pending.pop()
+            if "training" in code.co_names or "training" in code.co_consts:
+                return True
+            pending.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
+    inner = [getattr(value, name, None) for name in ("__func__", "__wrapped__", "fget", "func")]
+    return depth < 5 and any(part is not None and _mentions(part, depth + 1) for part in inner)

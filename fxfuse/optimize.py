@@ -23,7 +23,8 @@ from .determinism import preserved_state
 from .errors import FxfuseError
 from .graph import Program, Refusal, RegionPlan
 from .launches import count
-from .observe import Observation, observe
+from .lengths import tracked_len
+from .observe import Observation, observe_modes
 from .options import Options, make_inputs, make_options
 from .passes.emit import Packs
 from .passes.lift import Lifted
@@ -168,7 +169,8 @@ class _Pipeline:
                 self.work = sharing_copy(self.model)
             except Exception as error:
                 return self._unchanged(inplace, Refusal(f"the model cannot be copied: {str(error).splitlines()[0]}"))
-            observations = self._observe()
+            with tracked_len(self.work):
+                observations = self._observe()
         first = observations[0]
         if first.failure:
             return self._unchanged(inplace, Refusal(f"the forward raises {first.failure}"))
@@ -222,18 +224,8 @@ class _Pipeline:
 
     def _observe(self) -> list[Observation]:
         """The model recorded in train mode, in eval mode, and as it is where that is neither; the mode that is timed first."""
-        given = [module.training for module in self.work.modules()]
-        found: list[Observation] = []
-        wanted = (True, False) if self.options.mode == "train" else (False, True)
-        try:
-            for training in wanted:
-                self.work.train(training)
-                found.append(observe(self.work, self.args, self.kwargs))
-            if tuple(given) not in [o.flags for o in found]:
-                _set_training(self.work, given)
-                found.append(observe(self.work, self.args, self.kwargs))
-        finally:
-            _set_training(self.work, given)
+        modes = (True, False) if self.options.mode == "train" else (False, True)
+        found = observe_modes(self.work, self.args, self.kwargs, modes)
         working = [o for o in found if not o.failure]
         return working or found
 
@@ -246,12 +238,15 @@ class _Pipeline:
         packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module))
         modules = list(self.work.modules())
         _set_training(self.work, observations[0].flags)
-        choice = Planner(prepared, module, packs, self.options).plan()
+        planner = Planner(prepared, module, packs, self.options)
+        choice = planner.plan()
         self.report.refused.extend(_placed(prepared))
         if choice.refusal is not None or choice.vectorized is None:
             if choice.refusal is not None:
                 self.report.refused.append(choice.refusal)
             return None
+        if self.options.tune:
+            planner.measure_memory(choice)
         programs: dict[tuple[bool, ...], Program] = {}
         packs = choice.vectorized.packs
         notes: list[str] = []

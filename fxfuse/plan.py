@@ -20,6 +20,7 @@ from . import recipes
 from .determinism import preserved_state
 from .graph import Refusal
 from .inputs import clone_inputs
+from .launches import Launches, count
 from .memory import peak_bytes
 from .options import Options
 from .passes.emit import Packs
@@ -55,7 +56,9 @@ class Planner:
         base = vectorize(self.prepared, self.packs, {}, prefer)
         if base is None:
             return Choice(None, {}, Refusal("nothing is left to fuse", self.prepared.lifted.place, self.prepared.lifted.frame.path))
-        if self.options.objective == "launches" or not self.options.tune:
+        if self.options.objective == "launches":
+            choice = self._fewest_launches(base, prefer)
+        elif not self.options.tune:
             choice = Choice(base, {})
         else:
             choice = self._tuned(base, prefer)
@@ -68,6 +71,24 @@ class Planner:
         if self.options.lowering == "grouped_conv":
             return "grouped_conv"
         return "baddbmm" if self.options.lowering == "bmm" or self.options.objective == "launches" else ""
+
+    def _fewest_launches(self, base: Vectorized, prefer: str) -> Choice:
+        """The lowerings that launch least, counted on one run each; refused only where the loop launches no more."""
+        with preserved_state(self.region):
+            loop = _launches(self._forward())
+            best, lowering, least = base, {k: prefer if prefer in o else o[0] for k, o in base.choices.items()}, _launches(self._program(base))
+            if self.options.lowering == "auto":
+                for key, options in base.choices.items():
+                    for option in options:
+                        other = vectorize(self.prepared, self.packs, {**lowering, key: option}, prefer) if option != lowering[key] else None
+                        counted = _launches(self._program(other)) if other is not None else least
+                        if other is not None and counted.total < least.total:
+                            best, lowering, least = other, {**lowering, key: option}, counted
+        choice = Choice(best, lowering)
+        if least.total >= loop.total and least.heavy >= loop.heavy:
+            frame = self.prepared.lifted.frame
+            choice.refusal = Refusal(f"left as a loop: packed launches {least.total} ops, the loop {loop.total}", self.prepared.lifted.place, frame.path)
+        return choice
 
     def _tuned(self, base: Vectorized, prefer: str) -> Choice:
         loop = self._loop()
@@ -147,12 +168,22 @@ class Planner:
         rebuilt: tuple[Any, Any] = tree_unflatten(leaves, spec)
         return rebuilt
 
-    def _loop(self) -> Callable[[], object]:
+    def _forward(self) -> Callable[[], Any]:
         args, kwargs = self._inputs()
         forward = type(self.region).forward
-        return self._stepped(lambda: forward(self.region, *args, **kwargs), list(self.region.parameters()))
+        return lambda: forward(self.region, *args, **kwargs)
+
+    def _loop(self) -> Callable[[], object]:
+        return self._stepped(self._forward(), list(self.region.parameters()))
+
+    def _program(self, vectorized: Vectorized) -> Callable[[], Any]:
+        return self._compiled(vectorized)[0]
 
     def _runner(self, vectorized: Vectorized) -> Callable[[], object]:
+        return self._stepped(*self._compiled(vectorized))
+
+    def _compiled(self, vectorized: Vectorized) -> tuple[Callable[[], Any], list[torch.Tensor]]:
+        """The candidate as a callable on the recorded inputs, and its trainable tensors."""
         root: dict[str, Any] = {}
         parameters: list[torch.Tensor] = []
         for node in vectorized.graph.nodes:
@@ -166,7 +197,7 @@ class Planner:
                     parameters.append(tensor)
         code = torch.fx.GraphModule(root, vectorized.graph)
         leaves = tree_flatten(self._inputs())[0]
-        return self._stepped(lambda: code(*leaves), parameters)
+        return lambda: code(*leaves), parameters
 
     def _tensor(self, target: str, packs: Packs) -> torch.Tensor:
         if target in packs.constants:
@@ -197,6 +228,10 @@ class Planner:
                 return torch.autograd.grad(outputs, wanted, [torch.ones_like(o) for o in outputs], allow_unused=True) if wanted else None
 
         return train
+
+
+def _launches(forward: Callable[[], Any]) -> Launches:
+    return count(forward, bound=False)
 
 
 def _walk(root: nn.Module, target: str) -> torch.Tensor:

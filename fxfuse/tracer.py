@@ -4,19 +4,24 @@ Comes in: a model (a private copy) and its inputs. Goes out: a ``Trace``. Any Py
 ``TorchFunctionMode`` watches the real tensors of one eager call. Where Python reads data out of a tensor (``bool(t)``, ``.item()``), runs
 without gradient tracking (a custom autograd Function, ``no_grad``) or otherwise does what a graph cannot repeat, the event is
 marked (``Event.poison``): a region must not contain it.
+
+A model of a thousand lanes makes ten thousand calls, so the common case (plain tensors and numbers in, one tensor out) is kept short.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from operator import is_, itemgetter
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
@@ -27,19 +32,34 @@ from .trace import Event, Frame, Ref, Trace, Value
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_INTERNAL: dict[str, bool] = {}
+_INTERNAL: dict[str, bool] = {}  # file -> is it torch's, or ours?
 
-# Calls that return facts which the guard checks at every call, or that say nothing of the data.
-_METADATA = frozenset(
-    "dim ndim ndimension device layout is_cuda is_cpu is_floating_point is_complex requires_grad is_contiguous is_leaf is_sparse "
-    "is_quantized is_mkldnn is_meta is_mps is_mtia is_xpu is_signed is_nested is_inference is_conj is_neg get_device names has_names "
-    "_backward_hooks grad_fn is_sparse_csr _is_view is_ipu is_maia is_vulkan is_xla is_hpu is_distributed is_shared is_pinned".split()
-)
-_DTYPE_FACTS = frozenset("dtype type element_size itemsize nbytes is_floating_point is_complex finfo".split())
-_DATA_READS = frozenset(
-    "__bool__ item tolist numpy __array__ __float__ __int__ __index__ __contains__ __complex__ equal allclose is_nonzero "
-    "nonzero argwhere unique unique_consecutive masked_select data_ptr storage untyped_storage __repr__ __str__ __format__ "
-    "_unique _unique2 unique_dim __dlpack__ bincount histc cpu_numpy".split()
+# What a torch call means to the recorder, by the function's name. Every other name is an operation.
+_ACTIONS: dict[str, str] = {
+    # Facts which the guard checks at every call, or that say nothing of the data.
+    **dict.fromkeys(
+        "dim ndim ndimension device layout is_cuda is_cpu requires_grad is_contiguous is_leaf is_sparse "
+        "is_quantized is_mkldnn is_meta is_mps is_mtia is_xpu is_signed is_nested is_inference is_conj is_neg get_device names has_names "
+        "_backward_hooks grad_fn is_sparse_csr _is_view is_ipu is_maia is_vulkan is_xla is_hpu is_distributed is_shared is_pinned "
+        "__len__ stride storage_offset _set_grad_enabled set_grad_enabled".split(),
+        "fact",
+    ),
+    **dict.fromkeys("dtype type element_size itemsize nbytes is_floating_point is_complex finfo".split(), "dtype"),
+    **dict.fromkeys(
+        "__bool__ item tolist numpy __array__ __float__ __int__ __index__ __contains__ __complex__ equal allclose is_nonzero "
+        "nonzero argwhere unique unique_consecutive masked_select data_ptr storage untyped_storage __repr__ __str__ __format__ "
+        "_unique _unique2 unique_dim __dlpack__ bincount histc cpu_numpy".split(),
+        "read",
+    ),
+    "size": "size", "numel": "numel", "nelement": "numel", "__iter__": "iterate", "__set__": "set",
+}  # fmt: skip
+# Of the same name as a property and as a method: only the property is a plain fact.
+_PROPERTIES = _ACTIONS | {"shape": "shape"}
+_IN_PLACE = frozenset(f"__{sign}__" for sign in "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split())
+_MAYBE_IN_PLACE = frozenset(
+    name
+    for name, function in vars(nn.functional).items()
+    if {"inplace", "max_norm"} & {*getattr(getattr(function, "__code__", None), "co_varnames", ())}
 )
 _HOOK_DICTS = (
     "_forward_hooks",
@@ -50,29 +70,17 @@ _HOOK_DICTS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_OWN_FIELDS = frozenset((*_HOOK_DICTS, "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks", "forward"))
+_USUAL = frozenset(name for name, value in nn.Module().__dict__.items() if value == {} or value == set()) - {"_parameters", "_modules"}
+_usual = itemgetter(*sorted(_USUAL))
+# Types of arguments that stand for themselves in the record.
+_PLAIN = frozenset((int, float, bool, str, type(None), type(Ellipsis), complex, torch.dtype, torch.device))
+_ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
+_TENSOR = tree_flatten(torch.empty(0))[1]
 
 
 def has_hooks(module: nn.Module) -> bool:
     """True where calling ``module`` also calls hooks that somebody registered on it."""
     return any(module.__dict__.get(name) for name in _HOOK_DICTS)
-
-
-def user_place() -> Place | None:
-    """The innermost line on the stack that is neither torch's nor ours; None above the recorded call."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        internal = _INTERNAL.get(file)
-        if internal is None:
-            path = os.path.abspath(file)
-            internal = _INTERNAL[file] = path.startswith((_TORCH, _HERE)) or file.startswith("<")
-        if not internal:
-            return Place(file, frame.f_lineno)
-        if frame.f_code is _RUN_CODE:
-            return None
-        frame = frame.f_back
-    return None
 
 
 class Recorder(TorchFunctionMode):
@@ -82,55 +90,63 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.trace = Trace([], [], [], [])
         self.attributes = attributes
-        self.known: dict[int, int] = {}
+        self.known: dict[int, Ref] = {}  # by id of the tensor; the trace keeps them alive
         self.stack: list[int] = []
         self.sizes: list[Any] = []
-        self.autocast = self._autocast()
-
-    @staticmethod
-    def _autocast() -> bool:
-        return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        self.places: dict[tuple[str, int], Place] = {}
+        self.autocast = torch._C._is_any_autocast_enabled()
+        self.kept: _Kept | None = None
 
     # -- values -------------------------------------------------------------------------------------------------------------------
 
-    def add(self, tensor: torch.Tensor, origin: str, name: str = "") -> int:
-        number = len(self.trace.values)
+    def add(self, tensor: Tensor, origin: str, name: str = "") -> Ref:
         with torch._C.DisableTorchFunction():
-            try:
-                storage = tensor.untyped_storage().data_ptr() or id(tensor)
-            except (RuntimeError, NotImplementedError):
-                storage = id(tensor)
-            self.trace.values.append(Value(tensor, origin, name, storage, tuple(tensor.shape)))
-        self.known[id(tensor)] = number
-        return number
+            return self._add(tensor, origin, name)
 
-    def number(self, tensor: torch.Tensor) -> int:
+    def _add(self, tensor: Tensor, origin: str, name: str = "") -> Ref:
+        """``add`` where no mode and no subclass can get in between."""
+        values = self.trace.values
+        ref = Ref(len(values))
+        try:
+            storage = tensor.untyped_storage().data_ptr() or id(tensor)
+        except (RuntimeError, NotImplementedError):
+            storage = id(tensor)
+        values.append(Value(tensor, origin, name, storage, tuple(tensor.shape)))
+        self.known[id(tensor)] = ref
+        return ref
+
+    def number(self, tensor: Tensor) -> Ref:
         found = self.known.get(id(tensor))
         if found is not None:
             return found
         name = self.attributes.get(id(tensor))
         return self.add(tensor, "attribute", name) if name is not None else self.add(tensor, "constant")
 
-    def describe(self, tree: Any) -> Any:
-        """``tree`` with tensors as ``Ref`` and tracked sizes as expressions."""
-        if isinstance(tree, torch.Tensor):
-            return Ref(self.number(tree))
+    def describe(self, tree: Any, tensors: list[Tensor] | None = None) -> Any:
+        """``tree`` with tensors as ``Ref`` and tracked sizes as expressions; the tensors are appended to ``tensors``."""
+        if type(tree) in _PLAIN:
+            return tree
+        if isinstance(tree, Tensor):
+            if tensors is not None:
+                tensors.append(tree)
+            return self.number(tree)
         if isinstance(tree, TracedInt):
             return tree.expr
         if isinstance(tree, tuple):
-            return tuple([self.describe(item) for item in tree])
+            return tuple([item if type(item) in _PLAIN else self.describe(item, tensors) for item in tree])
         if isinstance(tree, list):
-            return [self.describe(item) for item in tree]
+            return [self.describe(item, tensors) for item in tree]
         if isinstance(tree, dict):
-            return {key: self.describe(item) for key, item in tree.items()}
+            return {key: self.describe(item, tensors) for key, item in tree.items()}
         if isinstance(tree, slice):
+            if type(tree.start) in _PLAIN and type(tree.stop) in _PLAIN and type(tree.step) in _PLAIN:
+                return tree
             return slice(self.describe(tree.start), self.describe(tree.stop), self.describe(tree.step))
         return tree
 
     def outputs(self, tree: Any) -> Any:
-        if isinstance(tree, torch.Tensor):
-            found = self.known.get(id(tree))
-            return Ref(found if found is not None else self.add(tree, "made"))
+        if isinstance(tree, Tensor):
+            return self.known.get(id(tree)) or self.add(tree, "made")
         if isinstance(tree, (tuple, list)):
             return [self.outputs(item) for item in tree]
         return tree
@@ -138,70 +154,129 @@ class Recorder(TorchFunctionMode):
     # -- calls --------------------------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         name = func.__name__
-        if name == "__get__":
+        action = _ACTIONS.get(name)
+        if action is None:
+            if name != "__get__":
+                return self.call(func, args, kwargs or {}, name)
             name = func.__self__.__name__
-            if name == "shape":
+            action = _PROPERTIES.get(name)
+            if action == "shape":
                 return torch.Size(self.sizes_of(args[0]))
-            if name in _DTYPE_FACTS:
-                self.trace.reads_dtype = True
-                return func(*args)
-            if name in _METADATA:
-                return func(*args)
-        elif name == "size":
+            if action not in ("fact", "dtype"):
+                return self.call(func, args, kwargs or {}, name)
+        kwargs = kwargs or {}
+        if action == "size":
             return self.size(func, args, kwargs)
-        elif name in ("numel", "nelement"):
+        if action == "numel":
             return self.numel(args[0])
-        elif name in _DTYPE_FACTS:
+        if action == "read":
+            self.event(func, args, kwargs, f"reads tensor data into Python ({name.strip('_')})")
+        elif action == "iterate" and args[0].dim() > 0:  # ``for row in x``
+            return iter(self.call(Tensor.unbind, (args[0], 0), {}, "unbind"))
+        elif action == "set":
+            self.keep(args[:1])
+            self.event(func, args, kwargs, f"sets the {func.__self__.__name__} of a tensor")
+        elif action == "dtype":
             self.trace.reads_dtype = True
-            return func(*args, **kwargs)
-        elif name in _METADATA or name in ("__len__", "stride", "storage_offset", "_set_grad_enabled", "set_grad_enabled"):
-            return func(*args, **kwargs)
-        elif name in _DATA_READS:
-            self.event(func, args, kwargs, None, (), f"reads tensor data into Python ({name.strip('_')})")
-            return func(*args, **kwargs)
-        return self.call(func, args, kwargs)
+        return func(*args, **kwargs)
 
-    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        described, described_kwargs = self.describe(args), self.describe(kwargs)
-        tensors: list[torch.Tensor] = []
-        _tensors(args, tensors)
-        _tensors(kwargs, tensors)
-        before = [tensor._version for tensor in tensors if not tensor.is_inference()]
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any], name: str) -> Any:
+        """An operation. Runs with this mode off, as all of ``__torch_function__``."""
+        known, attributes = self.known, self.attributes
+        tensors: list[Tensor] = []
+        described: list[Any] = []
+        for arg in args:
+            ref = known.get(id(arg))
+            if ref is not None:
+                described.append(ref)
+                tensors.append(arg)
+            elif (kind := type(arg)) in _PLAIN:
+                described.append(arg)
+            elif kind is nn.Parameter and id(arg) in attributes:
+                described.append(self._add(arg, "attribute", attributes[id(arg)]))
+                tensors.append(arg)
+            else:
+                described.append(self.describe(arg, tensors))
+        described_kwargs = self.describe(kwargs, tensors) if kwargs else {}
+        if name[-1] == "_" or name in _MAYBE_IN_PLACE or kwargs:
+            self._before_write(name, args, kwargs, tensors)
+        before = _versions(tensors)
         out = func(*args, **kwargs)
         mutated: tuple[int, ...] = ()
-        if before != [tensor._version for tensor in tensors if not tensor.is_inference()]:
-            live = [tensor for tensor in tensors if not tensor.is_inference()]
-            changed = [tensor for tensor, version in zip(live, before, strict=True) if tensor._version != version]
+        after = _versions(tensors)
+        if before != after:
             # Views share their base's version counter; the one that was written is the first argument (or, for out=, the keyword).
-            mutated = tuple(dict.fromkeys(self.known[id(tensor)] for tensor in changed))
+            changed = [tensor for tensor, old, new in zip(tensors, before, after, strict=True) if old != new]
+            mutated = tuple(dict.fromkeys(known[id(tensor)].value for tensor in changed))
         poison = ""
-        if kwargs.get("out") is not None:
+        if kwargs and kwargs.get("out") is not None:
             poison = "writes through out="
         elif not torch.is_grad_enabled():
             poison = "runs without gradient tracking (no_grad, or a custom autograd Function)"
-        elif self._autocast() != self.autocast:
+        elif torch._C._is_any_autocast_enabled() != self.autocast:
             poison = "switches autocast"
-        elif any(tensor.grad_fn is not None and type(tensor) is nn.Parameter for tensor in tensors):
-            poison = "computes with a Parameter that is not a leaf"
-        elif out is not None and not _only_tensors(out) and func.__name__ not in ("__setitem__",):
-            poison = f"takes a Python value out of {func.__name__}"
-        self.event(func, described, described_kwargs, self.outputs(out), mutated, poison, raw=False)
+        else:
+            for tensor in tensors:
+                if type(tensor) is nn.Parameter and tensor.grad_fn is not None:
+                    poison = "computes with a Parameter that is not a leaf"
+        made: Any
+        if type(out) is Tensor:
+            made = known.get(id(out)) or self._add(out, "made")
+        else:
+            made = self.outputs(out)
+            if not poison and not _only_tensors(out) and name != "__setitem__":
+                poison = f"takes a Python value out of {func.__name__}"
+        frame = self.stack[-1] if self.stack else -1
+        place = self.place(sys._getframe(1))
+        self.trace.events.append(Event(func, tuple(described), described_kwargs, made, mutated, place, frame, poison))
         return out
 
-    def event(
-        self, func: Any, args: Any, kwargs: Any, out: Any, mutated: tuple[int, ...], poison: str = "", raw: bool = True
-    ) -> None:
-        if raw:
-            args, kwargs = self.describe(args), self.describe(kwargs)
+    def event(self, func: Any, args: Any, kwargs: Any, poison: str) -> None:
+        """A call that is no operation, about to be made."""
         frame = self.stack[-1] if self.stack else -1
-        self.trace.events.append(Event(func, args, kwargs, out, mutated, user_place(), frame, poison))
+        place = self.place(sys._getframe(1))
+        self.trace.events.append(Event(func, self.describe(args), self.describe(kwargs), None, (), place, frame, poison))
+
+    def place(self, frame: FrameType | None) -> Place | None:
+        """The innermost line, from ``frame`` outwards, that is neither torch's nor ours; None above the recorded call."""
+        while frame is not None:
+            code = frame.f_code
+            if code is _ENTER_CODE:  # from here on outwards the module call has looked already
+                return self.trace.frames[self.stack[-1]].place if self.stack else None
+            file = code.co_filename
+            internal = _INTERNAL.get(file)
+            if internal is None:
+                path = os.path.abspath(file)
+                internal = _INTERNAL[file] = path.startswith((_TORCH, _HERE)) or file.startswith("<")
+            if not internal:
+                line = (file, frame.f_lineno)
+                return self.places.get(line) or self.places.setdefault(line, Place(*line))
+            if code is _RUN_CODE:
+                return None
+            frame = frame.f_back
+        return None
+
+    # -- what must be as it was -----------------------------------------------------------------------------------------------------
+
+    def _before_write(self, name: str, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
+        writes = (name[-1:] == "_" and not name.endswith("__")) or name in _IN_PLACE or kwargs.get("out") is not None
+        if not writes and name in _MAYBE_IN_PLACE:
+            flag = any(arg is True for arg in args) or bool(kwargs.get("inplace"))
+            writes = flag or kwargs.get("max_norm") is not None or (name.startswith("embedding") and len(args) > 3 and args[3] is not None)
+        if writes:
+            self.keep(tensors)
+
+    def keep(self, tensors: Any) -> None:
+        """Before a call that may write into ``tensors``: keep what the inputs and the model hold in the same memory."""
+        if self.kept is not None:
+            for tensor in tensors:
+                self.kept.before_write(self.trace.values[self.number(tensor).value].storage)
 
     # -- sizes --------------------------------------------------------------------------------------------------------------------
 
-    def sizes_of(self, tensor: torch.Tensor) -> tuple[int, ...]:
-        number = self.number(tensor)
+    def sizes_of(self, tensor: Tensor) -> tuple[int, ...]:
+        number = self.number(tensor).value
         with torch._C.DisableTorchFunction():
             shape = tuple(tensor.shape)
         self.note_comparisons()
@@ -214,7 +289,7 @@ class Recorder(TorchFunctionMode):
             return torch.Size(sizes)
         return sizes[dim] if isinstance(dim, int) else func(*args, **kwargs)
 
-    def numel(self, tensor: torch.Tensor) -> int:
+    def numel(self, tensor: Tensor) -> int:
         total: int = 1
         for size in self.sizes_of(tensor):
             total = size * total
@@ -223,150 +298,229 @@ class Recorder(TorchFunctionMode):
     def note_comparisons(self) -> None:
         """Comparisons are logged by the sizes themselves; give those since the last look their frame and line."""
         if self.sizes:
-            frame, place = (self.stack[-1] if self.stack else -1), user_place()
+            frame, place = (self.stack[-1] if self.stack else -1), self.place(sys._getframe(1))
             self.trace.comparisons.extend((comparison, frame, place) for comparison in self.sizes)
             self.sizes.clear()
 
     # -- frames -------------------------------------------------------------------------------------------------------------------
 
-    def enter(self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, poison: str) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        index = len(self.trace.frames)
-        parent = self.stack[-1] if self.stack else -1
-        frame = Frame(index, parent, path, module, [self.describe(leaf) for leaf in leaves], spec, len(self.trace.events))
+    def enter(self, path: str, module: nn.Module, forward: Callable[..., Any], poison: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the ``forward`` of ``module``. Runs with this mode on."""
+        trace, known, stack = self.trace, self.known, self.stack
+        ref = known.get(id(args[0])) if len(args) == 1 and not kwargs else None
+        if ref is not None:  # one tensor: the usual call
+            leaves, spec = [ref], _ONE_TENSOR
+        else:
+            flat, spec = tree_flatten((args, kwargs))
+            leaves = [self.describe(leaf) for leaf in flat]
+        index = len(trace.frames)
+        parent = stack[-1] if stack else -1
+        if self.sizes:
+            self.note_comparisons()
+        frame = Frame(index, parent, path, module, leaves, spec, len(trace.events))
         frame.raw = (args, kwargs)
-        frame.place = user_place()
+        frame.place = self.place(sys._getframe(1))
         frame.poison = poison
-        self.trace.frames.append(frame)
+        trace.frames.append(frame)
         if parent >= 0:
-            self.trace.frames[parent].children.append(index)
-        self.note_comparisons()
-        self.stack.append(index)
+            trace.frames[parent].children.append(index)
+        stack.append(index)
         try:
             out = forward(*args, **kwargs)
         finally:
-            self.note_comparisons()
-            self.stack.pop()
-            frame.end = len(self.trace.events)
-        out_leaves, frame.out_spec = tree_flatten(out)
-        frame.out = [self.describe(leaf) for leaf in out_leaves]
+            if self.sizes:
+                self.note_comparisons()
+            stack.pop()
+            frame.end = len(trace.events)
+        ref = known.get(id(out))
+        if ref is not None:
+            frame.out, frame.out_spec = [ref], _TENSOR
+        else:
+            flat, frame.out_spec = tree_flatten(out)
+            frame.out = [self.describe(leaf) for leaf in flat]
         return out
 
 
-def _tensors(tree: Any, found: list[torch.Tensor]) -> None:
-    if isinstance(tree, torch.Tensor):
-        found.append(tree)
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            _tensors(item, found)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            _tensors(item, found)
+_ENTER_CODE = Recorder.enter.__code__
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    """How often each tensor was written so far."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # inference tensors do not count
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _only_tensors(tree: Any) -> bool:
     if isinstance(tree, (tuple, list)):
         return all(_only_tensors(item) for item in tree)
-    return tree is None or isinstance(tree, torch.Tensor)
+    return tree is None or isinstance(tree, Tensor)
 
 
-def attribute_tensors(model: nn.Module) -> dict[int, str]:
-    """``id(tensor) -> path`` of every tensor that a module of ``model`` holds: parameters, buffers, and plain attributes."""
-    found: dict[int, str] = {}
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for holder in (module._parameters, module._buffers, module.__dict__):
-            for name, tensor in holder.items():
-                if isinstance(tensor, torch.Tensor):
-                    found.setdefault(id(tensor), prefix + name)
-    return found
+class _Kept:
+    """What the run may not change although it writes there: the inputs, and tensors that the model shares with the user's model."""
+
+    def __init__(self, inputs: list[Tensor], watched: list[_Watched]) -> None:
+        self.inputs, self.watched = inputs, watched
+        self.by_storage: dict[int, list[Tensor]] | None = None
+        self.saved: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+
+    def before_write(self, storage: int) -> None:
+        if self.by_storage is None:
+            self.by_storage = {}
+            held = [tensor for each in self.watched for store in (each.values["_parameters"], each.values) for tensor in store.values()]
+            for tensor in {id(tensor): tensor for tensor in (*self.inputs, *held)}.values():
+                if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+                    self.by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+        for tensor in self.by_storage.pop(storage, ()):
+            self.saved.append((tensor, tensor.data, tensor.data.clone(), tensor.requires_grad))
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for tensor, data, values, requires_grad in self.saved:
+                data.copy_(values)
+                if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+                    tensor.data = data
+                if tensor.requires_grad is not requires_grad and tensor.is_leaf:
+                    tensor.requires_grad_(requires_grad)
 
 
-def _snapshot(value: Any) -> Any:
-    """What of a Python attribute can be compared after the run: identity, and for containers that of their elements."""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return (id(value), tuple(id(item) for item in value))
-    if isinstance(value, dict):
-        return (id(value), tuple((id(key), id(item)) for key, item in value.items()))
-    return id(value)
+class _Watched:
+    """One module during a run: its forward reports to the recorder, its hooks are off; afterwards everything is as it was."""
+
+    __slots__ = ("empty", "filled", "hooks", "module", "path", "values")
+
+    def __init__(self, path: str, module: nn.Module, attributes: dict[int, str]) -> None:
+        self.path, self.module = path, module
+        own = module.__dict__
+        self.values = dict(own)
+        self.empty: list[Any] = []  # containers
+        usual: frozenset[str] = frozenset()  # containers that every module has and that are empty in most
+        if _USUAL <= own.keys() and not any(found := _usual(own)):
+            usual = _USUAL
+            self.empty.extend(found)
+        self.filled: list[tuple[str, Any, Any]] = []  # containers, and copies of them
+        self.hooks: list[str] = []
+        for name, value in own.items():
+            kind = type(value)
+            if kind in _PLAIN or name in usual:
+                continue
+            if kind is OrderedDict or kind is dict or kind is set or isinstance(value, (list, dict, set, deque)):
+                if not value:
+                    self.empty.append(value)
+                elif name in _HOOK_DICTS:
+                    self.hooks.append(name)
+                else:
+                    self.filled.append((name, value, kind(value) if kind in (dict, list, set) else list(_items(value))))
+                    if name == "_parameters" or name == "_buffers":
+                        for key, tensor in value.items():
+                            if tensor is not None:
+                                attributes.setdefault(id(tensor), f"{path}.{key}" if path else key)
+            elif isinstance(value, Tensor):
+                attributes.setdefault(id(value), f"{path}.{name}" if path else name)
+
+    def start(self, recorder: Recorder) -> None:
+        own = self.module.__dict__
+        for name in self.hooks:
+            own[name] = type(own[name])()
+        if not isinstance(self.module, torch.jit.ScriptModule):
+            replaced = own.get("forward")
+            forward = type(self.module).forward.__get__(self.module) if replaced is None else replaced
+            poison = "" if replaced is None else "its forward was replaced on the instance"
+            watched = own["forward"] = partial(recorder.enter, self.path, self.module, forward, poison)
+            watched.__wrapped__ = forward  # type: ignore[attr-defined]  # for inspect.signature(self.forward)
+
+    def stop(self) -> str:
+        """Put everything back; the name of an attribute that the run changed, or nothing."""
+        own, values = self.module.__dict__, self.values
+        changed = ""
+        for name in self.hooks:
+            own[name] = values[name]
+        if "forward" in values:
+            own["forward"] = values["forward"]
+        else:
+            own.pop("forward", None)
+        if len(own) != len(values) or not all(map(is_, own.values(), values.values())):
+            for name in [name for name in own if name not in values]:
+                changed = name
+                del own[name]
+            for name, value in values.items():
+                if own.get(name, own) is not value:
+                    changed, own[name] = name, value
+        if any(self.empty):
+            for name, value in values.items():
+                if any(value is container for container in self.empty) and value:
+                    changed = _changed_name(name, value, ())
+                    value.clear()
+        for name, value, before in self.filled:
+            if not _same_items(value, before):
+                changed = _changed_name(name, value, before)
+                value.clear()
+                getattr(value, "extend" if isinstance(value, (list, deque)) else "update")(before)
+        return changed
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in module.__dict__.items() if name not in _OWN_FIELDS}
+def _items(container: Any) -> Any:
+    return container.items() if isinstance(container, dict) else container
+
+
+def _same_items(container: Any, before: Any) -> bool:
+    """Does ``container`` hold the very objects that it held?"""
+    if len(container) != len(before):
+        return False
+    if type(before) is dict:  # as they lie, which is as they were unless something changed
+        return all(map(is_, container, before)) and all(map(is_, container.values(), before.values()))
+    if type(before) is set:
+        return all(item in before for item in container)
+    if isinstance(container, dict):
+        return all(key is a and value is b for (key, value), (a, b) in zip(container.items(), before, strict=True))
+    return all(map(is_, container, before))
+
+
+def _changed_name(name: str, container: Any, before: Any) -> str:
+    """Of what is registered (a Parameter, a buffer, a submodule) its own name."""
+    if name not in ("_parameters", "_buffers", "_modules"):
+        return name
+    old = dict(before)
+    return next((key for key in {**container, **old} if container.get(key, container) is not old.get(key, old)), name)
 
 
 @contextmanager
-def _watched(model: nn.Module, recorder: Recorder) -> Iterator[list[tuple[str, str]]]:
-    """Every module's forward reports to ``recorder``; hooks are off; afterwards everything is as it was.
-
-    Yields a list that holds, afterwards, ``(module path, attribute)`` for what the run changed.
-    """
-    changed: list[tuple[str, str]] = []
-    undo: list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
-    replaced: dict[int, Any] = {}  # forward methods that the user put on the instance
-    paths: dict[int, str] = {}
-    for path, module in model.named_modules():
-        paths[id(module)] = path
-        hooks = {name: module.__dict__[name] for name in _HOOK_DICTS if module.__dict__.get(name)}
-        values = _attributes(module)
-        undo.append((module, hooks, values, {name: _snapshot(value) for name, value in values.items()}))
-        for name, hook in hooks.items():
-            module.__dict__[name] = type(hook)()
-        if "forward" in module.__dict__:
-            replaced[id(module)] = module.__dict__["forward"]
-        if not isinstance(module, torch.jit.ScriptModule):
-            module.__dict__["forward"] = _wrapper(recorder, path, module)
+def _watched(model: nn.Module, args: Any, kwargs: Any) -> Iterator[Recorder]:
+    """Every module's forward reports to the recorder; afterwards everything is as it was, and frames of changed modules are marked."""
+    attributes: dict[int, str] = {}
+    watched = [_Watched(path, module, attributes) for path, module in model.named_modules()]
+    recorder = Recorder(attributes)
+    leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    recorder.kept = _Kept(leaves, watched)
     try:
-        yield changed
+        for each in watched:
+            each.start(recorder)
+        for leaf in leaves:
+            if id(leaf) not in recorder.known:
+                recorder.add(leaf, "input")
+        yield recorder
     finally:
-        for module, hooks, values, snapshot in undo:
-            module.__dict__.pop("forward", None)
-            if id(module) in replaced:
-                module.__dict__["forward"] = replaced[id(module)]
-            after = _attributes(module)
-            for name in {*after, *values}:
-                if name not in after or name not in values or _snapshot(after[name]) != snapshot[name]:
-                    changed.append((paths[id(module)], name))
-                    if name in values:
-                        module.__dict__[name] = values[name]
-                    else:
-                        del module.__dict__[name]
-            module.__dict__.update(hooks)
-
-
-def _wrapper(recorder: Recorder, path: str, module: nn.Module) -> Callable[..., Any]:
-    own = module.__dict__.get("forward")
-    forward = own if own is not None else type(module).forward.__get__(module)
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        return recorder.enter(path, module, forward, args, kwargs, "its forward was replaced on the instance" if own is not None else "")
-
-    return watched
+        changed = {each.path: name for each in watched if (name := each.stop())}
+        recorder.kept.restore()
+        for frame in recorder.trace.frames if changed else ():
+            if frame.path in changed:
+                frame.poison = frame.poison or f"forward changes self.{changed[frame.path]}"
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Run ``model(*args, **kwargs)`` once under watch. Leaves no trace: buffers, RNG, attributes, hooks, grad mode stay as they were.
+    """Run ``model(*args, **kwargs)`` once under watch. Leaves no trace: the values of parameters, buffers and inputs, random state,
+    attributes, hooks and grad mode stay as they were.
 
     A run that raises gives a ``Trace`` whose ``failure`` says why.
     """
-    recorder = Recorder(attribute_tensors(model))
-    trace = recorder.trace
-    with preserved_state(model), _watched(model, recorder) as changed, torch.enable_grad(), torch.inference_mode(False):
-        leaves, _ = tree_flatten((args, kwargs))
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor) and id(leaf) not in recorder.known:
-                recorder.add(leaf, "input")
+    with preserved_state(model), _watched(model, args, kwargs) as recorder, torch.enable_grad(), torch.inference_mode(False):
         try:
             _run(recorder, model, args, kwargs)
         except Exception as error:  # the user's model: anything can come
-            trace.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-    by_path: dict[str, str] = {}
-    for path, name in changed:
-        by_path.setdefault(path, name)
-    for frame in trace.frames:
-        if frame.path in by_path:
-            frame.poison = frame.poison or f"forward changes self.{by_path[frame.path]}"
-    return trace
+            recorder.trace.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+    return recorder.trace
 
 
 def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) -> None:

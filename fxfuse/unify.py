@@ -36,6 +36,7 @@ class Unifier:
     def __init__(self, one: Trace, other: Trace) -> None:
         self.one, self.other = one, other
         self.values: dict[int, int] = {}
+        self.taken: dict[int, int] = {}  # the way back: two tensors of one run are never one tensor of the other
 
     def compare(self, first: Frame, second: Frame) -> Mismatch | None:
         """None where both frames did the same, else the first difference."""
@@ -64,16 +65,20 @@ class Unifier:
             return f"one run calls {a.func.__name__}, another {b.func.__name__}"
         try:
             self.same(a.args, b.args)
-            self.same(a.kwargs, b.kwargs)
+            if a.kwargs or b.kwargs:
+                self.same(a.kwargs, b.kwargs)
             self.same(a.out, b.out)
-            self.same([Ref(v) for v in a.mutated], [Ref(v) for v in b.mutated])
+            if a.mutated or b.mutated:
+                self.same([Ref(v) for v in a.mutated], [Ref(v) for v in b.mutated])
         except _Different as difference:
             return f"{a.func.__name__} is called with other arguments in two runs{difference}"
         return ""
 
     def value(self, a: int, b: int) -> None:
-        if a in self.values:
-            if self.values[a] != b:
+        """Value ``a`` of the one run is value ``b`` of the other, here as everywhere."""
+        known = self.values.get(a)
+        if known is not None:
+            if known != b:
                 raise _Different
             return
         left, right = self.one.values[a], self.other.values[b]
@@ -85,11 +90,27 @@ class Unifier:
             raise _Different(": a tensor made where recording cannot see it (nn.Parameter(...), from_numpy, ...)")
         if len(left.shape) != len(right.shape) or left.tensor.dtype != right.tensor.dtype:
             raise _Different(": tensors of another rank or dtype")
+        if self.taken.setdefault(b, a) != a:
+            raise _Different(": two tensors in one run are one tensor in another")
         self.values[a] = b
 
     def same(self, a: Any, b: Any) -> None:
-        if isinstance(a, Ref) and isinstance(b, Ref):
-            self.value(a.value, b.value)
+        kind = type(a)
+        if kind is Ref and type(b) is Ref:
+            if self.values.get(a.value) != b.value:
+                self.value(a.value, b.value)
+        elif (kind is tuple or kind is list or isinstance(a, (tuple, list))) and isinstance(b, (tuple, list)):
+            if len(a) != len(b):
+                raise _Different(f": {len(a)} values against {len(b)}")
+            for left, right in zip(a, b, strict=True):
+                self.same(left, right)
+        elif isinstance(a, slice) and isinstance(b, slice):
+            self.same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
+        elif isinstance(a, dict) and isinstance(b, dict):
+            if a.keys() != b.keys():
+                raise _Different
+            for key in a:
+                self.same(a[key], b[key])
         elif isinstance(a, SizeOf) and isinstance(b, SizeOf):
             self.value(a.value, b.value)
             if a.dim != b.dim:
@@ -98,18 +119,6 @@ class Unifier:
             if a.op != b.op:
                 raise _Different
             self.same(a.args, b.args)
-        elif isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-            if len(a) != len(b):
-                raise _Different(f": {len(a)} values against {len(b)}")
-            for left, right in zip(a, b, strict=True):
-                self.same(left, right)
-        elif isinstance(a, dict) and isinstance(b, dict):
-            if a.keys() != b.keys():
-                raise _Different
-            for key in a:
-                self.same(a[key], b[key])
-        elif isinstance(a, slice) and isinstance(b, slice):
-            self.same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
         elif a is not b:
             self.plain(a, b)
 
@@ -129,8 +138,39 @@ class Unifier:
     def dynamic(self) -> dict[int, frozenset[int]]:
         """For each value of the first trace, the dims whose size differs between the runs."""
         found: dict[int, frozenset[int]] = {}
+        ones, others = self.one.values, self.other.values
         for a, b in self.values.items():
-            left, right = self.one.values[a].shape, self.other.values[b].shape
+            left, right = ones[a].shape, others[b].shape
             if left != right:
-                found[a] = frozenset(dim for dim in range(len(left)) if left[dim] != right[dim])
+                found[a] = frozenset([dim for dim in range(len(left)) if left[dim] != right[dim]])
         return found
+
+
+def interchangeable(one: Trace, other: Trace) -> Unifier | None:
+    """How the runs correspond, where all that can be concluded from the one holds for the other; None where not.
+
+    For runs in two modes of a model (train and eval). More than the steps must agree: every module call with its arguments and
+    results, what keeps a call out of a graph (grad mode, data read by Python), and every comparison of sizes that becomes a guard.
+    """
+    if one.failure or other.failure or not one.frames or len(one.frames) != len(other.frames) or one.reads_dtype != other.reads_dtype:
+        return None
+    unifier = Unifier(one, other)
+    if unifier.compare(one.frames[0], other.frames[0]) is not None or len(one.comparisons) != len(other.comparisons):
+        return None
+    if any(a.poison != b.poison or a.frame != b.frame for a, b in zip(one.events, other.events, strict=True)):
+        return None
+    try:
+        for a, b in zip(one.frames, other.frames, strict=True):
+            if (a.path, a.parent, a.start, a.end, a.poison) != (b.path, b.parent, b.start, b.end, b.poison):
+                return None
+            if (a.in_spec is not b.in_spec and a.in_spec != b.in_spec) or (a.out_spec is not b.out_spec and a.out_spec != b.out_spec):
+                return None
+            unifier.same(a.leaves, b.leaves)
+            unifier.same(a.out, b.out)
+        for (c, at, _), (d, there, _) in zip(one.comparisons, other.comparisons, strict=True):
+            if (c.op, c.result, at) != (d.op, d.result, there):
+                return None
+            unifier.same((c.left, c.right), (d.left, d.right))
+    except _Different:
+        return None
+    return unifier

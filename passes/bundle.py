@@ -6,7 +6,7 @@ Two nodes are in one class when they call the same op with the same attributes o
 tensor being one class whatever their position, and parameters of one shape likewise. This is value numbering (hash consing) up to
 the lane index, as the SLP vectorizer's isomorphism test but for whole graphs at once. Because a node's class is made of its
 operands' classes, all members of a class sit at the same height: they cannot depend on each other, and contracting every
-class to one node leaves the graph acyclic. One pass over the nodes, linear in their number.
+class to one node leaves the graph acyclic; merging two classes with no path between them keeps it so. A pass is linear in the nodes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from .ops import Op
 
 Node = torch.fx.Node
 
+# Each merge of two classes costs a pass over the graph.
+MOST_MERGES = 16
+
 # Which argument of a slicing op is the lane's position, and may differ from lane to lane.
 POSITIONS = {"select": ("index",), "slice_along": ("start", "stop"), "narrow": ("start",)}
 
@@ -34,7 +37,7 @@ class Bundle:
     index: int
     members: list[Node]
     operands: set[int] = field(default_factory=set)  # classes it reads
-    height: int = 0
+    number: int = 0  # its place in an order in which operands come first
 
     @property
     def op(self) -> Op | None:
@@ -70,25 +73,26 @@ class Bundles:
 
 
 def find_bundles(
-    graph: torch.fx.Graph, vectorizable: Callable[[Bundle], bool], is_view: Callable[[Bundle], bool], min_lanes: int
+    graph: torch.fx.Graph,
+    vectorizable: Callable[[Bundle], bool],
+    is_view: Callable[[Bundle], bool],
+    min_lanes: int,
+    is_heavy: Callable[[Bundle], bool] | None = None,
 ) -> Bundles:
     """Classes of equal nodes; those with at least ``min_lanes`` members that ``vectorizable`` accepts are active.
 
     ``is_view(bundle)`` tells ops that launch nothing: a bundle of those is worth computing as one only next to one that does.
+    ``is_heavy`` (optional): classes of such ops that differ only in where their operands come from, and do not depend on each other,
+    are merged: a loop that fills two buffers with equal Linears is one launch, at the price of joining their inputs.
     """
-    classes: list[Bundle] = []
-    of: dict[Node, int] = {}
-    by_key: dict[Any, int] = {}
-    for node in graph.nodes:
-        if node.op == "output":
-            continue
-        key = _key(node, of)
-        index = by_key.setdefault(key, len(classes))
-        if index == len(classes):
-            operands = {of[o] for o in node.all_input_nodes}
-            classes.append(Bundle(index, [], operands, 1 + max((classes[o].height for o in operands), default=0)))
-        classes[index].members.append(node)
-        of[node] = index
+    merged: dict[Node, Node] = {}
+    classes, of = _classes(graph, merged)
+    for _ in range(MOST_MERGES if is_heavy is not None else 0):
+        pair = _mergeable(classes, of, is_heavy) if is_heavy is not None else None
+        if pair is None:
+            break
+        merged[pair[1]] = pair[0]
+        classes, of = _classes(graph, merged)
     active = {
         b.index for b in classes if len(b.members) >= min_lanes and b.op is not None and b.members[0].meta.get("shape") is not None and vectorizable(b)
         or _is_size(b) and len(b.members) >= min_lanes
@@ -97,6 +101,66 @@ def find_bundles(
     _drop_idle_views(bundles, is_view)
     _order(bundles)
     return bundles
+
+
+def _classes(graph: torch.fx.Graph, merged: dict[Node, Node]) -> tuple[list[Bundle], dict[Node, int]]:
+    """Classes of equal nodes. ``merged`` sends the first member of a class to that of the class it is to join."""
+    classes: list[Bundle] = []
+    of: dict[Node, int] = {}
+    by_key: dict[Any, int] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        key = _key(node, of)
+        index = by_key.get(key)
+        if index is None:
+            index = of[merged[node]] if node in merged else len(classes)
+            by_key[key] = index
+        if index == len(classes):
+            classes.append(Bundle(index, []))
+        classes[index].members.append(node)
+        of[node] = index
+    for node, index in of.items():
+        classes[index].operands.update(of[o] for o in node.all_input_nodes)
+    return classes, of
+
+
+def _mergeable(classes: list[Bundle], of: dict[Node, int], is_heavy: Callable[[Bundle], bool]) -> tuple[Node, Node] | None:
+    """First members of two classes of one heavy op on equal shapes, neither of which depends on the other."""
+    groups: dict[Any, list[int]] = {}
+    for bundle in classes:
+        if bundle.op is not None and is_heavy(bundle):
+            first = bundle.members[0]
+            local = tuple(_local(arg) for arg in first.args)
+            facts = (first.meta.get("shape"), first.meta.get("dyn"), first.meta.get("dtype"), first.meta.get("device"))
+            groups.setdefault((bundle.op, local, facts), []).append(bundle.index)
+    candidates = [indices for indices in groups.values() if len(indices) > 1]
+    if not candidates:
+        return None
+    dataflow = _dataflow(classes)
+    for indices in candidates:
+        for position, one in enumerate(indices):
+            reach = nx.descendants(dataflow, one) | nx.ancestors(dataflow, one)
+            for other in indices[position + 1 :]:
+                if other not in reach:
+                    return classes[one].members[0], classes[other].members[0]
+    return None
+
+
+def _dataflow(classes: list[Bundle]) -> nx.DiGraph:
+    dataflow = nx.DiGraph()
+    dataflow.add_nodes_from(range(len(classes)))
+    dataflow.add_edges_from((operand, bundle.index) for bundle in classes for operand in bundle.operands)
+    return dataflow
+
+
+def _local(arg: Any) -> Any:
+    """An argument without where it comes from: shapes, and whether it is a weight of a module."""
+    if isinstance(arg, Node):
+        return ("tensor", arg.op == "get_attr", arg.meta.get("requires_grad"), arg.meta.get("shape"), arg.meta.get("dyn"), arg.meta.get("dtype"))
+    if isinstance(arg, (list, tuple)):
+        return tuple([_local(a) for a in arg])
+    return (type(arg).__name__, arg if not isinstance(arg, (dict, slice)) else repr(arg))
 
 
 def _is_size(bundle: Bundle) -> bool:
@@ -141,11 +205,12 @@ def _drop_idle_views(bundles: Bundles, is_view: Callable[[Bundle], bool]) -> Non
     classes = bundles.classes
     computing = {i for i in bundles.active if not is_view(classes[i])}
     derived = set(computing)
-    for bundle in classes:  # operands come before their users
+    ordered = [classes[i] for i in nx.topological_sort(_dataflow(classes))]  # operands come before their users
+    for bundle in ordered:
         if bundle.index in bundles.active and bundle.operands & derived:
             derived.add(bundle.index)
     needed = set(computing)
-    for bundle in reversed(classes):
+    for bundle in reversed(ordered):
         if bundle.index in needed:
             needed |= bundle.operands & bundles.active
     bundles.active &= derived | needed
@@ -156,7 +221,9 @@ def _order(bundles: Bundles) -> None:
 
     Lanes that read the same position (two networks on each slice) are ordered network by network, so that each is a run of its own.
     """
-    for bundle in bundles.classes:
+    for number, index in enumerate(nx.topological_sort(_dataflow(bundles.classes))):
+        bundle = bundles.classes[index]
+        bundle.number = number
         if bundle.index in bundles.active:
             positions = _operand_positions(bundle, bundles)
             if positions is not None:
@@ -186,7 +253,7 @@ def _operand_positions(bundle: Bundle, bundles: Bundles) -> list[Any] | None:
         if all(n is nodes[0] for n in nodes):
             continue
         if all(n in bundles.position for n in nodes):
-            return [(bundles.position[n],) for n in nodes]
+            return [(bundles.classes[bundles.of[n]].number, bundles.position[n]) for n in nodes]
     return None
 
 

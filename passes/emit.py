@@ -10,6 +10,7 @@ same value. Every node carries ``meta["val"]``, a meta tensor, so that rules can
 
 from __future__ import annotations
 
+import linecache
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -108,7 +109,9 @@ class Emitter:
             node.meta["place"] = self.source.meta.get("place")
             place = node.meta["place"]
             if place is not None:
-                node.meta["stack_trace"] = f'File "{place.file}", line {place.line}, in {self.source.meta.get("path") or "forward"}'
+                code = linecache.getline(place.file, place.line).strip()
+                where = self.source.meta.get("path") or "forward"
+                node.meta["stack_trace"] = f'File "{place.file}", line {place.line}, in {where}\n    {code}'
         return node
 
     def attribute(self, target: str, value: torch.Tensor) -> Node:
@@ -167,7 +170,28 @@ class Emitter:
         if bundle is not None and all(self.bundles.of.get(node) == bundle.index for node in nodes):
             value = self.values[bundle.index]
             return self.pick(value, len(bundle.members), [self.bundles.position[node] for node in nodes])
-        return Packed(self.call(torch.stack, [self.single(node) for node in nodes], 0), 0)
+        return Packed(self._gathered(nodes), 0)
+
+    def _gathered(self, nodes: list[Node]) -> Node:
+        """Values from several places, one per lane, lanes in front: runs of lanes that are packed already are taken as they are."""
+        parts: list[tuple[Node, bool]] = []  # (value, it has a lane axis in front)
+        run: list[Node] = []
+        for node, following in zip(nodes, [*nodes[1:], None], strict=True):
+            run.append(node)
+            bundle = self.bundles.bundle(node)
+            if following is not None and bundle is not None and self.bundles.bundle(following) is bundle:
+                continue
+            value = self.values.get(bundle.index) if bundle is not None else None
+            if len(run) > 1 and value is not None and value.dim is not None:
+                assert bundle is not None
+                picked = self.pick(value, len(bundle.members), [self.bundles.position[n] for n in run])
+                parts.append((self.at(picked, 0), True))
+            else:
+                parts.extend((self.single(n), False) for n in run)
+            run = []
+        if not any(packed for _, packed in parts):
+            return self.call(torch.stack, [part for part, _ in parts], 0)
+        return self.call(torch.cat, [part if packed else self.call(torch.unsqueeze, part, 0) for part, packed in parts], 0)
 
     def pick(self, value: Packed, total: int, positions: list[int]) -> Packed:
         """The lanes at ``positions`` of a packed value of ``total`` lanes."""

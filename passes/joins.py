@@ -221,7 +221,7 @@ def _assemble(graph: torch.fx.Graph, node: Node, buffer: Node, dim: int, pieces:
             if single and not all_single:
                 shape = fitted.meta["shape"]
                 unsqueezed = graph.call_function(UNSQUEEZE, (fitted, dim))
-                unsqueezed.meta.update(fitted.meta, shape=(*shape[:dim], 1, *shape[dim:]), dyn=frozenset(d + (d >= dim) for d in fitted.meta["dyn"]))
+                unsqueezed.meta.update(fitted.meta, shape=(*shape[:dim], 1, *shape[dim:]), stride=None, dyn=frozenset(d + (d >= dim) for d in fitted.meta["dyn"]))
                 fitted = unsqueezed
             parts.append(fitted)
             at = stop
@@ -236,7 +236,7 @@ def _slice(graph: torch.fx.Graph, node: Node, buffer: Node, dim: int, start: int
     piece = graph.call_function(SLICE, (buffer, dim, start, stop, 1))
     shape = list(node.meta["shape"])
     shape[dim] = stop - start
-    piece.meta.update(node.meta, shape=tuple(shape))
+    piece.meta.update(node.meta, shape=tuple(shape), stride=None)
     return piece
 
 
@@ -259,7 +259,7 @@ def _fit(graph: torch.fx.Graph, node: Node, buffer: Node, dim: int, start: int, 
         slot = (
             graph.call_function(SELECT, (buffer, dim, start)) if single else graph.call_function(SLICE, (buffer, dim, start, stop, 1))
         )
-        slot.meta.update(node.meta, shape=tuple(shape), dyn=dyn)
+        slot.meta.update(node.meta, shape=tuple(shape), dyn=dyn, stride=None)
         fitted = graph.call_function(SLOT, (value, slot))
-    fitted.meta.update(node.meta, shape=tuple(shape), dyn=dyn, place=value.meta.get("place"), path=value.meta.get("path"))
+    fitted.meta.update(node.meta, shape=tuple(shape), dyn=dyn, stride=None, place=value.meta.get("place"), path=value.meta.get("path"))
     return fitted

@@ -509,6 +509,8 @@ class _Lifter:
         """Basic indexing as a chain of single-dim steps; anything else stays an indexing call."""
         items = list(index) if isinstance(index, tuple) else [index]
         shape = node.meta["shape"]
+        if sum(isinstance(i, list) for i in items) == 1:  # x[:, [3]] is x[:, 3:4]; a copy there, but here nothing is written in place
+            items = [_as_slice(i) if isinstance(i, list) else i for i in items]
         if shape is None or not all(i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in items):
             op, args = canonical(func, (node, index), {})
             return self._node(op, args, value)
@@ -530,6 +532,10 @@ class _Lifter:
                     steps.append((_SLICE, step))
                 dim += 1
             else:
+                if free:
+                    if self.batch is None or size != self.batch[2]:
+                        raise SizeDependent("a fixed position along a free size", self.place)
+                    self._check_batch(">=", item + 1 if item >= 0 else -item)
                 steps.append((_SELECT, (dim, item if free or item >= 0 else item + size)))
             source += 1
         for position, (op, args) in enumerate(steps):
@@ -585,6 +591,13 @@ class _Lifter:
                 whole = start == 0 and width == node.meta["shape"][dim]
                 self.env[ref.value] = node if whole else self._step(_SLICE, node, (dim, start, start + width, 1), ref.value)
                 start += width
+
+
+def _as_slice(index: list[Any]) -> Any:
+    """A list of consecutive positions as the slice it is; any other list as it came."""
+    if index and all(type(i) is int for i in index) and index[0] >= 0 and index == list(range(index[0], index[0] + len(index))):
+        return slice(index[0], index[-1] + 1)
+    return index
 
 
 def _first_shape(args: Any) -> tuple[int, ...] | None:

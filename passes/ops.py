@@ -158,7 +158,7 @@ def _kind(value: Any) -> str:
         return "None"
     if isinstance(value, bool):
         return "bool"
-    if isinstance(value, int) or getattr(value, "__fxfuse_size__", False):
+    if isinstance(value, int) or (isinstance(value, torch.fx.Node) and _is_size(value)):
         return "int"
     if isinstance(value, (float, complex)):
         return "float"
@@ -174,6 +174,10 @@ def _kind(value: Any) -> str:
     if isinstance(value, (torch.memory_format, torch.layout)):
         return "dtype"
     return "Tensor"
+
+
+def _is_size(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, Op) and node.target.name.startswith("size")
 
 
 def _fits(kind: str, declared: str) -> bool:

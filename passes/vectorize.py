@@ -19,7 +19,7 @@ from .factor import factor_shared_maps
 from .joins import normalize_joins
 from .lift import Lifted
 from .pointwise_conv import unify_pointwise
-from .rules import has_rule, is_view, rule_of
+from .rules import has_rule, is_heavy, is_view, rule_of
 
 
 @dataclass
@@ -32,11 +32,16 @@ class Prepared:
     refusals: list[Refusal] = field(default_factory=list)
     disabled: set[Node] = field(default_factory=set)
     min_lanes: int = 2
+    merge: bool = True  # equal heavy ops on inputs of different origin become one bundle
 
     def find(self) -> None:
         """Find the bundles anew, without what was disabled and without lane sets that save nothing."""
         self.bundles = find_bundles(
-            self.lifted.graph, lambda b: has_rule(b) and not any(m in self.disabled for m in b.members), is_view, self.min_lanes
+            self.lifted.graph,
+            lambda b: has_rule(b) and not any(m in self.disabled for m in b.members),
+            is_view,
+            self.min_lanes,
+            is_heavy if self.merge else None,
         )
         for component in self.bundles.components():
             if saved_launches(self.bundles, component) <= 0:

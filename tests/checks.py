@@ -244,8 +244,8 @@ def assert_fused_equals(
 
 
 def assert_heavy(fused: nn.Module, x: Any, heavy: int, **kwargs: Any) -> None:
-    """One forward makes exactly `heavy` parameter-carrying launches, in eval as in train mode."""
+    """One forward makes at most `heavy` parameter-carrying launches, in eval as in train mode."""
     for training in (False, True):
         fused.train(training)
         count = launches.count(lambda: fused(*as_args(x), **kwargs))
-        assert count.heavy == heavy, f"{count.heavy} heavy launches, expected {heavy}: {count.heavy_by_op}"
+        assert count.heavy <= heavy, f"{count.heavy} heavy launches, expected at most {heavy}: {count.heavy_by_op}"

@@ -284,4 +284,8 @@ def test_384_launches_become_3():
     assert (before.heavy, before.bound) == (384, 3)
     fused = fxfuse.optimize(model, x, objective="launches", strict=True)
     assert_heavy(fused, x, 3)
+    (graph,) = fxfuse.graph(fused).values()
+    readable = graph.print_readable(print_output=False)
+    assert "test_shape_custom_networks.py" in readable, f"no source line of the loop in:\n{readable}"
+    assert "self.nets[i](x[:, i:i + 1])" in readable
     assert_equal_models(model, fused, [(x, {}), (randn(10, 128, seed=5), {})])

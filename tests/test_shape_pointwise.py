@@ -171,7 +171,7 @@ def test_the_report_tells_rounding_from_a_mistake(permuted):
     for kind in ("output", "input gradient", "parameter gradient"):
         worst = {dtype: max(d.max_rel for d in differences if d.kind == kind and d.dtype == dtype) for dtype in ("float64", "float32")}
         assert worst["float64"] < 1e-12
-        assert worst["float64"] < worst["float32"] < 1e-5
+        assert worst["float64"] <= worst["float32"] < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["output", "parameter gradient"])

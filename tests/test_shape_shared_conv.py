@@ -212,9 +212,9 @@ def test_rows_share_a_conv():
 def test_peak_bytes_are_reported():
     """The document complains of memory: the report tells what a forward needs before and after, per region."""
     model = GrowingCat(8)
-    fused = fxfuse.optimize(model, torch.randn(4, 16, 32), objective="launches")
+    fused = fxfuse.optimize(model, torch.randn(4, 16, 32), objective="launches", mode="infer")
     (plan,) = fxfuse.report(fused).to_dict()["fused"]
     before, after = plan["peak_bytes"]
     joined = 4 * 16 * 8 * 30 * 4  # bytes of the result, which the loop's growing cat holds nearly twice at its end
     assert before > 1.8 * joined
-    assert joined <= after < before
+    assert joined <= after <= 3 * joined  # the result, the folded input, and no more than one copy of the result

@@ -6,10 +6,10 @@ Adding an op touches one file of this folder (and this list, where the file is n
 from __future__ import annotations
 
 from ..bundle import Bundle
-from . import conv, elementwise, joins, linear, matmul, norm, pad, random, reduce, shape, slicing
+from . import conv, elementwise, joins, linear, matmul, norm, pad, prelu, random, reduce, shape, slicing
 from .base import RULES, Rule
 
-FAMILIES = (conv, elementwise, joins, linear, matmul, norm, pad, random, reduce, shape, slicing)
+FAMILIES = (conv, elementwise, joins, linear, matmul, norm, pad, prelu, random, reduce, shape, slicing)
 
 
 def rule_of(bundle: Bundle) -> Rule | None:
@@ -23,6 +23,12 @@ def rule_of(bundle: Bundle) -> Rule | None:
 def has_rule(bundle: Bundle) -> bool:
     """True where lanes of this op can be computed as one."""
     return rule_of(bundle) is not None
+
+
+def is_heavy(bundle: Bundle) -> bool:
+    """True where the op carries parameters or is a product: worth joining inputs for."""
+    found = rule_of(bundle)
+    return found is not None and found.heavy
 
 
 def is_view(bundle: Bundle) -> bool:

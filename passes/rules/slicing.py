@@ -49,8 +49,10 @@ def _fork(emitter: Emitter, bundle: Bundle, node: Node, dim: int, positions: lis
     stride = positions[1] - positions[0] if count > 1 else 1
     regular = stride > 0 and positions == list(range(positions[0], positions[0] + stride * count, stride))
     device = emitter.device(bundle.members)
+    source = bundle.members[0].args[0]
+    free = bundle.members[0].args[1] in source.meta["dyn"]  # type: ignore[union-attr]
     if bundle.name == "select":
-        if positions == list(range(size)):
+        if positions == list(range(size)) and not free:
             return node
         if regular:
             return emitter.call(slice_along, node, dim, positions[0], positions[-1] + 1, stride)
