@@ -21,9 +21,12 @@ M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 # Types of values that deepcopy returns as they are, or that cannot be changed.
-_ATOMIC = frozenset(
-    (type(None), bool, int, float, complex, str, bytes, type, range, types.FunctionType, types.BuiltinFunctionType, type(Ellipsis), property)
-    + (type(NotImplemented), torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
+_ATOMIC: frozenset[type] = frozenset(
+    [
+        *(type(None), type(Ellipsis), type(NotImplemented), bool, int, float, complex, str, bytes, range, type, property),
+        *(types.FunctionType, types.BuiltinFunctionType),
+        *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+    ]
 )
 
 
@@ -154,8 +157,14 @@ _STANDARD = {name: getattr(nn.Module, name, None) for name in _COPYING}  # __get
 def _ordinary(cls: type) -> bool:
     if any(getattr(cls, name, None) is not _STANDARD[name] for name in _COPYING):
         return False
-    if cls.__new__ is not object.__new__ or cls in copyreg.dispatch_table or copyreg._slotnames(cls):  # type: ignore[attr-defined]
+    if getattr(cls, "__new__") is not object.__new__ or cls in copyreg.dispatch_table or _slot_names(cls):  # noqa: B009
         return False
     setstate = getattr(cls, "__setstate__", None)
     # Those of torch.nn supply attributes that old pickles lack: an object that is copied has them.
     return setstate is nn.Module.__setstate__ or str(getattr(setstate, "__module__", "")).startswith("torch.nn.modules.")
+
+
+def _slot_names(cls: type) -> list[str]:
+    """The attributes that instances keep outside of their ``__dict__``, as copy and pickle find them."""
+    names: list[str] = copyreg._slotnames(cls)  # type: ignore[attr-defined]
+    return names

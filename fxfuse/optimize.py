@@ -179,6 +179,9 @@ class _Pipeline:
             finder.visit()
         self.report.refused.extend(finder.refusals)
         plans: list[RegionPlan] = []
+        if self.options.objective == "time" and self.options.tune and self.options.lowering == "auto":
+            with self.stage("plan"):
+                plans.extend(self._single_layers(finder, observations))
         with preserved_state(self.work):
             for region in finder.regions:
                 with self.stage("plan"):
@@ -278,6 +281,21 @@ class _Pipeline:
         plan.notes = notes
         return plan
 
+    def _single_layers(self, finder: RegionFinder, observations: list[Observation]) -> list[RegionPlan]:
+        """Linear and pointwise convolution layers that are faster spelled as each other; equal layers are measured once."""
+        plans: list[RegionPlan] = []
+        faster: dict[Any, bool] = {}
+        for region in finder.single_layers():
+            kind = (type(region.frame.module), repr(region.frame.module), tuple(n.meta.get("shape") for n in region.prepared.lifted.graph.nodes))
+            if faster.get(kind, True):
+                known = len(self.report.refused)
+                plan = self._plan(region, observations)
+                del self.report.refused[known:]  # a layer that stays as it is was no loop: nobody waits to hear of it
+                faster[kind] = plan is not None
+                if plan is not None:
+                    plans.append(plan)
+        return plans
+
     def _other_mode(self, observation: Observation, region: Region) -> Prepared | None:
         """The region's graph in another mode of the model."""
         finder = RegionFinder(observation, self.options.min_lanes)
@@ -289,6 +307,7 @@ class _Pipeline:
             self.report.refused.append(Refusal(f"in {'train' if any(observation.flags) else 'eval'} mode: {lifted.reason}", lifted.place, frame.path))
             return None
         prepared = prepare(lifted, self.options.min_lanes)
+        prepared.single = region.prepared.single
         return prepared if prepared.worthwhile else None
 
     # -- the whole model ----------------------------------------------------------------------------------------------------------

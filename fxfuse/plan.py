@@ -29,6 +29,8 @@ from .timing import medians
 
 # A form must be this much faster than the loop to be worth the change: below, it is noise.
 LEAST_GAIN = 1.02
+# A layer of its own that becomes a region pays for the guard at every call.
+GUARD_SECONDS = 6e-6
 
 
 @dataclass
@@ -91,6 +93,9 @@ class Planner:
         return choice
 
     def _tuned(self, base: Vectorized, prefer: str) -> Choice:
+        frame = self.prepared.lifted.frame
+        if self.prepared.single and not base.choices:
+            return Choice(base, {}, Refusal("a layer with one spelling", self.prepared.lifted.place, frame.path))
         loop = self._loop()
         best, lowering = base, {key: options[0] for key, options in base.choices.items()}
         if prefer:
@@ -114,8 +119,12 @@ class Planner:
                     if other_time < 0.97 * now:
                         best, best_run, lowering = other, run, other_lowering
             loop_time, best_time = medians([loop, best_run], budget=0.5)
+        if self.prepared.single:
+            best_time += GUARD_SECONDS + 0.03 * loop_time
         choice = Choice(best, lowering, seconds=(loop_time, best_time), tried=tried)
-        if best_time * LEAST_GAIN > loop_time:
+        if self.prepared.single and all(lowering[key] == options[0] for key, options in base.choices.items()):
+            choice.refusal = Refusal("no other spelling of the layer is faster", self.prepared.lifted.place, frame.path)
+        elif best_time * LEAST_GAIN > loop_time:
             ratio = loop_time / best_time
             batch = self._batch()
             where = f"{' at batch ' + str(batch) if batch is not None else ''} on {self._device()}"

@@ -6,7 +6,10 @@ another, and a ``Refusal`` for each module call with something in it that could 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+
+from torch import nn
 
 from .graph import Place, Refusal
 from .observe import Observation
@@ -14,6 +17,9 @@ from .passes.lift import Lifted, lift
 from .passes.vectorize import Prepared, prepare
 from .trace import Frame
 from .tracer import has_hooks
+
+
+SINGLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
@@ -43,6 +49,23 @@ class RegionFinder:
         self.closed = closed_frames(observation)
         self.regions: list[Region] = []
         self.refusals: list[Refusal] = []
+
+    def single_layers(self) -> list[Region]:
+        """Calls of a Linear or a pointwise convolution outside of all regions, each a region of its own, to be spelled as the other."""
+        frames = self.observation.trace.frames
+        calls = Counter(frame.path for frame in frames)
+        found: list[Region] = []
+        for frame in frames:
+            if type(frame.module) not in SINGLE_LAYERS or calls[frame.path] > 1 or frame.index in self.closed:
+                continue
+            if any(_nested(frame.path, region.frame.path) for region in self.regions):
+                continue
+            lifted = self.lifted(frame)
+            if isinstance(lifted, Lifted):
+                prepared = prepare(lifted, self.min_lanes)
+                prepared.single = True
+                found.append(Region(frame, prepared))
+        return found
 
     def lifted(self, frame: Frame) -> Lifted | Refusal:
         fixed = self.observation.fixed.get(frame.index)

@@ -69,7 +69,6 @@ class TracedInt(int):
     def __deepcopy__(self, memo: dict[int, Any]) -> int:
         return int(self)
 
-    __hash__ = int.__hash__
 
 
 def _expr(value: Any) -> Any:
@@ -105,19 +104,17 @@ def _comparison(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod"):
-    setattr(TracedInt, f"__{_name}__", _arithmetic(_name, False))
-    setattr(TracedInt, f"__r{_name}__", _arithmetic(_name, True))
-TracedInt.__neg__ = _arithmetic("neg", False)  # type: ignore[method-assign]
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(TracedInt, f"__{_name}__", _comparison(_name))
-
-
 def _truth(self: TracedInt) -> bool:
     result = int(self) != 0
     self.log.append(Comparison("ne", self.expr, 0, result))
     return result
 
 
-TracedInt.__bool__ = _truth  # type: ignore[method-assign]
-TracedInt.__hash__ = int.__hash__  # type: ignore[method-assign]
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    setattr(TracedInt, f"__{_name}__", _arithmetic(_name, False))
+    setattr(TracedInt, f"__r{_name}__", _arithmetic(_name, True))
+setattr(TracedInt, "__neg__", _arithmetic("neg", False))  # noqa: B010
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(TracedInt, f"__{_name}__", _comparison(_name))
+setattr(TracedInt, "__bool__", _truth)  # noqa: B010
+setattr(TracedInt, "__hash__", int.__hash__)  # noqa: B010

@@ -397,7 +397,7 @@ class _Watched:
         self.values = dict(own)
         self.empty: list[Any] = []  # containers
         usual: frozenset[str] = frozenset()  # containers that every module has and that are empty in most
-        if _USUAL <= own.keys() and not any(found := _usual(own)):
+        if own.keys() >= _USUAL and not any(found := _usual(own)):
             usual = _USUAL
             self.empty.extend(found)
         self.filled: list[tuple[str, Any, Any]] = []  # containers, and copies of them

@@ -76,10 +76,11 @@ class Emitter:
     """Builds one program's graph."""
 
     def __init__(
-        self, lifted: Lifted, bundles: Bundles, packs: Packs, rules: Callable[[Bundle], Any], lowering: dict[Any, str], prefer: str
+        self, lifted: Lifted, bundles: Bundles, packs: Packs, rules: Callable[[Bundle], Any], lowering: dict[Any, str], prefer: str, singles_too: bool
     ) -> None:
         self.lifted, self.bundles, self.packs, self.rules = lifted, bundles, packs, rules
         self.lowering, self.prefer = lowering, prefer
+        self.singles_too = singles_too  # offer other spellings of nodes that are in no bundle
         self.graph = torch.fx.Graph()
         self.singles: dict[Node, Any] = {}
         self.values: dict[int, Packed] = {}
@@ -420,12 +421,19 @@ class Emitter:
         self.source = None
 
     def _single_unit(self, node: Node) -> Any:
-        from .rules.joins import join  # a rule family that also serves single nodes
+        from .rules.joins import join  # rule families that also serve single nodes
+        from .rules.single import respelled
 
         self.source = node
-        joined = join(self, node)
+        made = join(self, node)
+        if made is None and self.singles_too:
+            made = respelled(self, node)
+            if made is not None:
+                key = ("single", node.target.name, tuple(n.meta.get("shape") for n in node.all_input_nodes))  # type: ignore[union-attr]
+                shapes = " x ".join(str(list(shape)) for shape in key[2][:2] if shape is not None)
+                self.ops.append(FusedOp(str(key[1]), 1, self.lowering[key], node.meta.get("place"), shapes))
         self.source = None
-        return joined if joined is not None else self._copy(node)
+        return made if made is not None else self._copy(node)
 
     def _outputs(self, output: Node) -> None:
         leaves = list(output.args[0])  # type: ignore[arg-type]
@@ -474,6 +482,12 @@ class Emitter:
         if chosen in options:
             return str(chosen)
         return self.prefer if self.prefer in options else options[0]
+
+    def choose_single(self, node: Node, options: tuple[str, ...]) -> str:
+        """The spelling of a node that is in no bundle."""
+        key = ("single", node.target.name, tuple(n.meta.get("shape") for n in node.all_input_nodes))  # type: ignore[union-attr]
+        self.choices[key] = options
+        return self.lowering.get(key, options[0])
 
     def front(self, value: Packed, lanes: int) -> Node:
         """The value with its lane axis in front, ``[G, ...]``; a shared value is expanded (no copy)."""

@@ -32,6 +32,7 @@ class Prepared:
     refusals: list[Refusal] = field(default_factory=list)
     disabled: set[Node] = field(default_factory=set)
     min_lanes: int = 2
+    single: bool = False  # one Linear or pointwise convolution, to be spelled as the other where that is faster
     merge: bool = True  # equal heavy ops on inputs of different origin become one bundle
 
     def find(self) -> None:
@@ -52,7 +53,7 @@ class Prepared:
 
     @property
     def worthwhile(self) -> bool:
-        return bool(self.bundles.active or self.factored)
+        return bool(self.bundles.active or self.factored or self.single)
 
 
 @dataclass
@@ -80,7 +81,7 @@ def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer
     while prepared.worthwhile:
         attempt = copy.copy(packs)
         attempt.recipes, attempt.where, attempt.constants = dict(packs.recipes), dict(packs.where), dict(packs.constants)
-        emitter = Emitter(prepared.lifted, prepared.bundles, attempt, _rule, lowering, prefer)
+        emitter = Emitter(prepared.lifted, prepared.bundles, attempt, _rule, lowering, prefer, prepared.single)
         try:
             graph = emitter.run()
         except CannotVectorize as refusal:
