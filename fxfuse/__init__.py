@@ -6,7 +6,8 @@ True
 """
 
 from .errors import ArgumentError, FallbackError, FxfuseError, StateDictError, ValidationError
-from .fused import graphs as graph, unfuse
+from .fused import graphs as graph
+from .fused import unfuse
 from .optimize import explain, optimize
 from .packing import load_original_state_dict, original_named_parameters, original_state_dict
 from .report import Report

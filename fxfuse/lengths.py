@@ -1,8 +1,8 @@
 """``len(x)`` of a tensor as a tracked size.
 
-Comes in: a model about to be recorded. Goes out: a context in which ``len`` of a tensor, in the files that the model's forwards come from, is
-``x.shape[0]``. Python's own ``len`` turns any result into a plain ``int``, so that ``torch.zeros(len(x), 3)`` would hold for the recorded
-batch size only. The name is put into the globals of those files, and taken out again; for anything but a tensor it is ``len``.
+Comes in: a model about to be recorded. Goes out: a context in which ``len`` of a tensor, in the files that the model's forwards come
+from, is ``x.shape[0]``. Python's own ``len`` turns any result into a plain ``int``, so that ``torch.zeros(len(x), 3)`` would hold for
+the recorded batch size only. The name is put into the globals of those files, and taken out again; for anything but a tensor it is ``len``.
 """
 
 from __future__ import annotations

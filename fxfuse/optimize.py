@@ -10,8 +10,8 @@ import copy
 import gc
 import time
 import warnings
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,8 @@ from .regions import Region, RegionFinder
 from .report import Report
 from .store import get_report, set_report
 from .timing import medians
-from .validate import other_examples, validate as compare
+from .validate import other_examples
+from .validate import validate as compare
 from .weights import unpackable
 
 
@@ -134,7 +135,8 @@ def run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], option
         return pipeline.run(inplace)
     except Exception as error:  # a failure inside fxfuse must not cost anybody their model
         report.fused = []
-        report.refused.append(Refusal(f"fxfuse failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); please report it"))
+        said = str(error).splitlines()[0] if str(error) else ""
+        report.refused.append(Refusal(f"fxfuse failed ({type(error).__name__}: {said}); please report it"))
         report.notes.append(_traceback(error))
         result = model if inplace else pipeline.spare()
         set_report(result, report)
@@ -277,7 +279,8 @@ class _Pipeline:
             notes.append("dropout and other random ops draw other numbers than the loop did, from the same distribution")
         if prepared.lifted.specialised:
             place = f" ({prepared.lifted.place})" if prepared.lifted.place else ""
-            self.report.facts.append(f"{frame.path or 'the model'} is fused for the recorded sizes only: {prepared.lifted.specialised}{place}")
+            where = frame.path or "the model"
+            self.report.facts.append(f"{where} is fused for the recorded sizes only: {prepared.lifted.specialised}{place}")
         plan.notes = notes
         return plan
 
@@ -286,7 +289,8 @@ class _Pipeline:
         plans: list[RegionPlan] = []
         faster: dict[Any, bool] = {}
         for region in finder.single_layers():
-            kind = (type(region.frame.module), repr(region.frame.module), tuple(n.meta.get("shape") for n in region.prepared.lifted.graph.nodes))
+            shapes = tuple(node.meta.get("shape") for node in region.prepared.lifted.graph.nodes)
+            kind = (type(region.frame.module), repr(region.frame.module), shapes)
             if faster.get(kind, True):
                 known = len(self.report.refused)
                 plan = self._plan(region, observations)
@@ -304,7 +308,8 @@ class _Pipeline:
             return None
         lifted = finder.lifted(frame)
         if not isinstance(lifted, Lifted):
-            self.report.refused.append(Refusal(f"in {'train' if any(observation.flags) else 'eval'} mode: {lifted.reason}", lifted.place, frame.path))
+            mode = "train" if any(observation.flags) else "eval"
+            self.report.refused.append(Refusal(f"in {mode} mode: {lifted.reason}", lifted.place, frame.path))
             return None
         prepared = prepare(lifted, self.options.min_lanes)
         prepared.single = region.prepared.single
@@ -367,7 +372,7 @@ class _Pipeline:
             if len(self.report.fused) == 1:
                 self.report.fused[0].launches, self.report.fused[0].heavy = self.report.launches, self.report.heavy
             if self.options.tune and self.options.objective == "time":
-                calls = [lambda m=module: m(*self.args, **self.kwargs) for module in (self.work, result)]  # type: ignore[misc]
+                calls = [lambda m=module: m(*self.args, **self.kwargs) for module in (self.work, result)]
                 before, after = medians(calls, budget=0.3)
                 self.report.timings["forward"] = (before, after)
 

@@ -51,7 +51,8 @@ class Planner:
     def __init__(self, prepared: Prepared, region: nn.Module, packs: Packs, options: Options) -> None:
         self.prepared, self.region, self.packs, self.options = prepared, region, packs, options
         self.train = options.mode == "train"
-        self.args, self.kwargs = prepared.lifted.frame.raw or ((), {})
+        raw: tuple[Any, Any] = prepared.lifted.frame.raw or ((), {})
+        self.args, self.kwargs = raw
 
     def plan(self) -> Choice:
         prefer = self._preferred()
@@ -78,7 +79,8 @@ class Planner:
         """The lowerings that launch least, counted on one run each; refused only where the loop launches no more."""
         with preserved_state(self.region):
             loop = _launches(self._forward())
-            best, lowering, least = base, {k: prefer if prefer in o else o[0] for k, o in base.choices.items()}, _launches(self._program(base))
+            best, least = base, _launches(self._program(base))
+            lowering = {key: prefer if prefer in options else options[0] for key, options in base.choices.items()}
             if self.options.lowering == "auto":
                 for key, options in base.choices.items():
                     for option in options:
@@ -89,7 +91,8 @@ class Planner:
         choice = Choice(best, lowering)
         if least.total >= loop.total and least.heavy >= loop.heavy:
             frame = self.prepared.lifted.frame
-            choice.refusal = Refusal(f"left as a loop: packed launches {least.total} ops, the loop {loop.total}", self.prepared.lifted.place, frame.path)
+            reason = f"left as a loop: packed launches {least.total} ops, the loop {loop.total}"
+            choice.refusal = Refusal(reason, self.prepared.lifted.place, frame.path)
         return choice
 
     def _tuned(self, base: Vectorized, prefer: str) -> Choice:
@@ -135,7 +138,8 @@ class Planner:
         return choice
 
     def _within_memory(self, choice: Choice) -> Choice:
-        assert choice.vectorized is not None and self.options.max_memory is not None
+        assert choice.vectorized is not None
+        assert self.options.max_memory is not None
         used = peak_bytes(self._runner(choice.vectorized))
         if used > self.options.max_memory:
             choice.refusal = Refusal(
@@ -252,6 +256,10 @@ def _walk(root: nn.Module, target: str) -> torch.Tensor:
 
 
 def _describe(lowering: dict[Any, str]) -> str:
-    return ", ".join(dict.fromkeys(f"{key[0]} {'x'.join(map(str, key[2][1] or ())) if len(key[2]) > 1 else ''}: {name}".strip() for key, name in lowering.items())) or "as the rules name it"
-
-
+    """The lowerings as a person reads them: ``linear 32x32: baddbmm``."""
+    words = []
+    for key, name in lowering.items():
+        name_of, shapes = (key[1], key[2]) if key[0] == "single" else (key[0], key[2])
+        weight = "x".join(map(str, shapes[1] or ())) if len(shapes) > 1 else ""
+        words.append(f"{name_of} {weight}: {name}" if weight else f"{name_of}: {name}")
+    return ", ".join(dict.fromkeys(words)) or "as the rules name it"

@@ -18,7 +18,6 @@ from .passes.vectorize import Prepared, prepare
 from .trace import Frame
 from .tracer import has_hooks
 
-
 SINGLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -1,7 +1,7 @@
 """Which of a region's tensors may be packed.
 
-Comes in: a model and the path of a region. Goes out: the names (relative to the region) of tensors that must stay as they are, each with the
-reason, and the kind (parameter or buffer) of those that may be packed.
+Comes in: a model and the path of a region. Goes out: the names (relative to the region) of tensors that must stay as they are, each
+with the reason, and the kind (parameter or buffer) of those that may be packed.
 """
 
 from __future__ import annotations

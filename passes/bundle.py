@@ -94,9 +94,11 @@ def find_bundles(
         merged[pair[1]] = pair[0]
         classes, of = _classes(graph, merged)
     active = {
-        b.index for b in classes if len(b.members) >= min_lanes and b.op is not None and b.members[0].meta.get("shape") is not None and vectorizable(b)
-        or _is_size(b) and len(b.members) >= min_lanes
-    }  # fmt: skip
+        b.index
+        for b in classes
+        if len(b.members) >= min_lanes
+        and (_is_size(b) or (b.op is not None and b.members[0].meta.get("shape") is not None and vectorizable(b)))
+    }
     bundles = Bundles(classes, of, active, {})
     _drop_idle_views(bundles, is_view)
     _order(bundles)
@@ -157,7 +159,8 @@ def _dataflow(classes: list[Bundle]) -> nx.DiGraph:
 def _local(arg: Any) -> Any:
     """An argument without where it comes from: shapes, and whether it is a weight of a module."""
     if isinstance(arg, Node):
-        return ("tensor", arg.op == "get_attr", arg.meta.get("requires_grad"), arg.meta.get("shape"), arg.meta.get("dyn"), arg.meta.get("dtype"))
+        facts = tuple(arg.meta.get(name) for name in ("requires_grad", "shape", "dyn", "dtype"))
+        return ("tensor", arg.op == "get_attr", *facts)
     if isinstance(arg, (list, tuple)):
         return tuple([_local(a) for a in arg])
     return (type(arg).__name__, arg if not isinstance(arg, (dict, slice)) else repr(arg))

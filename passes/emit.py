@@ -1,11 +1,11 @@
 """Write the rewritten graph: one op per bundle, single nodes as they were.
 
-Comes in: a lifted graph, its bundles, and which lowering to use for which bundle. Goes out: a new ``torch.fx.Graph`` that calls public torch
-functions, and the recipes of the weights it packs. The rules (``passes/rules``) say what to write for a bundle; this file gives them
+Comes in: a lifted graph, its bundles, and which lowering to use for which bundle. Goes out: a new ``torch.fx.Graph`` that calls public
+torch functions, and the recipes of the weights it packs. The rules (``passes/rules``) say what to write for a bundle; this file gives them
 their operands in packed form and carries the layouts.
 
-A packed value is a node and the dim of its lane axis (``Packed``), as in JAX's batching rules; ``dim is None`` means that all lanes have the
-same value. Every node carries ``meta["val"]``, a meta tensor, so that rules can look at physical shapes and strides.
+A packed value is a node and the dim of its lane axis (``Packed``), as in JAX's batching rules; ``dim is None`` means that all lanes
+have the same value. Every node carries ``meta["val"]``, a meta tensor, so that rules can look at physical shapes and strides.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Any, Literal, NamedTuple
 import networkx as nx
 import torch
 import torch.fx
+
 from fxfuse.graph import FusedOp, Recipe
 
 from .bundle import Bundle, Bundles
 from .functional import slice_along
 from .lift import Lifted
 from .ops import Op
+from .tidy import tidy
 
 Node = torch.fx.Node
 
@@ -38,6 +40,8 @@ class Packed(NamedTuple):
 
 class CannotVectorize(Exception):
     """Raised by a rule that meets a case it does not cover: the bundle stays a loop, for this reason."""
+
+    bundle: Bundle | None = None
 
 
 @dataclass
@@ -66,9 +70,8 @@ class Packs:
         name, count = base, 1
         while name in taken or any(t.startswith(name + ".") or name.startswith(t + ".") for t in taken):
             count += 1
-            name = ".".join([self.holder, *common[:-1], str(count), last]) if len(common) == 1 else ".".join(
-                [self.holder, *common[:-2], f"{common[-2]}_{count}", last]
-            )  # fmt: skip
+            stem = [str(count)] if len(common) == 1 else [*common[:-2], f"{common[-2]}_{count}"]
+            name = ".".join([self.holder, *stem, last])
         return name
 
 
@@ -76,7 +79,14 @@ class Emitter:
     """Builds one program's graph."""
 
     def __init__(
-        self, lifted: Lifted, bundles: Bundles, packs: Packs, rules: Callable[[Bundle], Any], lowering: dict[Any, str], prefer: str, singles_too: bool
+        self,
+        lifted: Lifted,
+        bundles: Bundles,
+        packs: Packs,
+        rules: Callable[[Bundle], Any],
+        lowering: dict[Any, str],
+        prefer: str,
+        singles_too: bool,
     ) -> None:
         self.lifted, self.bundles, self.packs, self.rules = lifted, bundles, packs, rules
         self.lowering, self.prefer = lowering, prefer
@@ -141,21 +151,19 @@ class Emitter:
         op = bundle.op
         assert op is not None
         column = op.names.index(name)
-        first = bundle.members[0].args[column]
+        given: list[Any] = [member.args[column] for member in bundle.members]
+        first = given[0]
         if isinstance(first, Node):
-            return self.fetch([member.args[column] for member in bundle.members])
+            return self.fetch(given)
         if isinstance(first, (tuple, list)) and any(isinstance(item, Node) for item in first):
-            return type(first)(
-                self.fetch([member.args[column][i] for member in bundle.members]) if isinstance(item, Node) else item
-                for i, item in enumerate(first)
-            )
+            return type(first)(self.fetch([g[i] for g in given]) if isinstance(item, Node) else item for i, item in enumerate(first))
         return first
 
     def nodes(self, bundle: Bundle, name: str) -> list[Node] | None:
         """The lanes' own nodes for the tensor argument ``name``; None where it is not a tensor."""
         assert bundle.op is not None
         column = bundle.op.names.index(name)
-        found = [member.args[column] for member in bundle.members]
+        found: list[Any] = [member.args[column] for member in bundle.members]
         return found if isinstance(found[0], Node) else None
 
     def fetch(self, nodes: list[Node]) -> Packed:
@@ -331,10 +339,11 @@ class Emitter:
         if recorded and not any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes):
             made.meta["val"] = _meta(node)
         elif is_size or (recorded and isinstance(node.target, Op)):
+            function: Any = node.target
             try:
                 values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
                 with torch.no_grad():
-                    made.meta["val"] = node.target(*values)
+                    made.meta["val"] = function(*values)
             except (KeyError, RuntimeError, NotImplementedError):  # an op without a meta kernel, or after one
                 if recorded:
                     made.meta["val"] = _meta(node)
@@ -378,6 +387,7 @@ class Emitter:
                 self.singles[unit] = self._single_unit(unit)
         self._outputs(output)
         self.graph.eliminate_dead_code()
+        tidy(self.graph)
         return self.graph
 
     def _units(self, output: Node) -> list[Any]:
@@ -407,16 +417,17 @@ class Emitter:
             rule = self.rules(bundle)
             value, lowering = rule.apply(self, bundle)
         except CannotVectorize as refusal:
-            refusal.bundle = bundle  # type: ignore[attr-defined]
+            refusal.bundle = bundle
             raise
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             # A rule that fails on meta tensors is a rule that does not cover this case.
-            refusal = CannotVectorize(f"{bundle.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-            refusal.bundle = bundle  # type: ignore[attr-defined]
-            raise refusal from error
+            failure = CannotVectorize(f"{bundle.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            failure.bundle = bundle
+            raise failure from error
         self.values[bundle.index] = value
         if not rule.view:
-            shapes = " x ".join(str(list(n.meta["shape"])) for n in bundle.members[0].all_input_nodes[:2] if n.meta.get("shape") is not None)
+            operands = [n.meta.get("shape") for n in bundle.members[0].all_input_nodes[:2]]
+            shapes = " x ".join(str(list(shape)) for shape in operands if shape is not None)
             self.ops.append(FusedOp(bundle.name, len(bundle.members), lowering, bundle.members[0].meta.get("place"), shapes))
         self.source = None
 
@@ -494,12 +505,16 @@ class Emitter:
         node, dim = value
         if dim is None:
             return self.call("expand", self.call(torch.unsqueeze, node, 0), lanes, *([-1] * len(node.meta["val"].shape)))
-        return node if dim == 0 else self.call(torch.movedim, node, dim, 0)
+        return self.at(value, 0)
 
     def at(self, value: Packed, dim: int) -> Node:
         """A batched value with its lane axis moved to ``dim``."""
         assert value.dim is not None
-        return value.node if value.dim == dim else self.call(torch.movedim, value.node, value.dim, dim)
+        if value.dim == dim:
+            return value.node
+        if abs(value.dim - dim) == 1:  # the same, at half the overhead
+            return self.call(torch.transpose, value.node, value.dim, dim)
+        return self.call(torch.movedim, value.node, value.dim, dim)
 
 
 def signature(bundle: Bundle) -> tuple[Any, ...]:

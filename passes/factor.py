@@ -66,7 +66,7 @@ def _merge(graph: torch.fx.Graph, group: list[Node]) -> Node:
     inputs = [argument(term, "input") for term in group]
     total = graph.call_function(SUM_OF, (inputs,))
     total.meta.update(inputs[0].meta, place=first.meta.get("place"), path=first.meta.get("path"), stride=None)
-    args = dict(zip(first.target.names, first.args, strict=True))
+    args: dict[str, Any] = dict(zip(first.target.names, first.args, strict=True))
     args["input"] = total
     if isinstance(args.get("bias"), Node):
         op, mul_args = canonical(torch.mul, (args["bias"], len(group)), {})

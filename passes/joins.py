@@ -1,8 +1,8 @@
 """Where lanes come together: one spelling for every way to write it.
 
-Comes in: a functional graph from ``lift``. Goes out: the same graph, in which a growing ``z = cat([z, y])`` is one ``cat``, a chain of slice
-writes into a buffer is one ``stack`` or ``cat``, and a chain of additions is one ``sum_of``. Contract: the values that leave the graph
-are the same; a node that something else reads between two steps of a chain ends the chain there.
+Comes in: a functional graph from ``lift``. Goes out: the same graph, in which a growing ``z = cat([z, y])`` is one ``cat``, a chain of
+slice writes into a buffer is one ``stack`` or ``cat``, and a chain of additions is one ``sum_of``. Contract: the values that leave the
+graph are the same; a node that something else reads between two steps of a chain ends the chain there.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def _flatten_cat(graph: torch.fx.Graph, node: Node) -> None:
     stack: list[tuple[Any, Node]] = [(piece, node) for piece in reversed(_list(argument(node, "tensors")))]
     while stack:
         piece, user = stack.pop()
-        inner = is_op(piece, "cat") and _only_user(piece, user) and argument(piece, "dim") == dim and piece.meta["dtype"] is node.meta["dtype"]
-        if inner:
+        same = is_op(piece, "cat") and argument(piece, "dim") == dim and piece.meta["dtype"] is node.meta["dtype"]
+        if same and _only_user(piece, user):
             grown = True
             stack.extend((p, piece) for p in reversed(_list(argument(piece, "tensors"))))
         else:
@@ -106,7 +106,7 @@ def is_plain_add(node: Any) -> bool:
         and isinstance(left, Node)
         and isinstance(right, Node)
         and all(
-            part.meta.get("shape") == node.meta["shape"] and part.meta.get("dyn") == node.meta["dyn"] and part.meta.get("dtype") is node.meta["dtype"]
+            all(part.meta.get(fact) == node.meta[fact] for fact in ("shape", "dyn", "dtype"))
             for part in (left, right)
         )
     )
@@ -221,7 +221,8 @@ def _assemble(graph: torch.fx.Graph, node: Node, buffer: Node, dim: int, pieces:
             if single and not all_single:
                 shape = fitted.meta["shape"]
                 unsqueezed = graph.call_function(UNSQUEEZE, (fitted, dim))
-                unsqueezed.meta.update(fitted.meta, shape=(*shape[:dim], 1, *shape[dim:]), stride=None, dyn=frozenset(d + (d >= dim) for d in fitted.meta["dyn"]))
+                dyn = frozenset(d + (d >= dim) for d in fitted.meta["dyn"])
+                unsqueezed.meta.update(fitted.meta, shape=(*shape[:dim], 1, *shape[dim:]), stride=None, dyn=dyn)
                 fitted = unsqueezed
             parts.append(fitted)
             at = stop

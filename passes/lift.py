@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.fx
+
 from fxfuse.graph import Place, Refusal, SizeCheck
 from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Event, Frame, Ref, Trace
@@ -340,7 +341,8 @@ class _Lifter:
                 continue
             if self._free(right):
                 left, right, op = right, left, mirrored[op]
-            is_batch = isinstance(left, SizeOf) and self.batch is not None and self.trace.values[left.value].shape[left.dim] == self.batch[2]
+            size = self.trace.values[left.value].shape[left.dim] if isinstance(left, SizeOf) else None
+            is_batch = self.batch is not None and size == self.batch[2]
             if self._free(right) or not is_batch:
                 if isinstance(left, SizeOf) and isinstance(right, SizeOf) and left == right:
                     continue
@@ -412,7 +414,8 @@ class _Lifter:
 
     def _note_view(self, event: Event) -> None:
         """Outputs that share memory with an argument are views of it: a write to either shows in the other."""
-        refs = [event.out] if isinstance(event.out, Ref) else [r for r in event.out if isinstance(r, Ref)] if isinstance(event.out, list) else []
+        out = event.out if isinstance(event.out, list) else [event.out]
+        refs = [ref for ref in out if isinstance(ref, Ref)]
         if not refs:
             return
         arguments: list[int] = []

@@ -17,7 +17,8 @@ import torch
 
 # Elementwise functions of torch.nn.functional, and dunders of Tensor, that no operator schema of that name describes.
 _POINTWISE_WITHOUT_SCHEMA = frozenset(
-    "softsign tanhshrink logsigmoid log_sigmoid hardswish __rdiv__ __rtruediv__ __rpow__ __rfloordiv__ floor_divide float double half bfloat16".split()
+    "softsign tanhshrink logsigmoid log_sigmoid hardswish __rdiv__ __rpow__ __rfloordiv__ floor_divide "
+    "float double half bfloat16".split()
 )
 _DUNDERS = {
     "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub", "__mul__": "mul", "__rmul__": "mul", "__truediv__": "div",
@@ -110,7 +111,7 @@ def canonical(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return op, tuple(values.get(n, d) for n, d in zip(names, defaults, strict=True))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _signature(func: Callable[..., Any]) -> inspect.Signature | None:
     if not inspect.isfunction(func):
         return None
@@ -132,18 +133,19 @@ def _from_signature(
     # An argument that stands after one we leave out can only be passed by its name.
     positional_until = next((i for i, p in enumerate(signature.parameters.values()) if p.name in _NOISE), len(names))
     keyword_only = frozenset(
-        n for i, (n, p) in enumerate(zip(names, parameters, strict=True)) if i >= positional_until or p.kind is inspect.Parameter.KEYWORD_ONLY
+        name
+        for i, (name, p) in enumerate(zip(names, parameters, strict=True))
+        if i >= positional_until or p.kind is inspect.Parameter.KEYWORD_ONLY
     )
     pointwise, random = _tags(name)
     if name == "pow" and isinstance(bound.arguments.get("exponent"), (int, float)):
         pointwise = True
-    op = Op(
-        name, "python", names, tuple(p.default for p in parameters), keyword_only, pointwise or name in _POINTWISE_WITHOUT_SCHEMA, func, random
-    )
+    pointwise = pointwise or name in _POINTWISE_WITHOUT_SCHEMA
+    op = Op(name, "python", names, tuple(p.default for p in parameters), keyword_only, pointwise, func, random)
     return op, tuple(bound.arguments[p.name] for p in parameters)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tags(name: str) -> tuple[bool, bool]:
     """(elementwise, random) of an operator by name, over all its overloads."""
     packet = getattr(torch.ops.aten, name, None)
@@ -206,7 +208,7 @@ def _fits(kind: str, declared: str) -> bool:
     return False
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _match(
     name: str, positional: tuple[str, ...], keywords: tuple[tuple[str, str], ...]
 ) -> tuple[str, tuple[str, ...], tuple[Any, ...], frozenset[str], bool, bool] | None:

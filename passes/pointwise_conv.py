@@ -1,7 +1,7 @@
 """Linear and pointwise convolution are the same map: one spelling where a region has both.
 
-Comes in: a functional graph. Goes out: the same graph, in which a convolution with kernel size 1 whose ``[M, C]`` also occurs as a Linear is
-written as a Linear over the channels, between two permutations; permutations then move through elementwise ops and cancel. So
+Comes in: a functional graph. Goes out: the same graph, in which a convolution with kernel size 1 whose ``[M, C]`` also occurs as a
+Linear is written as a Linear over the channels, between two permutations; permutations then move through elementwise ops and cancel. So
 lanes written with ``Linear`` and lanes written with ``Conv1d(k=1)`` become one bundle. Source: the thread "Conv1d with kernel_size=1 vs
 Linear".
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from .joins import Node, argument, is_op
 from .ops import Op, canonical

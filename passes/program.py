@@ -6,8 +6,11 @@ region read a weight that any of them has packed from the pack.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.fx
+
 from fxfuse.graph import Guard, Program, Recipe, TensorGuard
 from fxfuse.trace import Ref, Trace
 
@@ -38,16 +41,15 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     # Free sizes were varied together: they are one size until a run shows otherwise.
     equal = tuple((batch[0], other) for other in batch[1:])
     generic = not lifted.factories and not trace.reads_dtype and not _spells_dtype(graph)
-    guard = Guard(
-        tuple(leaves), tuple(same), tuple(dict.fromkeys(lifted.size_checks)), equal, torch.get_default_dtype(), generic, not lifted.factories
-    )
+    checks = tuple(dict.fromkeys(lifted.size_checks))
+    guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, not lifted.factories)
     return Program(graph, guard, frame.in_spec, frame.out_spec)
 
 
 def _spells_dtype(graph: torch.fx.Graph) -> bool:
     found: list[object] = []
 
-    def look(item: object) -> object:
+    def look(item: Any) -> Any:
         if isinstance(item, torch.dtype):
             found.append(item)
         return item

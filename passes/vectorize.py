@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.fx
+
 from fxfuse.graph import FusedOp, Place, Refusal
 
 from .bundle import Bundle, Bundles, Node, find_bundles
@@ -85,7 +86,8 @@ def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer
         try:
             graph = emitter.run()
         except CannotVectorize as refusal:
-            bundle: Bundle = refusal.bundle  # type: ignore[attr-defined]
+            bundle = refusal.bundle
+            assert bundle is not None
             place: Place | None = bundle.members[0].meta.get("place")
             prepared.refusals.append(Refusal(str(refusal), place, prepared.lifted.frame.path))
             prepared.disabled.update(bundle.members)

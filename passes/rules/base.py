@@ -34,7 +34,8 @@ class Rule:
         result = self.vectorize(emitter, bundle)
         value, lowering = result if isinstance(result[1], str) else (result, self.lowering or bundle.name)
         assert isinstance(value, Packed)
-        member, made = bundle.members[0], value.node.meta.get("val")
+        member = bundle.members[0]
+        made: Any = value.node.meta.get("val")
         if hasattr(made, "shape") and member.meta.get("shape") is not None:
             shape = list(made.shape)
             if value.dim is not None:

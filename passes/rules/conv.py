@@ -1,7 +1,7 @@
 """Convolutions, 1d to 3d and transposed.
 
-- own inputs, own weights: one grouped convolution, lanes merged with the channels (``[N, G * C, ...]``, ``groups * G``); for kernels of size 1
-  also ``bmm``, the same map as a Linear.
+- own inputs, own weights: one grouped convolution, lanes merged with the channels (``[N, G * C, ...]``, ``groups * G``); for kernels of
+  size 1 also ``bmm``, the same map as a Linear.
 - one shared weight: the same convolution, lanes folded into the batch.
 - one shared input: with ``groups == 1`` one convolution with the output channels of all lanes; with more groups the output
   channels of the lanes would interleave, so the input is repeated per lane and the groups multiplied.
@@ -102,8 +102,8 @@ def _is_pointwise(bundle: Bundle) -> bool:
         return False
     assert bundle.op is not None
     given = dict(zip(bundle.op.names, bundle.members[0].args, strict=True))
-    kernel = given["weight"].meta["shape"][2:]  # type: ignore[union-attr]
-    return (
+    kernel: tuple[int, ...] = given["weight"].meta["shape"][2:]  # type: ignore[union-attr]
+    return bool(
         all(k == 1 for k in kernel)
         and given["groups"] == 1
         and _all(given["stride"], 1)

@@ -35,10 +35,11 @@ def aligned(emitter: Emitter, operands: list[tuple[Packed, int]], out_rank: int)
 
 
 def pointwise(emitter: Emitter, bundle: Bundle) -> Packed:
+    """The op itself on the operands, aligned."""
     op = bundle.op
     assert op is not None
     operands = [(name, emitter.operand(bundle, name)) for name in op.names]
-    nodes = {name: bundle.members[0].args[op.names.index(name)] for name, value in operands if isinstance(value, Packed)}
+    nodes: dict[str, Any] = {name: bundle.members[0].args[op.names.index(name)] for name, value in operands if isinstance(value, Packed)}
     if any(isinstance(value, (list, tuple)) and any(isinstance(v, Packed) for v in value) for _, value in operands):
         raise CannotVectorize(f"{bundle.name} takes a list of tensors")
     tensors = [(value, rank(nodes[name])) for name, value in operands if isinstance(value, Packed)]
@@ -48,7 +49,7 @@ def pointwise(emitter: Emitter, bundle: Bundle) -> Packed:
     if all(value.dim is None for value, _ in tensors):
         made, lane = [value.node for value, _ in tensors], None
     else:
-        made, lane = aligned(emitter, tensors, rank(bundle.members[0]))  # type: ignore[assignment]
+        made, lane = aligned(emitter, tensors, rank(bundle.members[0]))
     iterator = iter(made)
     args = tuple(next(iterator) if isinstance(value, Packed) else value for _, value in operands)
     return Packed(emitter.respell(op, args), lane)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's own name
+import torch.nn.functional as F
 
 from ..bundle import Bundle, Node
 from ..emit import Emitter, Packed
@@ -32,7 +32,8 @@ def _linear(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
         bias = bias_of(emitter, bundle)
         weight = emitter.operand(bundle, "weight")
         if weight.dim is None and (bias is None or bias.dim is None):
-            return _shared_weight(emitter, x, weight.node, None if bias is None else bias.node, rank(bundle.members[0].args[0])), "one linear"
+            bias_node = None if bias is None else bias.node
+            return _shared_weight(emitter, x, weight.node, bias_node, rank(bundle.members[0].args[0])), "one linear"
     if x.dim is None and rank(bundle.members[0].args[0]) >= 1 and emitter.choose(bundle, ("wide_linear", "baddbmm")) == "wide_linear":
         wide = _wide(emitter, bundle, x, weight_nodes)
         if wide is not None:

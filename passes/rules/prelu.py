@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from ..bundle import Bundle
 from ..emit import Emitter, Packed
@@ -27,7 +27,7 @@ def _prelu(emitter: Emitter, bundle: Bundle) -> Packed:
             node = emitter.call(torch.unsqueeze, node, 0)
             return Packed(emitter.call(torch.squeeze, emitter.call(F.prelu, node, flat), 0), 0)
         return Packed(emitter.call(F.prelu, node, flat), 1)
-    channels = x.node.meta["val"].shape[1 if x.dim > 1 else 2]  # type: ignore[operator]
+    channels = x.node.meta["val"].shape[1 if x.dim > 1 else 2]
     merged = emitter.call(torch.flatten, emitter.at(x, 1), 1, 2)
     wide = per_lane if slopes == channels else emitter.call("expand", per_lane, (-1, channels))
     out = emitter.call(F.prelu, merged, emitter.call(torch.flatten, wide, 0, 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from ..bundle import Bundle
 from ..emit import Emitter, Packed
 from .base import rule
@@ -18,7 +17,7 @@ def _training(emitter: Emitter, bundle: Bundle) -> bool:
 def _dropout(emitter: Emitter, bundle: Bundle) -> Packed:
     op = bundle.op
     assert op is not None
-    value = emitter.operand(bundle, "input")
+    value: Packed = emitter.operand(bundle, "input")
     if not _training(emitter, bundle):
         return value
     if value.dim is None:  # lanes that drop out of one shared tensor draw a mask each
@@ -30,7 +29,7 @@ def _dropout(emitter: Emitter, bundle: Bundle) -> Packed:
 def _channel_dropout(emitter: Emitter, bundle: Bundle) -> Packed:
     op = bundle.op
     assert op is not None
-    value = emitter.operand(bundle, "input")
+    value: Packed = emitter.operand(bundle, "input")
     if not _training(emitter, bundle):
         return value
     if value.dim is None:

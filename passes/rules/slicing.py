@@ -37,7 +37,6 @@ def _slices(emitter: Emitter, bundle: Bundle) -> Packed:
     if outer.dim is None:
         raise CannotVectorize("equal tensors are sliced as if they were different")
     outer_dim = outer.dim if outer.dim < inner_dim else outer.dim + 1
-    inner_dim = inner_dim if inner_dim < outer_dim else inner_dim
     moved = emitter.call(torch.movedim, node, (outer_dim, inner_dim), (0, 1))
     return Packed(emitter.call(torch.flatten, moved, 0, 1), 0)
 
@@ -57,7 +56,7 @@ def _fork(emitter: Emitter, bundle: Bundle, node: Node, dim: int, positions: lis
         if regular:
             return emitter.call(slice_along, node, dim, positions[0], positions[-1] + 1, stride)
         return emitter.call(torch.index_select, node, dim, emitter.constant(positions, device))
-    start, stop, step = (int(v) for v in bundle.members[0].args[2:5])  # type: ignore[arg-type, call-overload]
+    start, stop, step = (int(v) for v in bundle.members[0].args[2:5])  # type: ignore[arg-type]
     width = len(range(start, stop, step))
     if regular and step == 1 and width > 0:
         span = (positions[0], positions[-1] + width)
