@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(PIN
 
 .PHONY: demo test lint types bench clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-bench
 	$(BIN)/python examples/demo.py
 
 test: lint types
@@ -37,17 +37,14 @@ $(VENV)/.made: pyproject.toml $(PINS)
 	  && PYTHONPATH=$(VENV)-maker $(PYTHON) -m virtualenv --quiet $(VENV) && rm -rf $(VENV)-maker; }
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.made
-	$(PIP) -e .
-	touch $@
-
 $(VENV)/.installed-test: $(VENV)/.made
 	$(PIP) -e ".[test,report,convert]"
-	touch $@ $(VENV)/.installed
+	touch $@
 
+# With numpy, without which torch warns at its first conversion.
 $(VENV)/.installed-bench: $(VENV)/.made
 	$(PIP) -e ".[bench]"
-	touch $@ $(VENV)/.installed
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(VENV)-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

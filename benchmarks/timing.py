@@ -7,17 +7,20 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def medians(candidates: Mapping[str, Callable[[], object]], *, seconds: float = 6.0, rounds: int = 25) -> dict[str, float]:
+def medians(candidates: Mapping[str, Callable[[], object]], *, seconds: float = 6.0, blocks: int = 25) -> dict[str, float]:
     """Median seconds of one call of each candidate.
 
-    After a warm-up, ``rounds`` rounds; in each, every candidate runs a block of calls, in an order that rotates. A block's length is
-    chosen per candidate so that the whole takes about ``seconds``; the median is taken over blocks.
+    After a warm-up come up to ``blocks`` rounds, fewer (but three at least) where ``seconds`` are over earlier; in each round every
+    candidate runs a block of calls, in an order that rotates. The median is taken over blocks, whose length is chosen per candidate.
     """
-    block = seconds / (rounds * len(candidates))
+    block = seconds / (blocks * len(candidates))
     calls = {name: max(1, round(block / _warm(fn))) for name, fn in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
-    for turn in range(rounds):
+    end = time.perf_counter() + seconds
+    for turn in range(blocks):
+        if turn >= 3 and time.perf_counter() > end:
+            break
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             times[name].append(_run(candidates[name], calls[name]))
@@ -33,7 +36,7 @@ def _run(fn: Callable[[], object], calls: int) -> float:
 
 def _warm(fn: Callable[[], object]) -> float:
     fn()
-    return min(_run(fn, 2) for _ in range(3))
+    return min(_run(fn, 1) for _ in range(3))
 
 
 def table(times: Mapping[str, Mapping[str, float]], against: str) -> str:

@@ -6,7 +6,6 @@ Comes in: a model and example inputs. Goes out: a model of the same class that c
 
 from __future__ import annotations
 
-import copy
 import gc
 import time
 import warnings
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from . import fused as fused_modules
-from .copies import sharing_copy
+from .copies import independent_copy, sharing_copy
 from .determinism import preserved_state
 from .errors import FxfuseError
 from .graph import Program, Refusal, RegionPlan
@@ -160,7 +159,7 @@ class _Pipeline:
     def spare(self) -> nn.Module:
         """An independent copy of the model, or the model itself where it cannot be copied."""
         try:
-            return copy.deepcopy(self.model)
+            return independent_copy(self.model)
         except Exception as error:
             self.report.notes.append(f"the model cannot be copied ({error}): it is returned itself")
             return self.model
@@ -256,7 +255,10 @@ class _Pipeline:
         packs = choice.vectorized.packs
         notes: list[str] = []
         graphs = [(observations[0], prepared.lifted, choice.vectorized.graph)]
+        alike = [o for o in observations[1:] if o.same_as is observations[0]]
         for observation in observations[1:]:
+            if observation.same_as is observations[0]:
+                continue
             other = self._other_mode(observation, region)
             if other is None:
                 continue
@@ -270,6 +272,9 @@ class _Pipeline:
             flags = dict(zip(modules, observation.flags, strict=True))
             programs[tuple(flags[m] for m in module.modules())] = make_program(observation.trace, lifted, graph)
             packs.constants.update(lifted.constants)
+            for same in alike if observation is observations[0] else ():
+                others = dict(zip(modules, same.flags, strict=True))
+                programs[tuple(others[m] for m in module.modules())] = programs[tuple(flags[m] for m in module.modules())]
         used = {str(n.target) for p in programs.values() for n in p.graph.nodes if n.op == "get_attr"}
         constants = {name: tensor for name, tensor in packs.constants.items() if name in used}
         plan = RegionPlan(frame.path, [r for r in packs.recipes.values() if r.name in used], programs, constants, choice.vectorized.ops)

@@ -81,7 +81,7 @@ class Planner:
             loop = _launches(self._forward())
             best, least = base, _launches(self._program(base))
             lowering = {key: prefer if prefer in options else options[0] for key, options in base.choices.items()}
-            if self.options.lowering == "auto":
+            if self.options.lowering == "auto" and self.options.tune:
                 for key, options in base.choices.items():
                     for option in options:
                         other = vectorize(self.prepared, self.packs, {**lowering, key: option}, prefer) if option != lowering[key] else None

@@ -7,6 +7,7 @@ its arguments in the order of the operator's schema, so that equal computations 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def canonical(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return Op(name, "python", ("equation", "operands"), (_MISSING, _MISSING), frozenset(), False, func), (args[0], operands)
     signature = _signature(func)
     if signature is not None:
-        return _from_signature(func, name, signature, args, kwargs)
+        return _from_signature(signature, args, kwargs)
     found = _match(name, tuple(_kind(a) for a in args), tuple((k, _kind(v)) for k, v in kwargs.items()))
     if found is None:
         names = tuple(f"arg{i}" for i in range(len(args))) + tuple(kwargs)
@@ -112,7 +113,8 @@ def canonical(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 @functools.cache
-def _signature(func: Callable[..., Any]) -> inspect.Signature | None:
+def _signature(func: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any], Op] | None:
+    """The parameters of a Python function, their defaults, and its ``Op``; None for builtins and for variadic functions."""
     if not inspect.isfunction(func):
         return None
     try:
@@ -120,29 +122,31 @@ def _signature(func: Callable[..., Any]) -> inspect.Signature | None:
     except (TypeError, ValueError):
         return None
     kinds = {p.kind for p in signature.parameters.values()}
-    return None if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} else signature
+    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return None
+    kept = [p for p in signature.parameters.values() if p.name not in _NOISE]
+    names = tuple("input" if p.name == "self" else p.name for p in kept)
+    # An argument that stands after one we leave out can only be passed by its name.
+    until = next((i for i, p in enumerate(signature.parameters.values()) if p.name in _NOISE), len(names))
+    keyword_only = [p.kind is inspect.Parameter.KEYWORD_ONLY for p in kept]
+    by_name = frozenset(n for i, n in enumerate(names) if i >= until or keyword_only[i])
+    name = op_name(func)
+    pointwise, random = _tags(name)
+    op = Op(
+        name, "python", names, tuple(p.default for p in kept), by_name, pointwise or name in _POINTWISE_WITHOUT_SCHEMA, func, random
+    )
+    return tuple(signature.parameters), {n: p.default for n, p in signature.parameters.items()}, op
 
 
 def _from_signature(
-    func: Callable[..., Any], name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    signature: tuple[tuple[str, ...], dict[str, Any], Op], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Op, tuple[Any, ...]]:
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    parameters = [p for p in signature.parameters.values() if p.name not in _NOISE]
-    names = tuple("input" if p.name == "self" else p.name for p in parameters)
-    # An argument that stands after one we leave out can only be passed by its name.
-    positional_until = next((i for i, p in enumerate(signature.parameters.values()) if p.name in _NOISE), len(names))
-    keyword_only = frozenset(
-        name
-        for i, (name, p) in enumerate(zip(names, parameters, strict=True))
-        if i >= positional_until or p.kind is inspect.Parameter.KEYWORD_ONLY
-    )
-    pointwise, random = _tags(name)
-    if name == "pow" and isinstance(bound.arguments.get("exponent"), (int, float)):
-        pointwise = True
-    pointwise = pointwise or name in _POINTWISE_WITHOUT_SCHEMA
-    op = Op(name, "python", names, tuple(p.default for p in parameters), keyword_only, pointwise, func, random)
-    return op, tuple(bound.arguments[p.name] for p in parameters)
+    parameters, defaults, op = signature
+    values = defaults | dict(zip(parameters, args, strict=False)) | kwargs
+    given = tuple(values[n] for n in parameters if n not in _NOISE)
+    if op.name == "pow" and isinstance(values.get("exponent"), (int, float)) and not op.pointwise:
+        op = dataclasses.replace(op, pointwise=True)
+    return op, given
 
 
 @functools.cache

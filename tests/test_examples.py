@@ -52,7 +52,7 @@ def test_example(name, output_of):
 
 def test_demo(output_of):
     out = output_of("demo", 0.1)
-    assert "heavy 384 -> " in out
+    assert "\nmatmuls 384 -> " in out
     assert re.search(r"^fused .*us .*x.*us .*x.*us .*x$", out, re.MULTILINE)
     assert "bit for bit the original's: True" in out
     assert "NOT equal" not in out
