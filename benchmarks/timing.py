@@ -1,42 +1,15 @@
-"""Medians of alternating runs: every candidate is timed in every round, so that a busy moment of the machine hits them all alike."""
+"""Named candidates, timed in turn so that a busy moment of the machine hits them all alike, and printed as ratios."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 
-
-def medians(candidates: Mapping[str, Callable[[], object]], *, seconds: float = 6.0, blocks: int = 25) -> dict[str, float]:
-    """Median seconds of one call of each candidate.
-
-    After a warm-up come up to ``blocks`` rounds, fewer (but three at least) where ``seconds`` are over earlier; in each round every
-    candidate runs a block of calls, in an order that rotates. The median is taken over blocks, whose length is chosen per candidate.
-    """
-    block = seconds / (blocks * len(candidates))
-    calls = {name: max(1, round(block / _warm(fn))) for name, fn in candidates.items()}
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
-    end = time.perf_counter() + seconds
-    for turn in range(blocks):
-        if turn >= 3 and time.perf_counter() > end:
-            break
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            times[name].append(_run(candidates[name], calls[name]))
-    return {name: statistics.median(found) for name, found in times.items()}
+from fxfuse import timing
 
 
-def _run(fn: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        fn()
-    return (time.perf_counter() - start) / calls
-
-
-def _warm(fn: Callable[[], object]) -> float:
-    fn()
-    return min(_run(fn, 1) for _ in range(3))
+def medians(candidates: Mapping[str, Callable[[], object]], *, seconds: float = 6.0) -> dict[str, float]:
+    """Median seconds of one call of each candidate, from about ``seconds`` of alternating calls (five rounds at the least)."""
+    return dict(zip(candidates, timing.medians(list(candidates.values()), budget=seconds, most=10_000), strict=True))
 
 
 def table(times: Mapping[str, Mapping[str, float]], against: str) -> str:

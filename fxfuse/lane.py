@@ -261,6 +261,9 @@ class LaneMixin(nn.Module):
             lane = memo[id(self)]
             restore(copied)
             return lane
+        if hasattr(self._fxfuse_base, "__deepcopy__"):  # parametrized modules: they can be copied, but not pickled
+            parts = rebuild, (self._fxfuse_base, self._fxfuse_mixin, self._fxfuse_names), self.__dict__  # type: ignore[attr-defined]
+            return copy._reconstruct(self, memo, *parts)  # type: ignore[attr-defined]
         return copy._reconstruct(self, memo, *self.__reduce_ex__(4))  # type: ignore[attr-defined]
 
     def _replicate_for_data_parallel(self) -> Any:

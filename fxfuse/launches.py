@@ -138,12 +138,17 @@ def count(fn: Callable[[], object], *, bound: bool = True) -> Launches:
     """
     with _Counter(bound) as counter:
         fn()
+    calls: Counter[str] = Counter()
+    for func, number in counter.calls.items():
+        calls[func.overloadpacket.__name__] += number
+    total_by_op = {name: number for name, number in calls.items() if name not in FREE}
+    heavy_by_op = {name: number for name, number in calls.items() if name in HEAVY}
     return Launches(
-        total=counter.total.total(),
-        heavy=counter.heavy.total(),
+        total=sum(total_by_op.values()),
+        heavy=sum(heavy_by_op.values()),
         bound=sum(counter.chain.values()) if bound else -1,
-        heavy_by_op=dict(counter.heavy),
-        total_by_op=dict(counter.total),
+        heavy_by_op=heavy_by_op,
+        total_by_op=total_by_op,
     )
 
 
@@ -151,23 +156,17 @@ class _Counter(TorchDispatchMode):
     def __init__(self, bound: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bound = bound
-        self.total: Counter[str] = Counter()
-        self.heavy: Counter[str] = Counter()
+        self.calls: dict[Any, int] = {}  # by overload
         self.chain: Counter[int] = Counter()
         self._signatures: dict[Hashable, int] = {}
         self._depth: dict[int, _Depth] = {}
         self._alive: dict[int, object] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        if name not in FREE:
-            self.total[name] += 1
-        if name in HEAVY:
-            self.heavy[name] += 1
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        self.calls[func] = self.calls.get(func, 0) + 1
         if self.bound:
-            self._follow(func, name, args, kwargs, out)
+            self._follow(func, func.overloadpacket.__name__, args, kwargs or {}, out)
         return out
 
     def _follow(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:

@@ -19,24 +19,27 @@ from torch import nn
 from . import fused as fused_modules
 from .copies import independent_copy, sharing_copy
 from .determinism import preserved_state
-from .errors import FxfuseError
+from .errors import ArgumentError, FxfuseError
 from .graph import Program, Refusal, RegionPlan
+from .inputs import resample
 from .launches import count
 from .lengths import tracked_len
 from .observe import Observation, observe_modes
 from .options import Options, make_inputs, make_options
 from .passes.emit import Packs
 from .passes.lift import Lifted
-from .passes.program import make_program, resolve_packed
+from .passes.program import fits, make_program, resolve_packed
 from .passes.vectorize import Prepared, prepare, vectorize
 from .plan import Planner
 from .regions import Region, RegionFinder
 from .report import Report
 from .store import get_report, set_report
 from .timing import medians
+from .trace import Frame
 from .validate import other_examples
 from .validate import validate as compare
 from .weights import unpackable
+from .workbench import Case
 
 
 def optimize(
@@ -132,6 +135,8 @@ def run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], option
     pipeline = _Pipeline(model, inputs, options, report)
     try:
         return pipeline.run(inplace)
+    except ArgumentError:
+        raise
     except Exception as error:  # a failure inside fxfuse must not cost anybody their model
         report.fused = []
         said = str(error).splitlines()[0] if str(error) else ""
@@ -176,7 +181,7 @@ class _Pipeline:
         if first.failure:
             return self._unchanged(inplace, Refusal(f"the forward raises {first.failure}"))
         with self.stage("find lanes"):
-            finder = RegionFinder(first, self.options.min_lanes)
+            finder = RegionFinder(first, self.options.min_lanes, self.options.objective == "launches")
             finder.visit()
         self.report.refused.extend(finder.refusals)
         plans: list[RegionPlan] = []
@@ -242,7 +247,7 @@ class _Pipeline:
         packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module))
         modules = list(self.work.modules())
         _set_training(self.work, observations[0].flags)
-        planner = Planner(prepared, module, packs, self.options)
+        planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared))
         choice = planner.plan()
         self.report.refused.extend(_placed(prepared))
         if choice.refusal is not None or choice.vectorized is None:
@@ -262,7 +267,7 @@ class _Pipeline:
             other = self._other_mode(observation, region)
             if other is None:
                 continue
-            made = vectorize(other, packs, choice.lowering, Planner(other, module, packs, self.options)._preferred())
+            made = vectorize(other, packs, choice.lowering, planner.prefer)
             if made is None:
                 continue
             packs = made.packs
@@ -289,6 +294,30 @@ class _Pipeline:
         plan.notes = notes
         return plan
 
+    def _cases(self, frame: Frame, prepared: Prepared) -> list[Case]:
+        """The inputs of the region at the sizes of ``tune_for``: its call is caught while the model runs on them."""
+        found: list[Case] = []
+        region = self.work.get_submodule(frame.path)
+        for wanted in self.options.tune_for:
+            given = resample(self.args, self.kwargs, batch=wanted, seed=3) if isinstance(wanted, int) else (wanted, self.kwargs)
+            caught: list[Case] = []
+            handle = region.register_forward_pre_hook(lambda _, a, k, caught=caught: caught.append((a, k)), with_kwargs=True)
+            try:
+                with torch.no_grad(), preserved_state(self.work):
+                    self.work(*given[0], **given[1])
+            except Exception as error:
+                said = str(error).splitlines()[0] if str(error) else type(error).__name__
+                what = f"batch size {wanted}" if isinstance(wanted, int) else "these inputs"
+                raise ArgumentError(f"tune_for: the model does not take {what}: {said}") from error
+            finally:
+                handle.remove()
+            if caught and fits(caught[0], frame, prepared.lifted):
+                found.append(caught[0])
+            else:
+                where = frame.path or "the model"
+                self.report.notes.append(f"tune_for: {where} is not called with the recorded sizes there; timed as recorded")
+        return found
+
     def _single_layers(self, finder: RegionFinder, observations: list[Observation]) -> list[RegionPlan]:
         """Linear and pointwise convolution layers that are faster spelled as each other; equal layers are measured once."""
         plans: list[RegionPlan] = []
@@ -307,7 +336,7 @@ class _Pipeline:
 
     def _other_mode(self, observation: Observation, region: Region) -> Prepared | None:
         """The region's graph in another mode of the model."""
-        finder = RegionFinder(observation, self.options.min_lanes)
+        finder = RegionFinder(observation, self.options.min_lanes, self.options.objective == "launches")
         frame = next((f for f in observation.trace.frames if f.path == region.frame.path), None)
         if frame is None or frame.poison:
             return None
@@ -316,7 +345,7 @@ class _Pipeline:
             mode = "train" if any(observation.flags) else "eval"
             self.report.refused.append(Refusal(f"in {mode} mode: {lifted.reason}", lifted.place, frame.path))
             return None
-        prepared = prepare(lifted, self.options.min_lanes)
+        prepared = prepare(lifted, self.options.min_lanes, self.options.objective == "launches")
         prepared.single = region.prepared.single
         return prepared if prepared.worthwhile else None
 

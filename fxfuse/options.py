@@ -22,7 +22,7 @@ class Options:
     objective: Literal["time", "launches"] = "time"
     lowering: Literal["auto", "grouped_conv", "bmm"] = "auto"
     tune: bool = True
-    tune_for: tuple[tuple[Any, ...], ...] = ()
+    tune_for: tuple[Any, ...] = ()  # batch sizes, or tuples of arguments
     max_memory: int | None = None
     validate: bool = True
     strict: bool = False

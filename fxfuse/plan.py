@@ -1,41 +1,41 @@
 """Choose how to compute each lane set, and whether to, by measuring.
 
 Comes in: a region with its prepared graph, and the options. Goes out: the rewritten program with the lowering of every bundle chosen, or a
-``Refusal`` where the loop is faster. Candidates are timed against the region's own forward on the recorded inputs, in turn and by
-medians; ``objective="launches"`` fuses all that is legal, ``tune=False`` takes the first lowering that the rules name.
+``Refusal`` where the loop is faster. Candidates are timed against the region's own forward, in turn and by medians, on the recorded
+inputs or those of ``tune_for``; ``objective="launches"`` fuses all that is legal, ``tune=False`` takes the first lowering that the
+rules name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.fx
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import recipes
 from .determinism import preserved_state
 from .graph import Refusal
-from .inputs import clone_inputs
 from .launches import Launches, count
 from .memory import peak_bytes
 from .options import Options
 from .passes.emit import Packs
 from .passes.vectorize import Prepared, Vectorized, vectorize
 from .timing import medians
+from .workbench import Case, Workbench
 
 # A form must be this much faster than the loop to be worth the change: below, it is noise.
 LEAST_GAIN = 1.02
+# A candidate replaces the best one so far only where it is clearly faster.
+CLEARLY = 0.97
 # A layer of its own that becomes a region pays for the guard at every call.
 GUARD_SECONDS = 6e-6
 
 
 @dataclass
 class Choice:
-    """The outcome for one region. ``loop`` and ``fused`` are median seconds, ``peak`` bytes (loop, fused); None where not measured."""
+    """The outcome for one region. ``seconds`` are medians (loop, fused), ``peak`` bytes (loop, fused); None where not measured."""
 
     vectorized: Vectorized | None
     lowering: dict[Any, str]
@@ -46,213 +46,138 @@ class Choice:
 
 
 class Planner:
-    """Plans one region: ``prepared`` is its graph in the mode that is timed."""
+    """Plans one region: ``prepared`` is its graph in the mode that is timed, ``cases`` are inputs to time it on (default: as recorded)."""
 
-    def __init__(self, prepared: Prepared, region: nn.Module, packs: Packs, options: Options) -> None:
+    def __init__(self, prepared: Prepared, region: nn.Module, packs: Packs, options: Options, cases: Sequence[Case] = ()) -> None:
         self.prepared, self.region, self.packs, self.options = prepared, region, packs, options
+        frame = prepared.lifted.frame
         self.train = options.mode == "train"
-        raw: tuple[Any, Any] = prepared.lifted.frame.raw or ((), {})
-        self.args, self.kwargs = raw
+        cases = list(cases) or [frame.raw or ((), {})]
+        self.benches = [Workbench(region, case, self.train, frame.parent >= 0) for case in cases]
+        self.prefer = _preferred(options)
 
     def plan(self) -> Choice:
-        prefer = self._preferred()
-        base = vectorize(self.prepared, self.packs, {}, prefer)
+        """Search, measure, decide."""
+        base = self.emit({})
         if base is None:
-            return Choice(None, {}, Refusal("nothing is left to fuse", self.prepared.lifted.place, self.prepared.lifted.frame.path))
+            return Choice(None, {}, self._refusal("nothing is left to fuse"))
         if self.options.objective == "launches":
-            choice = self._fewest_launches(base, prefer)
+            choice = self._fewest_launches(base)
         elif not self.options.tune:
-            choice = Choice(base, {})
+            choice = Choice(base, self._first(base))
         else:
-            choice = self._tuned(base, prefer)
+            choice = self._fastest(base)
         if self.options.max_memory is not None and choice.refusal is None:
-            choice = self._within_memory(choice)
+            choice.refusal = self._over_memory(choice)
         return choice
 
-    def _preferred(self) -> str:
-        """The lowering asked for by name; for launches the product forms, one launch each."""
-        if self.options.lowering == "grouped_conv":
-            return "grouped_conv"
-        return "baddbmm" if self.options.lowering == "bmm" or self.options.objective == "launches" else ""
+    def emit(self, lowering: dict[Any, str]) -> Vectorized | None:
+        """The program with these lowerings."""
+        return vectorize(self.prepared, self.packs, lowering, self.prefer)
 
-    def _fewest_launches(self, base: Vectorized, prefer: str) -> Choice:
+    def _first(self, base: Vectorized) -> dict[Any, str]:
+        return {key: self.prefer if self.prefer in options else options[0] for key, options in base.choices.items()}
+
+    def _refusal(self, reason: str) -> Refusal:
+        return Refusal(reason, self.prepared.lifted.place, self.prepared.lifted.frame.path)
+
+    def _others(self, base: Vectorized, lowering: Callable[[], dict[Any, str]]) -> Any:
+        """One change at a time to the best lowering so far, which ``lowering()`` tells: coordinate descent."""
+        if self.options.lowering != "auto":
+            return
+        for key, options in base.choices.items():
+            for option in options:
+                if option != lowering()[key]:
+                    changed = {**lowering(), key: option}
+                    candidate = self.emit(changed)
+                    if candidate is not None:
+                        yield changed, candidate
+
+    # -- launches -----------------------------------------------------------------------------------------------------------------
+
+    def _fewest_launches(self, base: Vectorized) -> Choice:
         """The lowerings that launch least, counted on one run each; refused only where the loop launches no more."""
+        bench = self.benches[0]
         with preserved_state(self.region):
-            loop = _launches(self._forward())
-            best, least = base, _launches(self._program(base))
-            lowering = {key: prefer if prefer in options else options[0] for key, options in base.choices.items()}
-            if self.options.lowering == "auto" and self.options.tune:
-                for key, options in base.choices.items():
-                    for option in options:
-                        other = vectorize(self.prepared, self.packs, {**lowering, key: option}, prefer) if option != lowering[key] else None
-                        counted = _launches(self._program(other)) if other is not None else least
-                        if other is not None and counted.total < least.total:
-                            best, lowering, least = other, {**lowering, key: option}, counted
-        choice = Choice(best, lowering)
+            loop, least = _launches(bench.forward()), _launches(bench.program(base))
+            choice = Choice(base, self._first(base))
+            if self.options.tune:
+                for lowering, candidate in self._others(base, lambda: choice.lowering):
+                    counted = _launches(bench.program(candidate))
+                    if counted.total < least.total:
+                        choice.vectorized, choice.lowering, least = candidate, lowering, counted
         if least.total >= loop.total and least.heavy >= loop.heavy:
-            frame = self.prepared.lifted.frame
-            reason = f"left as a loop: packed launches {least.total} ops, the loop {loop.total}"
-            choice.refusal = Refusal(reason, self.prepared.lifted.place, frame.path)
+            choice.refusal = self._refusal(f"left as a loop: packed launches {least.total} ops, the loop {loop.total}")
         return choice
 
-    def _tuned(self, base: Vectorized, prefer: str) -> Choice:
-        frame = self.prepared.lifted.frame
+    # -- time ---------------------------------------------------------------------------------------------------------------------
+
+    def _fastest(self, base: Vectorized) -> Choice:
+        """The lowerings that measure fastest; refused where the loop is as fast."""
+        choice = Choice(base, self._first(base))
         if self.prepared.single and not base.choices:
-            return Choice(base, {}, Refusal("a layer with one spelling", self.prepared.lifted.place, frame.path))
-        loop = self._loop()
-        best, lowering = base, {key: options[0] for key, options in base.choices.items()}
-        if prefer:
-            lowering = {key: prefer if prefer in options else options[0] for key, options in base.choices.items()}
-        best_run = self._runner(best)
-        tried: list[tuple[str, float]] = []
-        loop_time, best_time = medians([loop, best_run], budget=0.4)
-        tried.append((_describe(lowering), best_time))
-        if self.options.lowering == "auto":
-            for key, options in base.choices.items():
-                for option in options:
-                    if option == lowering[key]:
-                        continue
-                    other_lowering = {**lowering, key: option}
-                    other = vectorize(self.prepared, self.packs, other_lowering, prefer)
-                    if other is None:
-                        continue
-                    run = self._runner(other)
-                    now, other_time = medians([best_run, run], budget=0.25)
-                    tried.append((_describe(other_lowering), other_time))
-                    if other_time < 0.97 * now:
-                        best, best_run, lowering = other, run, other_lowering
-            loop_time, best_time = medians([loop, best_run], budget=0.5)
-        if self.prepared.single:
-            best_time += GUARD_SECONDS + 0.03 * loop_time
-        choice = Choice(best, lowering, seconds=(loop_time, best_time), tried=tried)
-        if self.prepared.single and all(lowering[key] == options[0] for key, options in base.choices.items()):
-            choice.refusal = Refusal("no other spelling of the layer is faster", self.prepared.lifted.place, frame.path)
-        elif best_time * LEAST_GAIN > loop_time:
-            ratio = loop_time / best_time
-            batch = self._batch()
-            where = f"{' at batch ' + str(batch) if batch is not None else ''} on {self._device()}"
-            what = "forward and backward" if self.train else "inference"
-            choice.refusal = Refusal(
-                f"left as a loop: packed runs {ratio:.2f}x{where} ({what})", self.prepared.lifted.place, self.prepared.lifted.frame.path
-            )
+            choice.refusal = self._refusal("a layer with one spelling")
+            return choice
+        steps = self._steps(base)
+        for lowering, candidate in self._others(base, lambda: choice.lowering):
+            other = self._steps(candidate)
+            ratio, seconds = self._compare(steps, other)
+            choice.tried.append((_describe(lowering), seconds))
+            if ratio < CLEARLY:
+                choice.vectorized, choice.lowering, steps = candidate, lowering, other
+        return self._decide(choice, steps)
+
+    def _steps(self, candidate: Vectorized) -> list[Callable[[], object]]:
+        return [bench.step(candidate) for bench in self.benches]
+
+    def _compare(self, steps: list[Callable[[], object]], others: list[Callable[[], object]]) -> tuple[float, float]:
+        """(time of the others over that of ``steps``, as a geometric mean over the cases; seconds of the others in the first case)."""
+        pairs = [medians([a, b], budget=0.25) for a, b in zip(steps, others, strict=True)]
+        ratio = math.exp(sum(math.log(b / a) for a, b in pairs) / len(pairs))
+        return ratio, pairs[0][1]
+
+    def _decide(self, choice: Choice, steps: list[Callable[[], object]]) -> Choice:
+        single = self.prepared.single
+        for bench, step in zip(self.benches, steps, strict=True):
+            loop, fused = medians([bench.loop(), step], budget=0.5)
+            if single:
+                fused += GUARD_SECONDS + 0.03 * loop
+            choice.seconds = choice.seconds or (loop, fused)
+            if fused * LEAST_GAIN > loop and choice.refusal is None:
+                batch = f" at batch {bench.batch}" if bench.batch is not None else ""
+                what = "forward and backward" if self.train else "inference"
+                choice.refusal = self._refusal(f"left as a loop: packed runs {loop / fused:.2f}x{batch} on {bench.device} ({what})")
+        assert choice.vectorized is not None
+        if single and choice.lowering == self._first(choice.vectorized):
+            choice.refusal = self._refusal("no other spelling of the layer is faster")
         return choice
 
-    def _within_memory(self, choice: Choice) -> Choice:
+    # -- memory -------------------------------------------------------------------------------------------------------------------
+
+    def _over_memory(self, choice: Choice) -> Refusal | None:
         assert choice.vectorized is not None
         assert self.options.max_memory is not None
-        used = peak_bytes(self._runner(choice.vectorized))
-        if used > self.options.max_memory:
-            choice.refusal = Refusal(
-                f"left as a loop: packed needs {used} bytes at its peak, max_memory allows {self.options.max_memory}",
-                self.prepared.lifted.place,
-                self.prepared.lifted.frame.path,
-            )
-        return choice
+        used = max(peak_bytes(bench.step(choice.vectorized)) for bench in self.benches)
+        if used <= self.options.max_memory:
+            return None
+        return self._refusal(f"left as a loop: packed needs {used} bytes at its peak, max_memory allows {self.options.max_memory}")
 
     def measure_memory(self, choice: Choice) -> None:
         """Peak bytes of the loop and of the chosen form, in the mode that was asked for."""
         if choice.vectorized is not None:
             with preserved_state(self.region):
-                choice.peak = (peak_bytes(self._loop()), peak_bytes(self._runner(choice.vectorized)))
+                choice.peak = (peak_bytes(self.benches[0].loop()), peak_bytes(self.benches[0].step(choice.vectorized)))
 
-    # -- what is timed ------------------------------------------------------------------------------------------------------------
 
-    def _batch(self) -> int | None:
-        for leaf in tree_flatten((self.args, self.kwargs))[0]:
-            if isinstance(leaf, torch.Tensor) and leaf.dim():
-                return int(leaf.shape[0])
-        return None
-
-    def _device(self) -> str:
-        for leaf in tree_flatten((self.args, self.kwargs))[0]:
-            if isinstance(leaf, torch.Tensor):
-                return leaf.device.type
-        return "cpu"
-
-    def _inputs(self) -> tuple[Any, Any]:
-        args, kwargs = clone_inputs((self.args, self.kwargs), requires_grad=False)
-        leaves, spec = tree_flatten((args, kwargs))
-        originals = tree_flatten((self.args, self.kwargs))[0]
-        # A region inside a model gets activations, which need gradients where the model is trained.
-        inner = self.prepared.lifted.frame.parent >= 0
-        for leaf, original in zip(leaves, originals, strict=True):
-            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and self.train:
-                leaf.requires_grad_(bool(original.requires_grad) or inner)
-        rebuilt: tuple[Any, Any] = tree_unflatten(leaves, spec)
-        return rebuilt
-
-    def _forward(self) -> Callable[[], Any]:
-        args, kwargs = self._inputs()
-        forward = type(self.region).forward
-        return lambda: forward(self.region, *args, **kwargs)
-
-    def _loop(self) -> Callable[[], object]:
-        return self._stepped(self._forward(), list(self.region.parameters()))
-
-    def _program(self, vectorized: Vectorized) -> Callable[[], Any]:
-        return self._compiled(vectorized)[0]
-
-    def _runner(self, vectorized: Vectorized) -> Callable[[], object]:
-        return self._stepped(*self._compiled(vectorized))
-
-    def _compiled(self, vectorized: Vectorized) -> tuple[Callable[[], Any], list[torch.Tensor]]:
-        """The candidate as a callable on the recorded inputs, and its trainable tensors."""
-        root: dict[str, Any] = {}
-        parameters: list[torch.Tensor] = []
-        for node in vectorized.graph.nodes:
-            if node.op == "call_module":
-                root[str(node.target)] = self.region.get_submodule(str(node.target))
-                parameters.extend(root[str(node.target)].parameters())
-            elif node.op == "get_attr" and node.target not in root:
-                tensor = self._tensor(str(node.target), vectorized.packs)
-                root[str(node.target)] = tensor
-                if tensor.requires_grad:
-                    parameters.append(tensor)
-        code = torch.fx.GraphModule(root, vectorized.graph)
-        leaves = tree_flatten(self._inputs())[0]
-        return lambda: code(*leaves), parameters
-
-    def _tensor(self, target: str, packs: Packs) -> torch.Tensor:
-        if target in packs.constants:
-            return packs.constants[target]
-        for recipe in packs.recipes.values():
-            if recipe.name == target:
-                with torch.no_grad():
-                    packed = recipes.pack(recipe, [_walk(self.region, member) for member in recipe.members])
-                return nn.Parameter(packed, requires_grad=recipe.requires_grad and (packed.is_floating_point() or packed.is_complex()))
-        return _walk(self.region, target)
-
-    def _stepped(self, forward: Callable[[], Any], parameters: list[torch.Tensor]) -> Callable[[], object]:
-        """One measured step: the forward alone, or forward and backward to all parameters."""
-        if not self.train:
-
-            def infer() -> object:
-                with torch.no_grad():
-                    return forward()
-
-            return infer
-        wanted = [p for p in parameters if p.requires_grad]
-
-        def train() -> object:
-            with torch.enable_grad():
-                outputs = [o for o in tree_flatten(forward())[0] if isinstance(o, torch.Tensor) and o.requires_grad]
-                if not outputs:
-                    return None
-                return torch.autograd.grad(outputs, wanted, [torch.ones_like(o) for o in outputs], allow_unused=True) if wanted else None
-
-        return train
+def _preferred(options: Options) -> str:
+    """The lowering asked for by name; for launches the product forms, one launch each."""
+    if options.lowering == "grouped_conv":
+        return "grouped_conv"
+    return "baddbmm" if options.lowering == "bmm" or options.objective == "launches" else ""
 
 
 def _launches(forward: Callable[[], Any]) -> Launches:
     return count(forward, bound=False)
-
-
-def _walk(root: nn.Module, target: str) -> torch.Tensor:
-    at: Any = root
-    for part in target.split("."):
-        at = getattr(at, part)
-    assert isinstance(at, torch.Tensor)
-    return at
 
 
 def _describe(lowering: dict[Any, str]) -> str:

@@ -43,8 +43,8 @@ def closed_frames(observation: Observation) -> frozenset[int]:
 class RegionFinder:
     """Walks the module calls from the outside in."""
 
-    def __init__(self, observation: Observation, min_lanes: int) -> None:
-        self.observation, self.min_lanes = observation, min_lanes
+    def __init__(self, observation: Observation, min_lanes: int, merge: bool) -> None:
+        self.observation, self.min_lanes, self.merge = observation, min_lanes, merge
         self.closed = closed_frames(observation)
         self.regions: list[Region] = []
         self.refusals: list[Refusal] = []
@@ -61,7 +61,7 @@ class RegionFinder:
                 continue
             lifted = self.lifted(frame)
             if isinstance(lifted, Lifted):
-                prepared = prepare(lifted, self.min_lanes)
+                prepared = prepare(lifted, self.min_lanes, self.merge)
                 prepared.single = True
                 found.append(Region(frame, prepared))
         return found
@@ -83,7 +83,7 @@ class RegionFinder:
             self._refuse(frame, found.reason, found.place)
             self._visit_children(frame)
             return
-        prepared = prepare(found, self.min_lanes)
+        prepared = prepare(found, self.min_lanes, self.merge)
         if prepared.worthwhile:
             inner = self._inner_frames(frame, prepared)
             if inner is None:

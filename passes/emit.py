@@ -23,7 +23,7 @@ import torch.fx
 from fxfuse.graph import FusedOp, Recipe
 
 from .bundle import Bundle, Bundles
-from .functional import slice_along
+from .functional import drop_unused, slice_along
 from .lift import Lifted
 from .ops import Op
 from .tidy import tidy
@@ -386,7 +386,7 @@ class Emitter:
             elif unit not in self.singles:
                 self.singles[unit] = self._single_unit(unit)
         self._outputs(output)
-        self.graph.eliminate_dead_code()
+        drop_unused(self.graph)
         tidy(self.graph)
         return self.graph
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from .functional import drop_unused
 from .joins import SUM_OF, Node, argument, is_op, is_plain_add
 from .ops import Op, canonical
 
@@ -46,7 +47,7 @@ def factor_shared_maps(graph: torch.fx.Graph) -> list[tuple[str, int, Any]]:
                 new = graph.call_function(SUM_OF, (kept,))
             new.meta.update(node.meta)
             node.replace_all_uses_with(new)
-    graph.eliminate_dead_code()
+    drop_unused(graph)
     return done
 
 

@@ -12,8 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 
 from .ops import Op
+
+
+def drop_unused(graph: torch.fx.Graph) -> None:
+    """Remove what nothing reads. Calls of closed modules stay: their hooks and state are somebody's business."""
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module"))
 
 
 def index_write(base: torch.Tensor, index: Any, value: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from .functional import as_slot, index_write, op_of, slice_along, sum_of
+from .functional import as_slot, drop_unused, index_write, op_of, slice_along, sum_of
 from .ops import Op, canonical
 
 CAT = canonical(torch.cat, ([torch.empty(0)], 0), {})[0]
@@ -49,7 +49,7 @@ def normalize_joins(graph: torch.fx.Graph) -> None:
             _collect_writes(graph, node)
         elif is_op(node, "add"):
             _collect_sum(graph, node)
-    graph.eliminate_dead_code()
+    drop_unused(graph)
 
 
 def _copy_meta(new: Node, old: Node) -> None:

@@ -21,7 +21,7 @@ from fxfuse.graph import Place, Refusal, SizeCheck
 from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Event, Frame, Ref, Trace
 
-from .functional import as_slot, index_write, op_of, slice_along
+from .functional import as_slot, drop_unused, index_write, op_of, slice_along
 from .ops import Op, canonical, op_name
 
 _SELECT = canonical(torch.select, (torch.empty(0), 0, 0), {})[0]
@@ -66,7 +66,7 @@ class Lifted:
     place: Place | None = None
     random: bool = False
     factories: bool = False  # tensors are made with the default dtype or device
-    notes: list[str] = field(default_factory=list)
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of the tensor inputs, by value
 
 
 def lift(trace: Trace, frame: Frame, dynamic: dict[int, frozenset[int]], opaque: frozenset[int]) -> Lifted | Refusal:
@@ -130,10 +130,11 @@ class _Lifter:
             index += 1
         outputs = [self._output(leaf) for leaf in frame.out]
         self.graph.output(outputs)
-        self.graph.eliminate_dead_code()
+        drop_unused(self.graph)
         return Lifted(
-            self.graph, frame, self.constants, self.checks, self.dynamic, place=frame.place, random=self.random, factories=self.factories
-        )
+            self.graph, frame, self.constants, self.checks, self.dynamic, place=frame.place, random=self.random, factories=self.factories,
+            shapes={value: self.trace.values[value].shape for value in self.inputs},
+        )  # fmt: skip
 
     def _opaque_call(self, event: Event, index: int) -> int | None:
         """Where ``event`` belongs to a frame that stays closed: one module call for all of it, and the index after it."""

@@ -14,6 +14,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 
+from .functional import drop_unused
 from .joins import Node, argument, is_op
 from .ops import Op, canonical
 
@@ -48,7 +49,7 @@ def unify_pointwise(graph: torch.fx.Graph) -> int:
         _rewrite(graph, node)
     if convs:
         _move_permutations(graph)
-        graph.eliminate_dead_code()
+        drop_unused(graph)
     return len(convs)
 
 

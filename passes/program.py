@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.utils._pytree import tree_flatten
 
 from fxfuse.graph import Guard, Program, Recipe, TensorGuard
-from fxfuse.trace import Ref, Trace
+from fxfuse.trace import Frame, Ref, Trace
 
 from .emit import Packs
 from .lift import Lifted
@@ -44,6 +45,21 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     checks = tuple(dict.fromkeys(lifted.size_checks))
     guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, not lifted.factories)
     return Program(graph, guard, frame.in_spec, frame.out_spec)
+
+
+def fits(case: tuple[Any, Any], frame: Frame, lifted: Lifted) -> bool:
+    """True where a call has the fixed sizes that ``frame`` was recorded with."""
+    leaves, spec = tree_flatten(case)
+    if spec != frame.in_spec:
+        return False
+    free = {} if lifted.specialised else lifted.dynamic
+    for given, recorded in zip(leaves, frame.leaves, strict=True):
+        if isinstance(recorded, Ref):
+            dynamic = free.get(recorded.value, frozenset())
+            shape = lifted.shapes[recorded.value]
+            if len(given.shape) != len(shape) or any(d not in dynamic and given.shape[d] != size for d, size in enumerate(shape)):
+                return False
+    return True
 
 
 def _spells_dtype(graph: torch.fx.Graph) -> bool:

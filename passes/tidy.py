@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.fx
 
+from .functional import drop_unused
+
 _SPLITTING = (torch.unflatten, torch.unsqueeze, torch.flatten, torch.squeeze)
 
 
@@ -31,7 +33,7 @@ def tidy(graph: torch.fx.Graph) -> None:
                 made = graph.call_method("reshape", (root, tuple(int(size) for size in value.shape)))
             made.meta.update(node.meta)
             node.replace_all_uses_with(made)
-    graph.eliminate_dead_code()
+    drop_unused(graph)
 
 
 def _root(node: torch.fx.Node) -> torch.fx.Node:

@@ -67,12 +67,12 @@ class Vectorized:
     choices: dict[Any, tuple[str, ...]]
 
 
-def prepare(lifted: Lifted, min_lanes: int) -> Prepared:
-    """Normalize ``lifted`` in place and find its lanes."""
+def prepare(lifted: Lifted, min_lanes: int, merge: bool = False) -> Prepared:
+    """Normalize ``lifted`` in place and find its lanes. ``merge``: also those that only join for the sake of fewer launches."""
     normalize_joins(lifted.graph)
     factored = factor_shared_maps(lifted.graph)
     unify_pointwise(lifted.graph)
-    prepared = Prepared(lifted, Bundles([], {}, set(), {}), factored, min_lanes=min_lanes)
+    prepared = Prepared(lifted, Bundles([], {}, set(), {}), factored, min_lanes=min_lanes, merge=merge)
     prepared.find()
     return prepared
 

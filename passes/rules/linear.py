@@ -68,10 +68,10 @@ def _own(emitter: Emitter, bundle: Bundle, x: Packed, weight_nodes: list[Node]) 
     lanes = len(bundle.members)
     out_features, in_features = bundle.members[0].args[1].meta["shape"]  # type: ignore[union-attr]
     options = ["baddbmm", "bmm_transposed", "grouped_conv"]
-    if in_features == 1:
-        options.insert(1, "addcmul")
     if out_features == 1:
-        options.insert(1, "dot")
+        options.insert(0, "dot")
+    if in_features == 1:
+        options.insert(0, "addcmul")
     lowering = emitter.choose(bundle, tuple(options))
     bias = bias_of(emitter, bundle)
     x_front = emitter.front(x, lanes)  # [G, ..., K]
