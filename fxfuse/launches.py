@@ -6,6 +6,7 @@ model alike; the numbers ``total``, ``heavy`` and ``bound`` are those of the pro
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -136,7 +137,9 @@ def count(fn: Callable[[], object], *, bound: bool = True) -> Launches:
     >>> got.total, got.heavy, got.bound
     (4, 3, 1)
     """
-    with _Counter(bound) as counter:
+    # Dynamo, where it is in use, is told to keep out of the counter. That would import it (a second) where it is not.
+    kind = _CounterBesideDynamo if "torch._dynamo" in sys.modules else _Counter
+    with kind(bound) as counter:
         fn()
     calls: Counter[str] = Counter()
     for func, number in counter.calls.items():
@@ -161,6 +164,10 @@ class _Counter(TorchDispatchMode):
         self._signatures: dict[Hashable, int] = {}
         self._depth: dict[int, _Depth] = {}
         self._alive: dict[int, object] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs) if kwargs else func(*args)
@@ -199,6 +206,15 @@ class _Counter(TorchDispatchMode):
         if key not in self._alive:
             self._alive[key] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         return key
+
+
+class _CounterBesideDynamo(_Counter):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _merge(depths: list[_Depth]) -> _Depth:

@@ -38,7 +38,7 @@ from .timing import medians
 from .trace import Frame
 from .validate import other_examples
 from .validate import validate as compare
-from .weights import unpackable
+from .weights import carry_over, unpackable
 from .workbench import Case
 
 
@@ -164,7 +164,9 @@ class _Pipeline:
     def spare(self) -> nn.Module:
         """An independent copy of the model, or the model itself where it cannot be copied."""
         try:
-            return independent_copy(self.model)
+            copied = independent_copy(self.model)
+            carry_over(self.model, copied)
+            return copied
         except Exception as error:
             self.report.notes.append(f"the model cannot be copied ({error}): it is returned itself")
             return self.model

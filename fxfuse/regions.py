@@ -14,6 +14,8 @@ from torch import nn
 from .graph import Place, Refusal
 from .observe import Observation
 from .passes.lift import Lifted, lift
+from .passes.near_miss import near_misses
+from .passes.rules import is_heavy
 from .passes.vectorize import Prepared, prepare
 from .trace import Frame
 from .tracer import has_hooks
@@ -32,11 +34,14 @@ class Region:
 def closed_frames(observation: Observation) -> frozenset[int]:
     """Module calls that stay as they are inside a region: hooks, or steps that a graph cannot repeat."""
     trace = observation.trace
+    held = {value.storage: value.name for value in trace.values if value.origin == "attribute"}
     for event in trace.events:
-        if event.poison and event.frame >= 0:
+        changed = next((held[trace.values[v].storage] for v in event.mutated if trace.values[v].storage in held), None)
+        poison = event.poison or (f"changes {changed} in forward" if changed is not None else "")
+        if poison and event.frame >= 0:
             frame = trace.frames[event.frame]
             if not frame.poison:
-                frame.poison, frame.place = event.poison, event.place
+                frame.poison, frame.place = poison, event.place
     return frozenset(frame.index for frame in trace.frames if frame.poison or has_hooks(frame.module))
 
 
@@ -88,6 +93,8 @@ class RegionFinder:
             inner = self._inner_frames(frame, prepared)
             if inner is None:
                 self.regions.append(Region(frame, prepared))
+                self.refusals.extend(near_misses(prepared.bundles, is_heavy, frame.path))
+                self._refuse_closed(frame)
                 return
             for child in inner:
                 self.visit(child)
@@ -102,6 +109,17 @@ class RegionFinder:
         # A layer of torch.nn that cannot be looked into is no region that anybody expects: only what calls other modules is one.
         if frame.children or not type(frame.module).__module__.startswith("torch."):
             self.refusals.append(Refusal(reason, place, frame.path))
+
+    def _refuse_closed(self, region: Frame) -> None:
+        """Modules inside a region that stay calls: one sentence for all that do so for one reason at one line."""
+        groups: dict[tuple[str, Place | None], list[Frame]] = {}
+        for index in self._closed_below(region):
+            closed = self.observation.trace.frames[index]
+            reason = closed.poison or "it has hooks, which only a call of the module itself runs"
+            groups.setdefault((reason.replace(closed.path, "it"), closed.place), []).append(closed)
+        for (reason, place), frames in groups.items():
+            others = f" (and {len(frames) - 1} others)" if len(frames) > 1 else ""
+            self.refusals.append(Refusal(f"{frames[0].path}{others} stays a call of its own: {reason}", place, region.path))
 
     def _inner_frames(self, frame: Frame, prepared: Prepared) -> list[int] | None:
         """The calls inside ``frame`` that hold all lane sets between them; None where ``frame`` itself is the smallest that does."""

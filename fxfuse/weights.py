@@ -60,3 +60,23 @@ def _reason(tensor: torch.Tensor, kind: str, module: nn.Module, key: str) -> str
     if tensor.__dict__:
         return f"it carries attributes ({', '.join(tensor.__dict__)})"
     return ""
+
+
+def carry_over(model: nn.Module, copied: nn.Module) -> None:
+    """Give the Parameters of a copy the attributes and gradient hooks of the originals, which copy.deepcopy leaves out."""
+    for module, other in zip(model.modules(), copied.modules(), strict=True):
+        for name, tensor in module._parameters.items():
+            made = other._parameters.get(name)
+            if tensor is None or made is None or made is tensor:
+                continue
+            made.__dict__.update(tensor.__dict__)
+            hooks = [*(tensor._backward_hooks or {}).values()]
+            late = [*(getattr(tensor, "_post_accumulate_grad_hooks", None) or {}).values()]
+            if made._backward_hooks or not (hooks or late):  # a tied Parameter has been here
+                continue
+            made.requires_grad_()
+            for hook in hooks:
+                made.register_hook(hook)
+            for hook in late:
+                made.register_post_accumulate_grad_hook(hook)
+            made.requires_grad_(tensor.requires_grad)

@@ -155,7 +155,6 @@ class _Lifter:
             raise Refused(f"{called.path or 'the model'} writes into a tensor that it was given", called.place)
         node = self.graph.call_module(called.path[len(prefix) :] if prefix else called.path, tuple(args), dict(kwargs))
         node.meta.update(place=called.place, path=called.path, shape=None, dyn=frozenset())
-        self.random = True
         structure = torch.utils._pytree.tree_unflatten(list(range(len(called.out))), called.out_spec)
         self._bind_outputs(node, structure, called.out)
         return called.end

@@ -87,7 +87,7 @@ def resolve_packed(graph: torch.fx.Graph, packs: Packs) -> None:
 
 
 def _member(graph: torch.fx.Graph, recipe: Recipe, lane: int) -> torch.fx.Node:
-    made = graph.get_attr(recipe.name)
+    made = graph.create_node("get_attr", recipe.name)  # get_attr() looks for it in a module that a trial run has left behind
     if recipe.style == "cat":
         made = graph.call_function(torch.unflatten, (made, 0, (len(recipe.members), -1)))
     made = graph.call_function(torch.select, (made, 0, lane))
