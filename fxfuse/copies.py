@@ -55,13 +55,28 @@ def independent_copy(model: M) -> M:
     return _copied(model, {})
 
 
+def copy_ordinary(module: M, memo: dict[int, Any]) -> M:
+    """``copy.deepcopy(module, memo)`` for a module that is copied attribute by attribute, whatever its class says. See ``ordinary``."""
+    copier = _Copier(memo)
+    made: Any = copier.shell(module)
+    copier.fill(module)
+    result: M = made
+    return result
+
+
 def _copied(model: M, memo: dict[int, Any]) -> M:
     copier = _Copier(memo)
     # All ordinary modules exist before any attribute is copied: what deepcopy meets in the attributes, it finds in the memo.
-    ordinary = [module for module in model.modules() if copier.ordinary(type(module))]
-    for module in ordinary:
-        copier.shell(module)
-    for module in ordinary:
+    # What lies inside an unusual module is left to that.
+    shells: list[nn.Module] = []
+    pending: list[nn.Module | None] = [model]
+    while pending:
+        module = pending.pop()
+        if module is not None and id(module) not in memo and copier.ordinary(type(module)):
+            copier.shell(module)
+            shells.append(module)
+            pending.extend(module._modules.values())
+    for module in shells:
         copier.fill(module)
     return copier.copy(model)
 
@@ -72,10 +87,9 @@ class _Copier:
         self.classes: dict[type, bool] = {}
 
     def ordinary(self, cls: type) -> bool:
-        """Is ``__dict__`` all that there is to an instance, and does nothing but nn.Module have a say in its copying?"""
         known = self.classes.get(cls)
         if known is None:
-            known = self.classes[cls] = _ordinary(cls)
+            known = self.classes[cls] = ordinary(cls)
         return known
 
     def shell(self, module: nn.Module) -> nn.Module:
@@ -154,7 +168,12 @@ _COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__ge
 _STANDARD = {name: getattr(nn.Module, name, None) for name in _COPYING}  # __getstate__ is the instance's __dict__, less what was compiled
 
 
-def _ordinary(cls: type) -> bool:
+def ordinary(cls: type) -> bool:
+    """Is ``__dict__`` all that there is to an instance, and does nothing but nn.Module have a say in its copying?
+
+    >>> ordinary(nn.Linear), ordinary(nn.LSTM)
+    (True, False)
+    """
     if any(getattr(cls, name, None) is not _STANDARD[name] for name in _COPYING):
         return False
     if getattr(cls, "__new__") is not object.__new__ or cls in copyreg.dispatch_table or _slot_names(cls):  # noqa: B009

@@ -66,7 +66,7 @@ def preserved_state(*models: torch.nn.Module) -> Iterator[None]:
 
 def _restore_buffers(module: torch.nn.Module, entries: list[tuple[str, Tensor | None, Tensor | None]]) -> None:
     current = module._buffers
-    if [*current] != [name for name, _, _ in entries] or any(current[name] is not b for name, b, _ in entries):
+    if [name for name, _ in current.items()] != [name for name, _, _ in entries] or any(current[name] is not b for name, b, _ in entries):
         current.clear()
         current.update({name: b for name, b, _ in entries})
     for _, buffer, saved in entries:

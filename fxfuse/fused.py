@@ -216,6 +216,13 @@ class RegionMixin(LaneMixin):
         self.__dict__[STATE].prepare()
         return result
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = super().__deepcopy__(memo)
+        # Where the copy began below the region, its state is not complete yet: then the first call prepares.
+        with suppress(AttributeError, KeyError):
+            copied.__dict__[STATE].prepare()
+        return copied
+
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # Where one lane is pickled, its region is built before the lane is: then the first call prepares.

@@ -248,3 +248,41 @@ def _strides(model: Tensor, values: Tensor) -> tuple[int, ...] | None:
         result[d] = grown
         reach = grown * (new[d] - 1) + reach if grown else reach
     return tuple(result)
+
+
+def other_variations(args: Any, kwargs: Any, *, first_too: bool) -> list[tuple[int, tuple[int, ...]]]:
+    """``(dim, leaf numbers)`` of tensors to vary together, without the first size of dim 0, which ``resample`` varies.
+
+    First by the size of dim 0; then, for tensors of three and more dims, each further dim (a batch that stands second, a length).
+    ``first_too``: also the tensors of the first size, one at a time, where there are several.
+
+    >>> other_variations((torch.zeros(3, 2), torch.zeros(5), torch.zeros(5, 1)), {}, first_too=False)
+    [(0, (1, 2))]
+    """
+    leaves = tree_flatten((args, kwargs))[0]
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            for dim in range(leaf.dim() if leaf.dim() > 2 else min(leaf.dim(), 1)):
+                if leaf.shape[dim]:
+                    by_size.setdefault((dim, leaf.shape[dim]), []).append(index)
+    groups = sorted(by_size.items(), key=lambda item: item[0][0])
+    found = [(dim, tuple(group)) for (dim, _), group in groups[1:]]
+    if first_too and groups and len(groups[0][1]) > 1:
+        found.extend((0, (index,)) for index in groups[0][1])
+    return found
+
+
+def vary(
+    args: Any, kwargs: Any, chosen: tuple[int, ...], size: Callable[[int], int], *, dim: int = 0, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """Fresh inputs in which the leaves ``chosen`` have ``size(before)`` entries in ``dim`` and all others as many as before."""
+    leaves, spec = tree_flatten((args, kwargs))
+    others, _ = resample(tuple(leaves), {}, batch=None, seed=seed)
+    picked = tuple(leaves[index].movedim(dim, 0) for index in chosen)
+    changed, _ = resample(picked, {}, batch=size(picked[0].shape[0]), seed=seed + 1)
+    fresh = list(others)
+    for index, leaf in zip(chosen, changed, strict=True):
+        fresh[index] = leaf.movedim(0, dim)
+    result: tuple[Any, dict[str, Any]] = tree_unflatten(fresh, spec)
+    return result

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fxfuse.copies import copy_ordinary, ordinary
 from fxfuse.errors import ArgumentError, FxfuseError, StateDictError
 from fxfuse.graph import Recipe
 from fxfuse.recipes import lane_view, lane_views
@@ -93,6 +94,12 @@ class Slot:
     recipe: Recipe
     index: int
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        copied = memo[id(self)] = object.__new__(Slot)  # before the owner, which leads back here
+        copied.__dict__.update(self.__dict__)
+        copied.owner = copy.deepcopy(self.owner, memo)
+        return copied
+
     def packed(self) -> Tensor:
         """The packed tensor as it is now: Parameters may be replaced (``assign=True``, ``.to()``), so it is looked up."""
         found = getattr(self.owner, self.store).get(self.name)
@@ -141,6 +148,13 @@ class LaneInfo:
     slots: dict[str, Slot]
     parameters: tuple[str, ...]  # all names of the original's _parameters, in order
     buffers: tuple[str, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LaneInfo:
+        copied = memo[id(self)] = object.__new__(LaneInfo)
+        copied.__dict__.update(self.__dict__)
+        copied.watch = copy.deepcopy(self.watch, memo)
+        copied.slots = {name: copy.deepcopy(slot, memo) for name, slot in self.slots.items()}
+        return copied
 
     def merged(self, module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
         """``_parameters`` and ``_buffers`` as the original had them, packed ones as views, in the original's order."""
@@ -217,6 +231,7 @@ class LaneMixin(nn.Module):
 
     __slots__ = ()
     _fxfuse_base: type[nn.Module]
+    _fxfuse_ordinary: bool  # the base has no copying of its own
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # ModuleList slices and user code call type(module)(...): what they build is a plain module
@@ -262,8 +277,10 @@ class LaneMixin(nn.Module):
             restore(copied)
             return lane
         if hasattr(self._fxfuse_base, "__deepcopy__"):  # parametrized modules: they can be copied, but not pickled
-            parts = rebuild, (self._fxfuse_base, self._fxfuse_mixin, self._fxfuse_names), self.__dict__  # type: ignore[attr-defined]
+            parts = rebuild, (self._fxfuse_base, self._fxfuse_mixin, self._fxfuse_names), self.__dict__
             return copy._reconstruct(self, memo, *parts)  # type: ignore[attr-defined]
+        if self._fxfuse_ordinary:
+            return copy_ordinary(self, memo)
         return copy._reconstruct(self, memo, *self.__reduce_ex__(4))  # type: ignore[attr-defined]
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -386,6 +403,7 @@ def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
             "__doc__": base.__doc__,
             "__slots__": (),  # the layout must stay that of the base, or no instance could change to it
             "_fxfuse_base": base,
+            "_fxfuse_ordinary": ordinary(base),
             "_fxfuse_mixin": mixin,
             "_fxfuse_names": names,
             **{name: _property(name) for name in names},

@@ -208,7 +208,7 @@ class _Counter(TorchDispatchMode):
         return key
 
 
-class _CounterBesideDynamo(_Counter):
+class _CounterBesideDynamo(_Counter):  # type: ignore[no-untyped-call]
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return True

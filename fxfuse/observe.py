@@ -15,15 +15,20 @@ from typing import Any
 from torch import nn
 
 from .collector import paused
-from .inputs import batch_size, resample
+from .inputs import batch_size, other_variations, resample, vary
 from .trace import Frame, Trace
 from .tracer import record
 from .unify import Mismatch, Unifier, interchangeable
+
+# Sizes other than the batch are varied only where a recording is cheap.
+FEW_EVENTS = 2000
 
 
 @dataclass
 class Observation:
     """One mode of a model. ``dynamic``: value number -> dims whose size is free. ``fixed``: frame -> why its sizes are not.
+
+    ``sizes``: the same dims, apart for each size that was varied by itself: dims of one entry are one size.
 
     ``same_as``: the observation of another mode, whose trace, dims and marks this one shares: the model does not depend on the mode.
     """
@@ -33,6 +38,7 @@ class Observation:
     dynamic: dict[int, frozenset[int]] = field(default_factory=dict)
     fixed: dict[int, Mismatch] = field(default_factory=dict)
     same_as: Observation | None = None
+    sizes: list[dict[int, frozenset[int]]] = field(default_factory=list)
 
     @property
     def failure(self) -> str:
@@ -77,12 +83,14 @@ def _together(first: _Runs, others: list[_Runs]) -> list[Observation]:
     alike = next((match for match in matches if match is not None), None)
     if alike is not None:
         base.dynamic = alike.dynamic()
+        base.sizes = [base.dynamic]
+        _vary_others(base, first)
     else:
         base = _observed(first)
     return [
         base,
         *(
-            _observed(runs) if match is None else Observation(base.trace, runs.flags, base.dynamic, base.fixed, same_as=base)
+            _observed(runs) if match is None else Observation(base.trace, runs.flags, base.dynamic, base.fixed, base, base.sizes)
             for runs, match in zip(others, matches, strict=True)
         ),
     ]
@@ -107,7 +115,7 @@ class _Runs:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: _Mode | None, entered: list[_Mode]) -> None:
         self.model, self.args, self.kwargs, self.mode, self.entered = model, args, kwargs, mode, entered
-        self.size = batch_size(args, kwargs)
+        self.size = batch_size(args, kwargs) or None  # no rows: nothing to draw another batch from
         self.made: dict[str, Trace] = {}
         self.flags: tuple[bool, ...] = ()
 
@@ -155,7 +163,39 @@ def _observed(runs: _Runs) -> Observation:
     if resized is not None and resized.failure:
         checker.why = Mismatch(f"the forward fails at batch size {second_batch(runs.size or 0)}: {resized.failure}", None, 0)
     checker.check(trace.frames[0])
+    observation.sizes = [observation.dynamic]
+    _vary_others(observation, runs)
     return observation
+
+
+def _vary_others(observation: Observation, runs: _Runs) -> None:
+    """Inputs whose first size is another one are varied by themselves: a batch of images beside one code for all of them.
+
+    Where the first variation failed (its size is none that can change), its tensors are tried one at a time too.
+    """
+    trace = observation.trace
+    if not trace.frames or trace.frames[0].poison:
+        return
+    whole = 0 not in observation.fixed and bool(observation.dynamic)
+    shown = [observation.dynamic] if whole else []
+    for dim, chosen in other_variations(runs.args, runs.kwargs, first_too=not whole):
+        if dim and len(trace.events) > FEW_EVENTS:
+            break
+        runs.enter()
+        other = record(runs.model, *vary(runs.args, runs.kwargs, chosen, second_batch, dim=dim, seed=4))
+        if other.failure or not other.frames:
+            continue
+        unifier = Unifier(trace, other)
+        if unifier.compare(trace.frames[0], other.frames[0]) is None and unifier.dynamic():
+            shown.append(unifier.dynamic())
+    if len(shown) > whole:
+        observation.fixed = {}
+        observation.sizes = shown
+        merged: dict[int, frozenset[int]] = {}
+        for dims in shown:
+            for value, free in dims.items():
+                merged[value] = merged.get(value, frozenset()) | free
+        observation.dynamic = merged
 
 
 class _Checker:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from . import fused as fused_modules
 from .copies import independent_copy, sharing_copy
@@ -36,6 +37,7 @@ from .report import Report
 from .store import get_report, set_report
 from .timing import medians
 from .trace import Frame
+from .tracer import hooks_silent
 from .validate import other_examples
 from .validate import validate as compare
 from .weights import carry_over, unpackable
@@ -94,7 +96,7 @@ def optimize(
     """
     options = make_options(
         model, mode=mode, objective=objective, lowering=lowering, tune=tune, tune_for=tune_for, max_memory=max_memory, validate=validate,
-        strict=strict, min_lanes=min_lanes, packing="packed",
+        strict=strict, min_lanes=min_lanes, inplace=inplace, packing="packed",
     )  # fmt: skip
     inputs = make_inputs(example_inputs, example_kwargs)
     if inputs is None:
@@ -134,7 +136,10 @@ def run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], option
     report = Report(type(model).__name__)
     pipeline = _Pipeline(model, inputs, options, report)
     try:
-        return pipeline.run(inplace)
+        # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
+        with warnings.catch_warnings(), torch.inference_mode(False):
+            warnings.simplefilter("ignore")
+            return pipeline.run(inplace)
     except ArgumentError:
         raise
     except Exception as error:  # a failure inside fxfuse must not cost anybody their model
@@ -150,7 +155,9 @@ def run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], option
 class _Pipeline:
     def __init__(self, model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, report: Report) -> None:
         self.model, self.options, self.report = model, options, report
-        self.args, self.kwargs = inputs
+        # A tensor made in inference mode cannot take part in a backward; an ordinary copy of it can.
+        with torch.inference_mode(False):
+            self.args, self.kwargs = tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
         self.work = model
 
     @contextmanager
@@ -250,14 +257,16 @@ class _Pipeline:
         modules = list(self.work.modules())
         _set_training(self.work, observations[0].flags)
         planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared))
-        choice = planner.plan()
+        with hooks_silent(self.work):
+            choice = planner.plan()
         self.report.refused.extend(_placed(prepared))
         if choice.refusal is not None or choice.vectorized is None:
             if choice.refusal is not None:
                 self.report.refused.append(choice.refusal)
             return None
         if self.options.tune:
-            planner.measure_memory(choice)
+            with hooks_silent(self.work):
+                planner.measure_memory(choice)
         programs: dict[tuple[bool, ...], Program] = {}
         packs = choice.vectorized.packs
         notes: list[str] = []
@@ -398,7 +407,7 @@ class _Pipeline:
     def _measure(self, result: nn.Module) -> None:
         """Launches of one forward, before and after, in the mode asked for; times of the whole model where tuning is on."""
         training = self.options.mode == "train"
-        with preserved_state(self.work, result), torch.set_grad_enabled(training):
+        with preserved_state(self.work, result), hooks_silent(self.work), hooks_silent(result), torch.set_grad_enabled(training):
             counts = []
             for module in (self.work, result):
                 module.train(training)

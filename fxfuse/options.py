@@ -40,7 +40,7 @@ def make_options(model: Any, **given: Any) -> Options:
     for name, choices in _CHOICES.items():
         if given[name] not in choices:
             raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}; {given[name]!r} came")
-    for name in ("tune", "validate", "strict"):
+    for name in ("tune", "validate", "strict", "inplace"):
         if not isinstance(given[name], bool):
             raise ArgumentError(f"{name} must be True or False, {given[name]!r} came")
     if not isinstance(given["min_lanes"], int) or isinstance(given["min_lanes"], bool) or given["min_lanes"] < 2:
@@ -50,6 +50,7 @@ def make_options(model: Any, **given: Any) -> Options:
         raise ArgumentError(f"max_memory must be a positive number of bytes or None, {memory!r} came")
     given["max_memory"] = None if memory is None else int(memory)
     given["tune_for"] = _tune_for(given["tune_for"])
+    del given["inplace"]
     return Options(**given)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .fused import STATE
 from .graph import Place, Refusal
 from .observe import Observation
 from .passes.lift import Lifted, lift
@@ -42,6 +43,9 @@ def closed_frames(observation: Observation) -> frozenset[int]:
             frame = trace.frames[event.frame]
             if not frame.poison:
                 frame.poison, frame.place = poison, event.place
+    for frame in trace.frames:
+        if STATE in frame.module.__dict__:
+            frame.poison = frame.poison or "it is fused already; fxfuse.unfuse(model) gives the model to fuse anew"
     return frozenset(frame.index for frame in trace.frames if frame.poison or has_hooks(frame.module))
 
 
@@ -73,7 +77,7 @@ class RegionFinder:
 
     def lifted(self, frame: Frame) -> Lifted | Refusal:
         fixed = self.observation.fixed.get(frame.index)
-        lifted = lift(self.observation.trace, frame, self.observation.dynamic, self.closed - {frame.index})
+        lifted = lift(self.observation.trace, frame, self.observation.sizes, self.closed - {frame.index})
         if isinstance(lifted, Lifted) and fixed is not None and not lifted.specialised:
             lifted.specialised, lifted.place = fixed.reason, fixed.place
         return lifted

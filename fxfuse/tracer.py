@@ -51,7 +51,7 @@ _ACTIONS: dict[str, str] = {
         "_unique _unique2 unique_dim __dlpack__ bincount histc cpu_numpy".split(),
         "read",
     ),
-    "size": "size", "numel": "numel", "nelement": "numel", "__iter__": "iterate", "__set__": "set",
+    "size": "size", "numel": "numel", "nelement": "numel", "__iter__": "iterate", "__set__": "set", "backward": "backward",
 }  # fmt: skip
 # Of the same name as a property and as a method: only the property is a plain fact.
 _PROPERTIES = _ACTIONS | {"shape": "shape"}
@@ -72,6 +72,27 @@ _HOOK_DICTS = (
 )
 _USUAL = frozenset(name for name, value in nn.Module().__dict__.items() if value == {} or value == set()) - {"_parameters", "_modules"}
 _usual = itemgetter(*sorted(_USUAL))
+
+
+def _has_mask(args: Any, kwargs: Any) -> bool:
+    """Does an index hold a boolean tensor?"""
+    index = args[1] if isinstance(args[1], (tuple, list)) else (args[1],)
+    return any(isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) for item in index)
+
+
+def _has_tensor(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(arg, Tensor) for arg in (*args, *kwargs.values()))
+
+
+# Calls whose result has another size on other data, where this is true of their arguments. (More such are among the reads above.)
+_DATA_SHAPED: dict[str, Callable[[Any, Any], bool]] = {
+    "__getitem__": _has_mask,
+    "where": lambda args, kwargs: len(args) + len(kwargs) == 1,
+    "one_hot": lambda args, kwargs: [*args[1:], *kwargs.values()][:1] in ([], [-1]),
+    "repeat_interleave": lambda args, kwargs: isinstance(kwargs.get("repeats", args[1] if len(args) > 1 else None), Tensor),
+    **dict.fromkeys(("arange", "range"), _has_tensor),
+    **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), lambda args, kwargs: True),
+}
 # Types of arguments that stand for themselves in the record.
 _PLAIN = frozenset((int, float, bool, str, type(None), type(Ellipsis), complex, torch.dtype, torch.device))
 _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
@@ -81,6 +102,30 @@ _TENSOR = tree_flatten(torch.empty(0))[1]
 def has_hooks(module: nn.Module) -> bool:
     """True where calling ``module`` also calls hooks that somebody registered on it."""
     return any(module.__dict__.get(name) for name in _HOOK_DICTS)
+
+
+def _no_hook(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@contextmanager
+def hooks_silent(model: nn.Module) -> Iterator[None]:
+    """Hooks on the modules and Parameters of ``model`` do nothing inside: trial runs are none of theirs."""
+    silenced: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+    for module in model.modules():
+        stores = [module.__dict__.get(name) for name in _HOOK_DICTS]
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                stores += [parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)]
+        for store in stores:
+            if store and not any(store is known for known, _ in silenced):
+                silenced.append((store, dict(store)))
+                store.update(dict.fromkeys(store, _no_hook))
+    try:
+        yield
+    finally:
+        for store, kept in silenced:
+            store.update(kept)
 
 
 class Recorder(TorchFunctionMode):
@@ -177,6 +222,10 @@ class Recorder(TorchFunctionMode):
         elif action == "set":
             self.keep(args[:1])
             self.event(func, args, kwargs, f"sets the {func.__self__.__name__} of a tensor")
+        elif action == "backward":
+            if self.kept is not None:
+                self.kept.before_backward()
+            self.event(func, args, kwargs, "runs a backward pass")
         elif action == "dtype":
             self.trace.reads_dtype = True
         return func(*args, **kwargs)
@@ -227,6 +276,8 @@ class Recorder(TorchFunctionMode):
             made = self.outputs(out)
             if not poison and not _only_tensors(out) and name != "__setitem__":
                 poison = f"takes a Python value out of {func.__name__}"
+        if name in _DATA_SHAPED and not poison and _DATA_SHAPED[name](args, kwargs):
+            poison = f"makes a tensor whose size depends on the data ({name.strip('_')})"
         frame = self.stack[-1] if self.stack else -1
         place = self.place(sys._getframe(1))
         self.trace.events.append(Event(func, tuple(described), described_kwargs, made, mutated, place, frame, poison))
@@ -365,25 +416,41 @@ class _Kept:
         self.inputs, self.watched = inputs, watched
         self.by_storage: dict[int, list[Tensor]] | None = None
         self.saved: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+        self.grads: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+
+    def _tensors(self) -> list[Tensor]:
+        held = [tensor for each in self.watched for store in (each.values.get("_parameters", {}), each.values) for tensor in store.values()]
+        return list({id(tensor): tensor for tensor in (*self.inputs, *held) if isinstance(tensor, Tensor)}.values())
 
     def before_write(self, storage: int) -> None:
+        """Keep what lies in this storage."""
         if self.by_storage is None:
             self.by_storage = {}
-            held = [tensor for each in self.watched for store in (each.values["_parameters"], each.values) for tensor in store.values()]
-            for tensor in {id(tensor): tensor for tensor in (*self.inputs, *held)}.values():
-                if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+            for tensor in self._tensors():
+                if tensor.layout is torch.strided:
                     self.by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
         for tensor in self.by_storage.pop(storage, ()):
             self.saved.append((tensor, tensor.data, tensor.data.clone(), tensor.requires_grad))
+
+    def before_backward(self) -> None:
+        """Keep all gradients."""
+        if not self.grads:
+            for tensor in self._tensors():
+                if tensor.is_leaf:
+                    self.grads.append((tensor, tensor.grad, None if tensor.grad is None else tensor.grad.clone()))
 
     def restore(self) -> None:
         with torch.no_grad():
             for tensor, data, values, requires_grad in self.saved:
                 data.copy_(values)
-                if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+                if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape or tensor.stride() != data.stride():
                     tensor.data = data
                 if tensor.requires_grad is not requires_grad and tensor.is_leaf:
                     tensor.requires_grad_(requires_grad)
+            for tensor, grad, before in self.grads:
+                if grad is not None and before is not None:
+                    grad.copy_(before)
+                tensor.grad = grad
 
 
 class _Watched:
@@ -442,12 +509,13 @@ class _Watched:
         else:
             own.pop("forward", None)
         if len(own) != len(values) or not all(map(is_, own.values(), values.values())):
-            for name in [name for name in own if name not in values]:
+            for name in own.keys() - values.keys():
                 changed = name
-                del own[name]
             for name, value in values.items():
                 if own.get(name, own) is not value:
-                    changed, own[name] = name, value
+                    changed = name
+            own.clear()
+            own.update(values)  # also in their order
         if any(self.empty):
             for name, value in values.items():
                 if any(value is container for container in self.empty) and value:

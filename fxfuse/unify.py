@@ -30,6 +30,11 @@ class _Different(Exception):
     pass
 
 
+def _both_empty(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """``torch.Tensor()``, from which a ``cat`` grows: wherever they were made, there is nothing in them to differ."""
+    return not one.numel() and one.shape == other.shape and not one.requires_grad and not other.requires_grad
+
+
 class Unifier:
     """Compares frame ``first`` of one trace with frame ``second`` of another; ``values`` maps value numbers of the one to the other's."""
 
@@ -86,7 +91,7 @@ class Unifier:
             raise _Different
         if left.origin == "attribute" and left.name != right.name:
             raise _Different(f": {left.name} against {right.name}")
-        if left.origin == "constant" and left.tensor is not right.tensor:
+        if left.origin == "constant" and left.tensor is not right.tensor and not _both_empty(left.tensor, right.tensor):
             raise _Different(": a tensor made where recording cannot see it (nn.Parameter(...), from_numpy, ...)")
         if len(left.shape) != len(right.shape) or left.tensor.dtype != right.tensor.dtype:
             raise _Different(": tensors of another rank or dtype")

@@ -76,7 +76,7 @@ def carry_over(model: nn.Module, copied: nn.Module) -> None:
                 continue
             made.requires_grad_()
             for hook in hooks:
-                made.register_hook(hook)
+                made.register_hook(hook)  # type: ignore[no-untyped-call]
             for hook in late:
-                made.register_post_accumulate_grad_hook(hook)
+                made.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             made.requires_grad_(tensor.requires_grad)

@@ -10,6 +10,7 @@ have the same value. Every node carries ``meta["val"]``, a meta tensor, so that 
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import operator
 from collections.abc import Callable, Iterable
@@ -29,6 +30,8 @@ from .ops import Op
 from .tidy import tidy
 
 Node = torch.fx.Node
+
+_TENSOR_METHODS = {function: name for name, function in vars(torch.Tensor).items() if inspect.isfunction(function)}
 
 
 class Packed(NamedTuple):
@@ -358,6 +361,8 @@ class Emitter:
             return self.graph.call_function(getattr, (positional[0], op.func.__self__.__name__))  # type: ignore[attr-defined]
         if getattr(torch.Tensor, name, None) is op.func or isinstance(op.func, type(torch.Tensor.add)):
             return self.graph.call_method(name, positional, keywords)
+        if op.func in _TENSOR_METHODS:  # Tensor.__pow__, whose own name is another's
+            return self.graph.call_method(_TENSOR_METHODS[op.func], positional, keywords)
         return self.graph.call_function(op.func, positional, keywords)
 
     def respell(self, op: Op, args: tuple[Any, ...]) -> Node:

@@ -33,8 +33,18 @@ _WRITE = op_of(index_write)
 _SLOT = op_of(as_slot)
 _SIZE_OPS = {name: op_of(getattr(operator, name), f"size_{name}") for name in ("add", "sub", "mul")}
 _SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
-_DIM_ARGS = frozenset({"dim", "dim0", "dim1", "start_dim", "end_dim", "source", "destination", "axis"})
+# Ops whose dims count those of their first argument, and ops whose dims count those of their result: there -1 and 1 can be one spelling.
+_DIMS_OF_INPUT = frozenset(
+    "sum mean amax amin prod var std logsumexp all any norm nansum nanmean argmax argmin max min median softmax log_softmax softmin cumsum "
+    "cumprod normalize select narrow squeeze flatten transpose permute movedim flip unbind split chunk split_with_sizes tensor_split "
+    "unsafe_split unsafe_chunk unsafe_unbind index_select gather sort argsort glu".split()
+)
+_DIMS_OF_RESULT = frozenset({"cat", "stack", "unsqueeze"})
+_DIM_ARGS = frozenset({"dim", "dim0", "dim1", "dims", "start_dim", "end_dim", "source", "destination", "axis"})
 _ALIASES = frozenset("contiguous alias".split())
+
+
+Sizes = list[dict[int, frozenset[int]]]
 
 
 class Refused(Exception):
@@ -67,24 +77,36 @@ class Lifted:
     random: bool = False
     factories: bool = False  # tensors are made with the default dtype or device
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of the tensor inputs, by value
+    sizes: Sizes = field(default_factory=list)  # the free sizes, each with the dims that have it
 
 
-def lift(trace: Trace, frame: Frame, dynamic: dict[int, frozenset[int]], opaque: frozenset[int]) -> Lifted | Refusal:
-    """The functional graph of ``frame``; frames in ``opaque`` stay module calls. Fixes every size where a free one would be unsafe."""
+def lift(trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> Lifted | Refusal:
+    """The functional graph of ``frame``; frames in ``opaque`` stay module calls. Fixes every size where a free one would be unsafe.
+
+    ``sizes``: for each free size, the dims (by value) that have it.
+    """
+    fewer = [sizes[:i] + sizes[i + 1 :] for i in range(len(sizes))] if len(sizes) > 1 else []
+    single = [[one] for one in sizes] if len(sizes) > 2 else []
+    unsafe: SizeDependent | None = None
     try:
-        try:
-            return _Lifter(trace, frame, dynamic, opaque).run()
-        except SizeDependent as unsafe:
-            lifted = _Lifter(trace, frame, {}, opaque).run()
-            lifted.specialised, lifted.place = unsafe.reason, unsafe.place
+        for tried in (sizes, *fewer, *single, []):
+            try:
+                lifted = _Lifter(trace, frame, tried, opaque).run()
+            except SizeDependent as reason:
+                unsafe = unsafe or reason
+                continue
+            if unsafe is not None and not tried:
+                lifted.specialised, lifted.place = unsafe.reason, unsafe.place
             return lifted
     except Refused as refused:
         return refused.refusal
+    raise AssertionError("with every size fixed nothing depends on sizes")
 
 
 class _Lifter:
-    def __init__(self, trace: Trace, frame: Frame, dynamic: dict[int, frozenset[int]], opaque: frozenset[int]) -> None:
-        self.trace, self.frame, self.dynamic, self.opaque = trace, frame, dynamic, opaque
+    def __init__(self, trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> None:
+        self.trace, self.frame, self.sizes, self.opaque = trace, frame, sizes, opaque
+        self.dynamic = _merged(sizes)
         self.graph = torch.fx.Graph()
         self.env: dict[int, Any] = {}  # value -> node of its contents now
         self.parent: dict[int, tuple[int, Event]] = {}  # view -> (what it is a view of, how it was made)
@@ -98,7 +120,6 @@ class _Lifter:
         self.path = frame.path
         self.at = frame.index  # the frame that the current event belongs to
         self.random = self.factories = False
-        self.batch = self._batch()
 
     # -- the walk -----------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +154,7 @@ class _Lifter:
         drop_unused(self.graph)
         return Lifted(
             self.graph, frame, self.constants, self.checks, self.dynamic, place=frame.place, random=self.random, factories=self.factories,
-            shapes={value: self.trace.values[value].shape for value in self.inputs},
+            shapes={value: self.trace.values[value].shape for value in self.inputs}, sizes=self.sizes,
         )  # fmt: skip
 
     def _opaque_call(self, event: Event, index: int) -> int | None:
@@ -225,7 +246,7 @@ class _Lifter:
         with torch._C.DisableTorchFunction():
             tensor = seen.tensor
             node.meta.update(
-                shape=seen.shape, dyn=self.dynamic.get(value, frozenset()), dtype=tensor.dtype, device=tensor.device,
+                value=value, shape=seen.shape, dyn=self.dynamic.get(value, frozenset()), dtype=tensor.dtype, device=tensor.device,
                 stride=tensor.stride() if tensor.layout is torch.strided else None, place=self.place, path=self.path, frame=self.at,
             )  # fmt: skip
 
@@ -261,7 +282,7 @@ class _Lifter:
             (tensor,) = [a for a in canonical_args if isinstance(a, torch.fx.Node)][:1] or (None,)
             if tensor is not None and tensor.meta["dtype"] is self.trace.values[value].tensor.dtype:
                 return tensor
-        if not any(isinstance(a, torch.fx.Node) for a in canonical_args) or op.name.startswith("new_"):
+        if shape is None or op.name.startswith("new_"):
             device_dtype = dict(zip(op.names, canonical_args, strict=True))
             if op.name.startswith("new_"):
                 pass
@@ -269,18 +290,31 @@ class _Lifter:
                 self.factories = True
             if device_dtype.get("dtype") is not None:
                 self.factories = True
-        if shape is not None:
-            canonical_args = tuple(_positive(op, n, a, len(shape)) for n, a in zip(op.names, canonical_args, strict=True))
+        if op.name == "cat" and value is not None:
+            canonical_args = self._without_empty(canonical_args, value)
+        extent = len(shape) if op.name in _DIMS_OF_INPUT and shape is not None else 0
+        if op.name in _DIMS_OF_RESULT and value is not None:
+            extent = len(self.trace.values[value].shape)
+        if extent:
+            canonical_args = tuple(_positive(a, extent) if n in _DIM_ARGS else a for n, a in zip(op.names, canonical_args, strict=True))
         if op.name == "squeeze" and shape is not None:
             op, canonical_args = self._squeeze(op, canonical_args, shape)
         return self._node(op, canonical_args, value)
+
+    def _without_empty(self, args: tuple[Any, ...], value: int) -> tuple[Any, ...]:
+        """``cat([torch.tensor([]), x], 1)``: tensors of shape (0,) are left out of a ``cat`` of any rank, except for their dtype."""
+        with torch._C.DisableTorchFunction():
+            dtype = self.trace.values[value].tensor.dtype
+        kept = [t for t in args[0] if t.meta.get("shape") != (0,) or t.meta["dyn"]] if isinstance(args[0], (list, tuple)) else []
+        return ([*kept], *args[1:]) if kept and any(t.meta.get("dtype") is dtype for t in kept) else args
 
     def _squeeze(self, op: Op, args: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Op, tuple[Any, ...]]:
         """Name the dims that go, and guard that a free size is not 1 at a call when it was not in the recording."""
         node = args[0]
         dims = range(len(shape)) if len(args) < 2 or args[1] is None else args[1] if isinstance(args[1], (tuple, list)) else (args[1],)
-        if any(dim in node.meta["dyn"] for dim in dims):
-            self._check_batch("!=", 1)
+        for dim in dims:
+            if dim in node.meta["dyn"]:
+                self._check(node, dim, "!=", 1)
         gone = tuple(dim for dim in dims if shape[dim] == 1)
         return canonical(torch.squeeze, (torch.empty(0), (0,)), {})[0], (node, gone)
 
@@ -316,18 +350,30 @@ class _Lifter:
             return tuple([self._argument(item) for item in tree])
         return tree
 
-    def _batch(self) -> tuple[int, int, int] | None:
-        """(leaf, dim, size) of the first free dim among the inputs: the batch."""
-        for index, leaf in enumerate(self.frame.leaves):
-            if isinstance(leaf, Ref):
-                for dim in sorted(self.dynamic.get(leaf.value, ())):
-                    return index, dim, self.trace.values[leaf.value].shape[dim]
+    def _input_dim(self, value: int, dim: int) -> tuple[int, int] | None:
+        """(leaf, dim) of an input that has the same free size as ``dim`` of ``value``; None where no input shows it."""
+        size = self.trace.values[value].shape[dim]
+        for dims in self.sizes:
+            if dim in dims.get(value, ()):
+                for index, leaf in enumerate(self.frame.leaves):
+                    if isinstance(leaf, Ref):
+                        for own in sorted(dims.get(leaf.value, ())):
+                            if self.trace.values[leaf.value].shape[own] == size:
+                                return index, own
         return None
 
-    def _check_batch(self, op: Any, bound: int) -> None:
-        if self.batch is None:
+    def _check_value(self, value: int, dim: int, op: Any, bound: int) -> None:
+        """Guard what the recorded run took for granted of a free size."""
+        found = self._input_dim(value, dim)
+        if found is None:
             raise SizeDependent("a free size does not come from the inputs", self.place)
-        self.checks.append(SizeCheck(self.batch[0], self.batch[1], op, bound))
+        self.checks.append(SizeCheck(*found, op, bound))
+
+    def _check(self, node: torch.fx.Node, dim: int, op: Any, bound: int) -> None:
+        value = node.meta.get("value")
+        if value is None:
+            raise SizeDependent("a free size does not come from the inputs", self.place)
+        self._check_value(value, dim, op, bound)
 
     def _comparisons(self) -> None:
         """Comparisons of free sizes that Python made in this frame become guards, or fix every size."""
@@ -341,14 +387,12 @@ class _Lifter:
                 continue
             if self._free(right):
                 left, right, op = right, left, mirrored[op]
-            size = self.trace.values[left.value].shape[left.dim] if isinstance(left, SizeOf) else None
-            is_batch = self.batch is not None and size == self.batch[2]
-            if self._free(right) or not is_batch:
-                if isinstance(left, SizeOf) and isinstance(right, SizeOf) and left == right:
+            if self._free(right) or not isinstance(left, SizeOf):
+                if isinstance(left, SizeOf) and left == right:
                     continue
                 raise SizeDependent("forward compares sizes", place)
             bound = right if isinstance(right, int) else self._argument(right)
-            self._check_batch(signs[op][0 if comparison.result else 1], bound)
+            self._check_value(left.value, left.dim, signs[op][0 if comparison.result else 1], bound)
 
     def _free(self, expr: Any) -> bool:
         if isinstance(expr, SizeOf):
@@ -536,9 +580,7 @@ class _Lifter:
                 dim += 1
             else:
                 if free:
-                    if self.batch is None or size != self.batch[2]:
-                        raise SizeDependent("a fixed position along a free size", self.place)
-                    self._check_batch(">=", item + 1 if item >= 0 else -item)
+                    self._check(node, source, ">=", item + 1 if item >= 0 else -item)
                 steps.append((_SELECT, (dim, item if free or item >= 0 else item + size)))
             source += 1
         for position, (op, args) in enumerate(steps):
@@ -596,6 +638,14 @@ class _Lifter:
                 start += width
 
 
+def _merged(sizes: Sizes) -> dict[int, frozenset[int]]:
+    found: dict[int, frozenset[int]] = {}
+    for dims in sizes:
+        for value, free in dims.items():
+            found[value] = found.get(value, frozenset()) | free
+    return found
+
+
 def _as_slice(index: list[Any]) -> Any:
     """A list of consecutive positions as the slice it is; any other list as it came."""
     if index and all(type(i) is int for i in index) and index[0] >= 0 and index == list(range(index[0], index[0] + len(index))):
@@ -624,13 +674,8 @@ def _hashable(item: Any) -> Any:
     return item
 
 
-def _positive(op: Op, name: str, value: Any, rank: int) -> Any:
+def _positive(value: Any, extent: int) -> Any:
     """Negative dims counted from the front, so that ``-1`` and ``1`` are one spelling."""
-    if name not in _DIM_ARGS and name != "dims":
-        return value
-    extent = rank + 1 if op.name in ("unsqueeze", "stack") else rank
-    if op.name in ("topk", "unflatten") or extent == 0:
-        return value
     if type(value) is int:
         return value % extent
     if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):

@@ -25,6 +25,8 @@ def near_misses(bundles: Bundles, is_heavy: Callable[[Bundle], bool], region: st
         if len(group) < 2:
             continue
         nearest = max(group, key=lambda b: len(b.members))
+        if nearest.index not in bundles.active:
+            continue
         for bundle in group:
             if bundle is nearest or bundle.index in bundles.active:
                 continue

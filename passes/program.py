@@ -26,7 +26,7 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     leaves: list[object] = []
     same: list[int] = []
     seen: dict[int, int] = {}
-    batch: list[tuple[int, int]] = []
+    one_size: list[list[tuple[int, int]]] = [[] for _ in lifted.sizes]
     for index, leaf in enumerate(frame.leaves):
         if not isinstance(leaf, Ref):
             leaves.append(("constant", leaf))
@@ -38,9 +38,10 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
         leaves.append(TensorGuard(shape, value.tensor.dtype, value.tensor.device))
         same.append(seen.setdefault(leaf.value, index))
         if same[-1] == index:
-            batch.extend((index, dim) for dim in sorted(dynamic))
-    # Free sizes were varied together: they are one size until a run shows otherwise.
-    equal = tuple((batch[0], other) for other in batch[1:])
+            for dims, places in zip(lifted.sizes, one_size, strict=True):
+                places.extend((index, dim) for dim in sorted(dims.get(leaf.value, frozenset()) & dynamic))
+    # Sizes that were varied together are one size until a run shows otherwise.
+    equal = tuple((places[0], other) for places in one_size for other in places[1:])
     generic = not lifted.factories and not trace.reads_dtype and not _spells_dtype(graph)
     checks = tuple(dict.fromkeys(lifted.size_checks))
     guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, not lifted.factories)

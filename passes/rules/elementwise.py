@@ -40,6 +40,11 @@ def pointwise(emitter: Emitter, bundle: Bundle) -> Packed:
     assert op is not None
     operands = [(name, emitter.operand(bundle, name)) for name in op.names]
     nodes: dict[str, Any] = {name: bundle.members[0].args[op.names.index(name)] for name, value in operands if isinstance(value, Packed)}
+    sizes = {name for name, node in nodes.items() if node.meta.get("shape") is None}  # numbers: x / x.shape[0]
+    if any(name in sizes and value.dim is not None for name, value in operands):
+        raise CannotVectorize(f"{bundle.name} uses sizes that differ from lane to lane")
+    operands = [(name, value.node if name in sizes else value) for name, value in operands]
+    nodes = {name: node for name, node in nodes.items() if name not in sizes}
     if any(isinstance(value, (list, tuple)) and any(isinstance(v, Packed) for v in value) for _, value in operands):
         raise CannotVectorize(f"{bundle.name} takes a list of tensors")
     tensors = [(value, rank(nodes[name])) for name, value in operands if isinstance(value, Packed)]

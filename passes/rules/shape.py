@@ -180,4 +180,5 @@ def _padded(emitter: Emitter, bundle: Bundle, value: Packed, to_rank: int) -> An
 def _flip(emitter: Emitter, bundle: Bundle) -> Packed:
     value = _input(emitter, bundle)
     dims = emitter.operand(bundle, "dims")
+    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
     return Packed(emitter.call(torch.flip, value.node, tuple(physical(d, value.dim) for d in dims)), value.dim)
