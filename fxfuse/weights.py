@@ -64,9 +64,10 @@ def _reason(tensor: torch.Tensor, kind: str, module: nn.Module, key: str) -> str
 
 def carry_over(model: nn.Module, copied: nn.Module) -> None:
     """Give the Parameters of a copy the attributes and gradient hooks of the originals, which copy.deepcopy leaves out."""
-    for module, other in zip(model.modules(), copied.modules(), strict=True):
+    others = dict(copied.named_modules())
+    for path, module in model.named_modules():
         for name, tensor in module._parameters.items():
-            made = other._parameters.get(name)
+            made = others[path]._parameters.get(name) if path in others else None
             if tensor is None or made is None or made is tensor:
                 continue
             made.__dict__.update(tensor.__dict__)

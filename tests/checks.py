@@ -117,8 +117,8 @@ def run(model: nn.Module, args: Any, kwargs: dict[str, Any], gradients: Callable
 
 
 def own_gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    """Gradients by parameter name, tied names included."""
-    return {name: parameter.grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    """Gradients by parameter name, of tied ones the first."""
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def assert_same_results(actual: Result, expected: Result, where: str, rtol: float = RTOL, rtol_outputs: float | None = None) -> None:

@@ -143,10 +143,13 @@ def test_modules_and_containers_are_the_copys_own(copied):
     model = Shared()
     other = copied(model)
     assert not {*model.modules()} & {*other.modules()}
-    assert other.again is other.a and other.hidden[1] is other.a and other.same_list is other.hidden
+    assert other.again is other.a
+    assert other.hidden[1] is other.a
+    assert other.same_list is other.hidden
     assert other.by_name["first"] is other.hidden[0] is not model.hidden[0]
     assert other.also[0] is other.table is other.also[1][0] is not model.table
-    assert other.parent is other and other.a.parent is other
+    assert other.parent is other
+    assert other.a.parent is other
     assert other.loop[1] is other.loop is not model.loop
     assert other.held[0][0] is other.held is not model.held
     assert other.b.weight is other.a.weight
@@ -246,7 +249,8 @@ def test_hidden_state_with_a_history_is_copied_without_it(copied, where):
     made = made[0] if where == "list" else (made["h"],) * 2 if where == "dict" else (made, made)
     assert made[0] is made[1] is not hidden
     assert torch.equal(made[0], hidden)
-    assert made[0].is_leaf and not made[0].requires_grad
+    assert made[0].is_leaf
+    assert not made[0].requires_grad
     made[0].zero_()
     assert hidden.abs().sum() > 0
 
@@ -345,18 +349,21 @@ def test_a_pruned_layer_is_copied_although_deepcopy_cannot():
     assert model[0].weight_orig.grad is None
 
 
-def test_no_lane_is_given_to_deepcopy():
+def watch_deepcopy(patch):
+    """What deepcopy is asked for from here on."""
+    given, original = [], copy.deepcopy
+    patch.setattr(copy, "deepcopy", lambda value, memo=None: given.append(value) or original(value, memo))
+    return given
+
+
+def test_no_lane_is_given_to_deepcopy(monkeypatch):
     """Steps, not seconds: deepcopy is asked for tensors alone, equally often for each lane."""
     counts = []
     for lanes in (50, 500):
         model = nn.ModuleList(nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2)) for _ in range(lanes))
-        given = []
-        original = copy.deepcopy
-        copy.deepcopy = lambda value, memo=None: given.append(value) or original(value, memo)
-        try:
+        with monkeypatch.context() as patch:
+            given = watch_deepcopy(patch)
             sharing_copy(model)
-        finally:
-            copy.deepcopy = original
         assert not [value for value in given if isinstance(value, (nn.Module, dict, list))]
         counts.append(len(given) / lanes)
     assert counts[0] == counts[1]

@@ -144,7 +144,7 @@ def test_memory_is_shared_by_views_and_by_nothing_else():
 def test_lists_and_tuples_of_tensors():
     def forward(self, x):
         a, b = x.split(1, dim=1)
-        values, indices = x.max(1)
+        values, _indices = x.max(1)
         return torch.cat([a, b, x], dim=1), torch.stack((values, values))
 
     trace = recorded(model_of(forward), torch.randn(3, 2))
@@ -220,7 +220,7 @@ SIZES = {
     "floor": (lambda x: x.shape[0] // 2, SizeOp("floordiv", (SizeOf(0, 0), 2))),
     "remainder": (lambda x: 7 % x.shape[0], SizeOp("mod", (7, SizeOf(0, 0)))),
     "minus": (lambda x: -x.shape[0], SizeOp("neg", (SizeOf(0, 0),))),
-    "unpacked": (lambda x: [b for a, b in [x.shape]][0], SizeOf(0, 1)),
+    "unpacked": (lambda x: next(b for a, b in [x.shape]), SizeOf(0, 1)),
     "math.prod": (lambda x: math.prod(x.shape[:1]), SizeOp("mul", (1, SizeOf(0, 0)))),
 }
 
@@ -405,7 +405,7 @@ def test_a_parameter_that_is_no_leaf_is_marked():
 
 def test_a_failing_forward_is_a_failure_not_an_exception():
     def forward(self, x):
-        y = x * 2
+        x * 2
         raise ValueError("no such\nthing")
 
     model = model_of(forward)
@@ -576,8 +576,8 @@ CHANGES = {
     )
 }  # fmt: skip
 ATTRIBUTE_CHANGES = {
-    "counter": "calls", "lists": None, "new_attribute": "hidden", "gone_attribute": "calls", "new_parameter": "weight", "new_buffer": "table",
-    "new_module": "layer",
+    "counter": "calls", "lists": None, "new_attribute": "hidden", "gone_attribute": "calls", "new_parameter": "weight",
+    "new_buffer": "table", "new_module": "layer",
 }  # fmt: skip
 
 

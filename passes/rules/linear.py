@@ -1,7 +1,7 @@
 """Linear layers. Lowerings, by which operands carry a lane axis:
 
-- own inputs, own weights: ``baddbmm`` (weights stored ``[G, K, M]``); for K = 1 ``addcmul`` (an outer product), for M = 1 a product with
-  weights stored transposed and a sum (``dot``); ``grouped_conv``, the literal rewrite of the forum threads, batch on the length axis.
+- own inputs, own weights: ``baddbmm`` (weights stored ``[G, K, M]``); for K = 1 ``addcmul`` (an outer product), for M = 1 a product and
+  a sum (``dot``) or the product ``from_left``; ``bmm_transposed`` (weights stored ``[G, M, K]``); ``grouped_conv``, the literal rewrite of the forum threads, batch on the length axis.
 - one shared input: one wide Linear, ``[N, K] x [K, G * M]``.
 - one shared weight: the same Linear on the packed input, which folds the lanes into its batch.
 """
@@ -70,6 +70,7 @@ def _own(emitter: Emitter, bundle: Bundle, x: Packed, weight_nodes: list[Node]) 
     options = ["baddbmm", "bmm_transposed", "grouped_conv"]
     if out_features == 1:
         options.insert(0, "dot")
+        options.append("from_left")
     if in_features == 1:
         options.insert(0, "addcmul")
     lowering = emitter.choose(bundle, tuple(options))
@@ -133,6 +134,17 @@ def _dot(emitter: Emitter, bundle: Bundle, rows: Node, weights: list[Node], bias
     return total if bias is None else emitter.call(torch.add, total, emitter.call(torch.unsqueeze, bias, 1))
 
 
+def _from_left(emitter: Emitter, bundle: Bundle, rows: Node, weights: list[Node], bias: Node | None) -> Node:
+    """One output per lane as ``[G, 1, K] x [G, K, N]``: reads the rows in the order that the product likes best in inference."""
+    weight = _weight(emitter, bundle, weights, (0, 1))  # [G, 1, K]
+    columns = emitter.call(torch.transpose, rows, 1, 2)
+    if bias is None:
+        out = emitter.call(torch.bmm, weight, columns)
+    else:
+        out = emitter.call(torch.baddbmm, emitter.call(torch.unsqueeze, bias, 1), weight, columns)
+    return emitter.call(torch.transpose, out, 1, 2)
+
+
 def _grouped_conv(emitter: Emitter, bundle: Bundle, rows: Node, weights: list[Node], bias: Node | None) -> Node:
     lanes = len(bundle.members)
     weight = emitter.call(torch.unsqueeze, emitter.call(torch.flatten, _weight(emitter, bundle, weights, (0, 1)), 0, 1), 2)
@@ -147,5 +159,6 @@ _LOWERINGS = {
     "bmm_transposed": _bmm_transposed,
     "addcmul": _addcmul,
     "dot": _dot,
+    "from_left": _from_left,
     "grouped_conv": _grouped_conv,
 }
