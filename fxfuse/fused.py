@@ -395,7 +395,7 @@ def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
         check(recipe)
         members, kinds = [], set()
         for index, member in enumerate(recipe.members):
-            owner, tensor, store = _member(region, recipe, member)
+            owner, tensor, store = _member(region, recipe, index)
             if owner not in modules:
                 hidden.setdefault(owner, member.rpartition(".")[0])
             kinds.add(store if owner in modules else "__dict__")
@@ -424,8 +424,9 @@ def _member_name(plan: RegionPlan, place: tuple[int, int]) -> str:
     return plan.recipes[place[0]].members[place[1]]
 
 
-def _member(region: nn.Module, recipe: Recipe, member: str) -> tuple[nn.Module, Tensor, str]:
+def _member(region: nn.Module, recipe: Recipe, index: int) -> tuple[nn.Module, Tensor, str]:
     """The owner of a member, the tensor, and the owner's dict that holds it."""
+    member = recipe.members[index]
     path, _, name = member.rpartition(".")
     try:
         owner = walk(region, path)
@@ -441,7 +442,7 @@ def _member(region: nn.Module, recipe: Recipe, member: str) -> tuple[nn.Module, 
         raise FxfuseError(f"the region has no tensor {member}, which {recipe.name} packs")
     if (store == "_parameters") != (recipe.kind == "parameter") and store != "__dict__":
         raise FxfuseError(f"{member} is a {'parameter' if store == '_parameters' else 'buffer'}, its recipe says {recipe.kind}")
-    expected = recipe.member_shape(recipe.members.index(member))
+    expected = recipe.member_shape(index)
     if tuple(tensor.shape) != expected:
         raise FxfuseError(f"{member} has shape {tuple(tensor.shape)}, its recipe says {expected}")
     if not tensor.is_leaf:

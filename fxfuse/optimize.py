@@ -28,9 +28,8 @@ from .lengths import tracked_len
 from .observe import Observation, observe_modes
 from .options import Options, make_inputs, make_options
 from .passes.emit import Packs
-from .passes.lift import Lifted
 from .passes.program import fits, make_program, resolve_packed
-from .passes.vectorize import Prepared, prepare, vectorize
+from .passes.vectorize import Prepared, vectorize
 from .plan import Planner
 from .regions import Region, RegionFinder
 from .report import Report
@@ -351,12 +350,11 @@ class _Pipeline:
         frame = next((f for f in observation.trace.frames if f.path == region.frame.path), None)
         if frame is None or frame.poison:
             return None
-        lifted = finder.lifted(frame)
-        if not isinstance(lifted, Lifted):
+        prepared = finder.prepared(frame)
+        if isinstance(prepared, Refusal):
             mode = "train" if any(observation.flags) else "eval"
-            self.report.refused.append(Refusal(f"in {mode} mode: {lifted.reason}", lifted.place, frame.path))
+            self.report.refused.append(Refusal(f"in {mode} mode: {prepared.reason}", prepared.place, frame.path))
             return None
-        prepared = prepare(lifted, self.options.min_lanes, self.options.objective == "launches")
         prepared.single = region.prepared.single
         return prepared if prepared.worthwhile else None
 

@@ -14,7 +14,7 @@ from torch import nn
 from .fused import STATE
 from .graph import Place, Refusal
 from .observe import Observation
-from .passes.lift import Lifted, lift
+from .passes.lift import Sizes, lift
 from .passes.near_miss import near_misses
 from .passes.rules import is_heavy
 from .passes.vectorize import Prepared, prepare
@@ -68,36 +68,49 @@ class RegionFinder:
                 continue
             if any(_nested(frame.path, region.frame.path) for region in self.regions):
                 continue
-            lifted = self.lifted(frame)
-            if isinstance(lifted, Lifted):
-                prepared = prepare(lifted, self.min_lanes, self.merge)
+            prepared = self.prepared(frame)
+            if isinstance(prepared, Prepared):
                 prepared.single = True
                 found.append(Region(frame, prepared))
         return found
 
-    def lifted(self, frame: Frame) -> Lifted | Refusal:
+    def prepared(self, frame: Frame) -> Prepared | Refusal:
+        """The graph of ``frame``, with its lanes found. A free size that keeps lanes apart is given up: the recorded one is guarded."""
+        sizes = self.observation.sizes
+        best = self._prepared(frame, sizes)
+        index = len(sizes) - 1
+        while isinstance(best, Prepared) and index >= 0 and len(sizes) > 1:
+            fewer = sizes[:index] + sizes[index + 1 :]
+            other = self._prepared(frame, fewer)
+            if isinstance(other, Prepared) and other.launches() < best.launches():
+                best, sizes = other, fewer
+            index -= 1
+        return best
+
+    def _prepared(self, frame: Frame, sizes: Sizes) -> Prepared | Refusal:
+        lifted = lift(self.observation.trace, frame, sizes, self.closed - {frame.index})
+        if isinstance(lifted, Refusal):
+            return lifted
         fixed = self.observation.fixed.get(frame.index)
-        lifted = lift(self.observation.trace, frame, self.observation.sizes, self.closed - {frame.index})
-        if isinstance(lifted, Lifted) and fixed is not None and not lifted.specialised:
+        if fixed is not None and not lifted.specialised:
             lifted.specialised, lifted.place = fixed.reason, fixed.place
-        return lifted
+        return prepare(lifted, self.min_lanes, self.merge)
 
     def visit(self, index: int = 0) -> None:
         """Find the regions in the module call ``index`` and below."""
         frame = self.observation.trace.frames[index]
         if any(_nested(frame.path, region.frame.path) for region in self.regions):
             return
-        found: Lifted | Refusal = Refusal(frame.poison, frame.place) if frame.poison else self.lifted(frame)
+        found: Prepared | Refusal = Refusal(frame.poison, frame.place) if frame.poison else self.prepared(frame)
         if isinstance(found, Refusal):
             self._refuse(frame, found.reason, found.place)
             self._visit_children(frame)
             return
-        prepared = prepare(found, self.min_lanes, self.merge)
-        if prepared.worthwhile:
-            inner = self._inner_frames(frame, prepared)
+        if found.worthwhile:
+            inner = self._inner_frames(frame, found)
             if inner is None:
-                self.regions.append(Region(frame, prepared))
-                self.refusals.extend(near_misses(prepared.bundles, is_heavy, frame.path))
+                self.regions.append(Region(frame, found))
+                self.refusals.extend(near_misses(found.bundles, is_heavy, frame.path))
                 self._refuse_closed(frame)
                 return
             for child in inner:

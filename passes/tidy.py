@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from .functional import drop_unused
 

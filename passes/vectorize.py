@@ -52,6 +52,14 @@ class Prepared:
                     for member in self.bundles.classes[index].members:
                         self.bundles.position.pop(member, None)
 
+    def launches(self) -> int:
+        """About how many ops the rewritten graph launches."""
+        return sum(
+            1 if bundle.index in self.bundles.active else len(bundle.members)
+            for bundle in self.bundles.classes
+            if bundle.op is not None and not is_view(bundle)
+        )
+
     @property
     def worthwhile(self) -> bool:
         return bool(self.bundles.active or self.factored or self.single)
