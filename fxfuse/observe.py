@@ -199,7 +199,7 @@ def _vary_others(observation: Observation, runs: _Runs) -> None:
 
 
 def _cut(trace: Trace, dims: dict[int, frozenset[int]]) -> bool:
-    """Is one of these dims cut at fixed places: by several numbers (a loop: it counts lanes), or by a slice? Then it is to stay as it is."""
+    """Is one of these dims cut at fixed places: by several numbers (a loop: it counts lanes), or by a slice? Then it stays fixed."""
     seen: dict[tuple[int, int], Any] = {}
     for event in trace.events:
         name = event.func.__name__

@@ -139,7 +139,7 @@ def _mergeable(classes: list[Bundle], of: dict[Node, int], is_heavy: Callable[[B
     candidates = [indices for indices in groups.values() if len(indices) > 1]
     if not candidates:
         return None
-    dataflow = _dataflow(classes)
+    dataflow = dataflow_of(classes)
     for indices in candidates:
         for position, one in enumerate(indices):
             reach = nx.descendants(dataflow, one) | nx.ancestors(dataflow, one)
@@ -149,7 +149,8 @@ def _mergeable(classes: list[Bundle], of: dict[Node, int], is_heavy: Callable[[B
     return None
 
 
-def _dataflow(classes: list[Bundle]) -> nx.DiGraph:
+def dataflow_of(classes: list[Bundle]) -> nx.DiGraph:
+    """Which class reads which: an edge from each operand's class to its user's."""
     dataflow = nx.DiGraph()
     dataflow.add_nodes_from(range(len(classes)))
     dataflow.add_edges_from((operand, bundle.index) for bundle in classes for operand in bundle.operands)
@@ -208,7 +209,7 @@ def _drop_idle_views(bundles: Bundles, is_view: Callable[[Bundle], bool]) -> Non
     classes = bundles.classes
     computing = {i for i in bundles.active if not is_view(classes[i])}
     derived = set(computing)
-    ordered = [classes[i] for i in nx.topological_sort(_dataflow(classes))]  # operands come before their users
+    ordered = [classes[i] for i in nx.topological_sort(dataflow_of(classes))]  # operands come before their users
     for bundle in ordered:
         if bundle.index in bundles.active and bundle.operands & derived:
             derived.add(bundle.index)
@@ -224,7 +225,7 @@ def _order(bundles: Bundles) -> None:
 
     Lanes that read the same position (two networks on each slice) are ordered network by network, so that each is a run of its own.
     """
-    for number, index in enumerate(nx.topological_sort(_dataflow(bundles.classes))):
+    for number, index in enumerate(nx.topological_sort(dataflow_of(bundles.classes))):
         bundle = bundles.classes[index]
         bundle.number = number
         if bundle.index in bundles.active:

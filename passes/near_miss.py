@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import networkx as nx
+
 from fxfuse.graph import Refusal
 
-from .bundle import Bundle, Bundles, Node
+from .bundle import Bundle, Bundles, Node, dataflow_of
 
 
 def near_misses(bundles: Bundles, is_heavy: Callable[[Bundle], bool], region: str) -> list[Refusal]:
@@ -21,20 +23,32 @@ def near_misses(bundles: Bundles, is_heavy: Callable[[Bundle], bool], region: st
         if bundle.op is not None and is_heavy(bundle) and bundle.members[0].meta.get("place") is not None:
             groups.setdefault((bundle.name, bundle.members[0].meta["place"]), []).append(bundle)
     found: dict[str, Refusal] = {}
+    dataflow = dataflow_of(bundles.classes)
     for (_, place), group in groups.items():
-        if len(group) < 2:
-            continue
-        nearest = max(group, key=lambda b: len(b.members))
-        if nearest.index not in bundles.active:
-            continue
-        for bundle in group:
-            if bundle is nearest or bundle.index in bundles.active:
+        lanes = [bundle for bundle in group if bundle.index in bundles.active]
+        for bundle in group if lanes else ():
+            if bundle.index in bundles.active:
                 continue
+            depends = nx.ancestors(dataflow, bundle.index) | nx.descendants(dataflow, bundle.index)
+            beside = [other for other in lanes if other.index not in depends]  # what feeds it is another layer, no other lane
+            if not beside:
+                continue
+            nearest = max(beside, key=lambda other: (_alike(bundle, other), len(other.members)))
             difference = _difference(bundle.members[0], nearest.members[0])
             if difference:
                 name = bundle.members[0].meta.get("path") or "a lane"
                 found.setdefault(difference, Refusal(f"{name} stays out of the lanes next to it: {difference}", place, region))
     return list(found.values())
+
+
+def _alike(one: Bundle, other: Bundle) -> int:
+    """How many trailing parts of their module paths are the same: ``nets.2.3`` is a lane of ``nets.0.3``, not of ``nets.0.0``."""
+    count = 0
+    for a, b in zip(*(reversed(str(x.members[0].meta.get("path")).split(".")) for x in (one, other)), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
 
 
 def _difference(one: Node, other: Node) -> str:

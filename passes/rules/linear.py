@@ -1,7 +1,8 @@
 """Linear layers. Lowerings, by which operands carry a lane axis:
 
 - own inputs, own weights: ``baddbmm`` (weights stored ``[G, K, M]``); for K = 1 ``addcmul`` (an outer product), for M = 1 a product and
-  a sum (``dot``) or the product ``from_left``; ``bmm_transposed`` (weights stored ``[G, M, K]``); ``grouped_conv``, the literal rewrite of the forum threads, batch on the length axis.
+  a sum (``dot``) or the product ``from_left``; ``bmm_transposed`` (weights stored ``[G, M, K]``); ``grouped_conv``,
+  the literal rewrite of the forum threads, batch on the length axis.
 - one shared input: one wide Linear, ``[N, K] x [K, G * M]``.
 - one shared weight: the same Linear on the packed input, which folds the lanes into its batch.
 """
