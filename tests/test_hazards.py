@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_close, assert_equal_models, own_gradients, randn, randomized, untouched
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fxfuse
+from checks import assert_close, assert_equal_models, own_gradients, randn, randomized, untouched
 from fxfuse.launches import count
 
 X = randn(5, 4)
