@@ -65,19 +65,21 @@ def _reason(tensor: torch.Tensor, kind: str, module: nn.Module, key: str) -> str
 def carry_over(model: nn.Module, copied: nn.Module) -> None:
     """Give the Parameters of a copy the attributes and gradient hooks of the originals, which copy.deepcopy leaves out."""
     others = dict(copied.named_modules())
+    done: set[int] = set()
     for path, module in model.named_modules():
         for name, tensor in module._parameters.items():
             made = others[path]._parameters.get(name) if path in others else None
-            if tensor is None or made is None or made is tensor:
+            if tensor is None or made is None or made is tensor or id(made) in done:
                 continue
+            done.add(id(made))
             made.__dict__.update(tensor.__dict__)
             hooks = [*(tensor._backward_hooks or {}).values()]
             late = [*(getattr(tensor, "_post_accumulate_grad_hooks", None) or {}).values()]
-            if made._backward_hooks or not (hooks or late):  # a tied Parameter has been here
+            if not (hooks or late):
                 continue
             made.requires_grad_()
             for hook in hooks:
-                made.register_hook(hook)  # type: ignore[no-untyped-call]
+                made.register_hook(hook)
             for hook in late:
-                made.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                made.register_post_accumulate_grad_hook(hook)
             made.requires_grad_(tensor.requires_grad)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -94,6 +95,7 @@ class Emitter:
         self.lifted, self.bundles, self.packs, self.rules = lifted, bundles, packs, rules
         self.lowering, self.prefer = lowering, prefer
         self.singles_too = singles_too  # offer other spellings of nodes that are in no bundle
+        self.real = _small(lifted.graph)
         self.graph = torch.fx.Graph()
         self.singles: dict[Node, Any] = {}
         self.values: dict[int, Packed] = {}
@@ -128,12 +130,30 @@ class Emitter:
                 node.meta["stack_trace"] = f'File "{place.file}", line {place.line}, in {where}\n    {code}'
         return node
 
+    def stand_in(self, shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of that shape to find shapes with: zeros on the CPU where they are small, else a meta tensor.
+
+        Meta kernels are written in Python, and the first of them imports dynamo and sympy: a second that small models need not wait.
+        """
+        strides = tuple(stride) if stride is not None else None
+        if not self.real:
+            return torch.empty(shape, dtype=dtype, device="meta") if strides is None else torch.empty_strided(
+                shape, strides, dtype=dtype, device="meta"
+            )  # fmt: skip
+        if strides is None:
+            return torch.zeros(shape, dtype=dtype)
+        extent = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if 0 not in shape else 0
+        return torch.zeros(extent, dtype=dtype).as_strided(shape, strides)
+
+    def _meta(self, node: Node) -> torch.Tensor:
+        return self.stand_in(node.meta["shape"], node.meta.get("stride"), node.meta["dtype"])
+
     def attribute(self, target: str, value: torch.Tensor) -> Node:
         """A tensor that the region holds, read once per program."""
         node = self.attributes.get(target)
         if node is None:
             node = self.attributes[target] = self.graph.get_attr(target)
-            node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            node.meta["val"] = self.stand_in(value.shape, value.stride(), value.dtype)
             node.meta["place"] = None
         return node
 
@@ -262,7 +282,7 @@ class Emitter:
         shape = [len(recipe.members), *inner]
         if recipe.style == "cat":
             shape = [shape[0] * shape[1], *shape[2:]]
-        return self.attribute(recipe.name, torch.empty(shape, dtype=meta["dtype"], device="meta"))
+        return self.attribute(recipe.name, self.stand_in(shape, None, meta["dtype"]))
 
     def _viewed(self, node: Node, recipe: Recipe, order: tuple[int, ...], style: str) -> Packed:
         lanes = len(recipe.members)
@@ -298,9 +318,9 @@ class Emitter:
         if node.op == "get_attr":
             own = node.meta.get("own_shape")
             if own is None:
-                made = self.attribute(str(node.target), _meta(node))
+                made = self.attribute(str(node.target), self._meta(node))
             else:
-                held = self.attribute(str(node.target), torch.empty(own, dtype=node.meta["dtype"], device="meta"))
+                held = self.attribute(str(node.target), self.stand_in(own, None, node.meta["dtype"]))
                 made = self.call("reshape", held, node.meta["shape"])
         elif bundle is not None and bundle.index in self.values and not self._cheaper_alone(node, bundle):
             made = self._lane(bundle, node)
@@ -340,7 +360,7 @@ class Emitter:
         is_size = isinstance(node.target, Op) and node.target.name.startswith("size")
         recorded = node.meta.get("shape") is not None
         if recorded and not any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes):
-            made.meta["val"] = _meta(node)
+            made.meta["val"] = self._meta(node)
         elif is_size or (recorded and isinstance(node.target, Op)):
             function: Any = node.target
             try:
@@ -349,9 +369,9 @@ class Emitter:
                     made.meta["val"] = function(*values)
             except (KeyError, RuntimeError, NotImplementedError):  # an op without a meta kernel, or after one
                 if recorded:
-                    made.meta["val"] = _meta(node)
+                    made.meta["val"] = self._meta(node)
         elif recorded:
-            made.meta["val"] = _meta(node)
+            made.meta["val"] = self._meta(node)
 
     def spell(self, op: Op, args: tuple[Any, ...]) -> Node:
         """A canonical call in the words a person would write: a torch function, or a Tensor method."""
@@ -383,7 +403,7 @@ class Emitter:
                 made = self.graph.placeholder(node.name)
                 made.meta.update(place=None)
                 if node.meta.get("shape") is not None:
-                    made.meta["val"] = _meta(node)
+                    made.meta["val"] = self._meta(node)
                 self.singles[node] = made
         for unit in self._units(output):
             if isinstance(unit, int):
@@ -393,6 +413,12 @@ class Emitter:
         self._outputs(output)
         drop_unused(self.graph)
         tidy(self.graph)
+        for node in self.graph.nodes:  # the graph is kept: no data in it
+            value = node.meta.get("val")
+            if self.real and isinstance(value, torch.Tensor):
+                node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            elif self.real and isinstance(value, (tuple, list)):
+                del node.meta["val"]
         return self.graph
 
     def _units(self, output: Node) -> list[Any]:
@@ -540,8 +566,15 @@ def _restrided(before: Node, after: Any) -> bool:
     return isinstance(value, torch.Tensor) and before.meta.get("stride") is not None and value.stride() != before.meta["stride"]
 
 
-def _meta(node: Node) -> torch.Tensor:
-    shape, stride = node.meta["shape"], node.meta.get("stride")
-    if stride is None:
-        return torch.empty(shape, dtype=node.meta["dtype"], device="meta")
-    return torch.empty_strided(shape, stride, dtype=node.meta["dtype"], device="meta")
+# A region whose tensors have fewer elements than this in all is run on zeros to find shapes; others on meta tensors.
+SMALL = 1 << 23
+
+
+def _small(graph: torch.fx.Graph) -> bool:
+    total = 0
+    for node in graph.nodes:
+        dtype, shape = node.meta.get("dtype"), node.meta.get("shape")
+        if dtype in (torch.float16, torch.bfloat16) or (dtype is not None and dtype.is_complex):
+            return False  # kernels for these are missing here and there
+        total += math.prod(shape) if shape is not None else 0
+    return total < SMALL

@@ -6,6 +6,7 @@ source is distributivity, as derived in the forum thread "Convolutional layers w
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ def factor_shared_maps(graph: torch.fx.Graph) -> list[tuple[str, int, Any]]:
     done: list[tuple[str, int, Any]] = []
     for node in reversed(list(graph.nodes)):
         terms = _terms(node)
+        times = Counter(terms)
         groups: dict[Any, list[Node]] = {}
         for term in terms:
-            if isinstance(term.target, Op) and term.target.name in LINEAR_MAPS and len(term.users) == 1 and terms.count(term) == 1:
+            if isinstance(term.target, Op) and term.target.name in LINEAR_MAPS and len(term.users) == 1 and times[term] == 1:
                 rest = tuple(a for name, a in zip(term.target.names, term.args, strict=True) if name != "input")
                 key = (term.target, str(rest), argument(term, "input").meta["shape"], argument(term, "input").meta["dyn"])
                 groups.setdefault(key, []).append(term)

@@ -23,6 +23,8 @@ import fxfuse
 from fxfuse import launches, packing
 
 RTOL = 1e-10
+# For tests that are many: the planner's measurements and fxfuse's own validation are left out; the comparison here is not.
+QUICK: dict[str, Any] = {"tune": False, "validate": False}
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -110,7 +110,7 @@ def test_memory_limit():
 def test_strict_raises_where_it_would_run_the_loop():
     fused = fuse(new(), strict=True)
     fused(randn(9, 4))
-    with pytest.raises(fxfuse.FallbackError, match="would run its loop: input 0 has"):
+    with pytest.raises(fxfuse.FallbackError, match=r"would run its loop: .*float32"):
         fused(X.float())
 
 
@@ -137,7 +137,7 @@ def test_tuning_leaves_the_original_alone():
     model = new()
     model.nets[0].eval()
     with untouched(model):
-        fused = fxfuse.optimize(model, X, tune_for=[2, randn(9, 4)])
+        fused = fxfuse.optimize(model, X, tune_for=2)
     assert [module.training for _, module in model.named_modules()][:2] == [True, True]
     assert not fused.nets[0].training
     assert not model.nets[0].training
@@ -235,7 +235,11 @@ def by_torch_save(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), by_torch_save], ids=["deepcopy", "pickle", "save"])
+def by_pickle(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_torch_save])
 def test_copies(copied):
     model = new()
     fused = fuse(model)
@@ -399,7 +403,7 @@ def test_lazy_with_an_input_in_somebody_s_graph():
         assert_close(fxfuse.packing.original_gradients(fused)[name], grad, name)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
 def test_lazy_copied_before_its_first_call(copied):
     model = new()
     other = copied(lazy(model))

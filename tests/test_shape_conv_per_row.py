@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from checks import assert_fused_equals, randn, randomized
+from checks import QUICK, assert_fused_equals, randn, randomized
 
 
 class RowwiseConv(nn.Module):
@@ -32,7 +32,7 @@ class RowwiseConv(nn.Module):
 ], ids=str)
 @pytest.mark.parametrize(("C", "H", "out"), [(3, 4, None), (1, 2, 5), (2, 7, 1)])
 def test_1d(C, H, out, conv):
-    assert_fused_equals(randomized(RowwiseConv(C, H, out, **conv)), randn(4, C, H, 9), heavy=1)
+    assert_fused_equals(randomized(RowwiseConv(C, H, out, **conv)), randn(4, C, H, 9), heavy=1, **QUICK)
 
 
 @pytest.mark.parametrize("conv", [{"groups": 2}, {"groups": 4}, {"groups": 2, "bias": False, "stride": 2, "padding": 1}, {
@@ -88,7 +88,7 @@ def test_3d(conv):
 @pytest.mark.parametrize("conv", TRANSPOSED, ids=str)
 @pytest.mark.parametrize(("kind", "size"), [(nn.ConvTranspose1d, (7,)), (nn.ConvTranspose2d, (4, 5)), (nn.ConvTranspose3d, (3, 3, 2))])
 def test_transposed(kind, size, conv):
-    assert_fused_equals(randomized(PerLane(kind, **conv)), randn(2, 3, 2, *size), heavy=1, batches=(1, 3))
+    assert_fused_equals(randomized(PerLane(kind, **conv)), randn(2, 3, 2, *size), heavy=1, batches=(1, 3), **QUICK)
 
 
 # Slice axis and join axis.
@@ -161,14 +161,14 @@ class AnyAxis(nn.Module):
 @pytest.mark.parametrize("join", ["cat of unsqueeze(2)", "stack(dim=1)", "cat(dim=1)"])
 def test_every_slice_axis(cut, join):
     shape, function = SLICES[cut]
-    assert_fused_equals(randomized(AnyAxis(function, JOINS[join])), randn(*shape), heavy=1)
+    assert_fused_equals(randomized(AnyAxis(function, JOINS[join])), randn(*shape), heavy=1, **QUICK)
 
 
 @pytest.mark.parametrize("join", JOINS)
 @pytest.mark.parametrize("cut", ["x[:, :, h, :]", "x[:, h]"])
 def test_every_join_axis(cut, join):
     shape, function = SLICES[cut]
-    assert_fused_equals(randomized(AnyAxis(function, JOINS[join])), randn(*shape), heavy=1)
+    assert_fused_equals(randomized(AnyAxis(function, JOINS[join])), randn(*shape), heavy=1, **QUICK)
 
 
 def test_rows_in_front():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from checks import assert_equal_models, assert_fused_equals, fresh, randn, randomized, untouched
+from checks import QUICK, assert_equal_models, assert_fused_equals, fresh, randn, randomized, untouched
 
 
 class ConvPerGroup(nn.Module):
@@ -94,7 +94,7 @@ class Conv2dPerGroup(nn.Module):
 @pytest.mark.parametrize("kind", [ConvPerGroup, LinearPerGroup, ConvOnPermuted, Mixture])
 def test_one_launch(kind, groups, cin, cout, bias):
     x = randn(5, groups, cin, 6) if kind is ConvPerGroup else randn(5, groups, 6, cin)
-    assert_fused_equals(randomized(kind(groups, cin, cout, bias)), x, heavy=1)
+    assert_fused_equals(randomized(kind(groups, cin, cout, bias)), x, heavy=1, **QUICK)
 
 
 @pytest.mark.parametrize("lowering", ["auto", "grouped_conv", "bmm"])
