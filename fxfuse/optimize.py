@@ -229,7 +229,10 @@ class _Pipeline:
         self.report.fused = plans
         if plans:
             with self.stage("measure"):
-                self._measure(result)
+                try:
+                    self._measure(result)
+                except Exception as error:  # the model is rewritten and verified: figures are all that is missing
+                    self.report.notes.append(f"launches and times could not be measured: {type(error).__name__}: {error}")
             for state in fused_modules.regions(result).values():
                 state.fallbacks.clear()
                 state.strict = self.options.strict  # from here on: verification itself tries sizes that fall back

@@ -133,7 +133,7 @@ class RegionFinder:
         for index in self._closed_below(region):
             closed = self.observation.trace.frames[index]
             reason = closed.poison or "it has hooks, which only a call of the module itself runs"
-            groups.setdefault((reason.replace(closed.path, "it"), closed.place), []).append(closed)
+            groups.setdefault((reason.replace(f"{closed.path}.", "its "), closed.place), []).append(closed)
         for (reason, place), frames in groups.items():
             others = f" (and {len(frames) - 1} others)" if len(frames) > 1 else ""
             self.refusals.append(Refusal(f"{frames[0].path}{others} stays a call of its own: {reason}", place, region.path))
