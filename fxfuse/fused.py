@@ -50,6 +50,7 @@ class RegionState(Watch):
     active: int = 0  # calls that are in the original forward now
     compiled: dict[tuple[bool, ...], Compiled] = field(default_factory=dict)  # never copied or saved
     current: Compiled | None = None
+    holders: list[dict[str, Any]] | None = None  # the ``_parameters`` of all modules, for as long as none comes or goes
 
     @property
     def region(self) -> nn.Module:
@@ -68,20 +69,20 @@ class RegionState(Watch):
         yield from self.hidden
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("ready", "current", "compiled", "loading", "plan")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("ready", "current", "compiled", "loading", "plan", "holders")}
         programs = {flags: program_to_data(program) for flags, program in self.plan.programs.items()}
         return {**kept, "plan": replace(self.plan, programs={}), "programs": programs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         programs = {flags: program_from_data(data) for flags, data in state.pop("programs").items()}
-        self.__dict__.update(state, ready=None, current=None, compiled={}, loading=None)
+        self.__dict__.update(state, ready=None, current=None, compiled={}, loading=None, holders=None)
         self.plan = replace(state["plan"], programs=programs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionState:
         copied = RegionState.__new__(RegionState)
         memo[id(self)] = copied
         # plans are never changed; compiled functions hold the modules of this very region
-        shared: dict[str, Any] = {"plan": self.plan, "ready": None, "current": None, "compiled": {}, "loading": None}
+        shared: dict[str, Any] = {"plan": self.plan, "ready": None, "current": None, "compiled": {}, "loading": None, "holders": None}
         copied.__dict__.update(shared)
         copied.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in shared})
         return copied
@@ -92,7 +93,7 @@ class RegionState(Watch):
 
     def prepare(self) -> Compiled | str:
         """The compiled program for the modules as they are now, or why there is none. Sets ``ready``."""
-        self.ready = self.current = None
+        self.ready = self.current = self.holders = None
         reason = self._stale()
         if reason is not None:
             return reason
@@ -229,6 +230,19 @@ class RegionMixin(LaneMixin):
         with suppress(AttributeError, KeyError):
             self.__dict__[STATE].prepare()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As any module's. The lanes stay as modules without tensors: walking them by name would cost more than a training step."""
+        if not set_to_none or _own_zero_grad(type(self)):
+            super().zero_grad(set_to_none)
+            return
+        state: RegionState = self.__dict__[STATE]
+        if state.ready is None or state.holders is None:  # any change of the modules clears ``ready``
+            state.holders = [module._parameters for module in nn.Module.modules(self)]
+        for parameters in state.holders:
+            for parameter in parameters.values():
+                if parameter is not None:
+                    parameter.grad = None
+
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As of any module; the original forward, where it walks its children, does not meet the pack."""
         state: RegionState = self.__dict__[STATE]
@@ -287,6 +301,12 @@ def _unpack_keys(state: RegionState, state_dict: Any, prefix: str) -> None:
             for own in (module._parameters, module._buffers):
                 keys = {f"{path}.{key}" if path else key: index.get(id(tensor)) for key, tensor in own.items()}
                 state_dict.update({prefix + key: views[i] for key, i in keys.items() if i is not None})
+
+
+def _own_zero_grad(cls: type) -> bool:
+    """Does the user's class bring its own ``zero_grad``?"""
+    methods = [vars(base)["zero_grad"] for base in cls.__mro__ if "zero_grad" in vars(base)]
+    return any(method not in (RegionMixin.__dict__["zero_grad"], nn.Module.zero_grad) for method in methods)
 
 
 def _slots(module: nn.Module) -> dict[str, Slot]:

@@ -1,11 +1,13 @@
 """Median times of callables, run in turn.
 
-Comes in: two or more callables. Goes out: the median seconds of each. They alternate, so that a machine whose speed drifts
-slows all of them alike; each is warmed up first. Figures of different calls of this function are not to be compared.
+Comes in: two or more callables. Goes out: the median seconds of each. They alternate in changing order, so that a machine whose
+speed drifts, and caches that one leaves cold for the next, slow all of them alike; each is warmed up first. Figures of different
+calls of this function are not to be compared.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,9 +30,12 @@ def medians(functions: Sequence[Callable[[], object]], *, budget: float = 0.3, l
     round_seconds = max(time.perf_counter() - start, 1e-7)
     rounds = max(least, min(most, int(budget / round_seconds)))
     samples: list[list[float]] = [[] for _ in functions]
+    order = list(range(len(functions)))
+    shuffle = random.Random(0).shuffle  # what runs after a slow loop finds cold caches: each gets that place as often
     for _ in range(rounds):
-        for function, times in zip(functions, samples, strict=True):
-            times.append(_once(function))
+        shuffle(order)
+        for index in order:
+            samples[index].append(_once(functions[index]))
     return [statistics.median(times) for times in samples]
 
 

@@ -812,3 +812,32 @@ def test_alias_falls_back_where_members_disagree_and_copies_and_unfuses() -> Non
     with pytest.raises(RuntimeError):
         model(data())
     assert fell_back(model) == ["nets.1.0.weight has dtype torch.float16, nets.0.0.weight has torch.float64"]
+
+
+@pytest.mark.parametrize("packing", ["packed", "alias"])
+def test_zero_grad_forgets_every_gradient(packing: str) -> None:
+    _, model = pair(packing=packing)
+    model(data()).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_zero_grad_of_the_users_own_is_called() -> None:
+    class Own(FeatureNets):
+        calls = 0
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            Own.calls += 1
+            super().zero_grad(set_to_none)
+
+    original = randomize(Model().double())
+    original.core.__class__ = Own
+    model = fused.install(original, [feature_plan()])
+    model(data()).sum().backward()
+    before = Own.calls
+    model.core.zero_grad()
+    assert Own.calls == before + 1
+    assert all(p.grad is None for p in model.core.parameters())
