@@ -236,8 +236,8 @@ class RegionMixin(LaneMixin):
             super().zero_grad(set_to_none)
             return
         state: RegionState = self.__dict__[STATE]
-        if state.ready is None or state.holders is None:  # any change of the modules clears ``ready``
-            state.holders = [module._parameters for module in nn.Module.modules(self)]
+        if state.ready is None or state.holders is None:  # a new module or Parameter clears ``ready``
+            state.holders = [module._parameters for module in nn.Module.modules(self) if module._parameters]
         for parameters in state.holders:
             for parameter in parameters.values():
                 if parameter is not None:
