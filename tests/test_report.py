@@ -56,7 +56,7 @@ def test_the_page_says_it_all(report):
         "  of them heavy      384  ->        3    128x fewer",
         "  median time    3.92 ms  ->   420 us  9.33x faster",
         "  peak memory    3.8 MiB  ->  2.9 MiB    1.33x less",
-        "  timed: baddbmm 420 us, grouped_conv 2.40 ms",
+        "  also timed: baddbmm 420 us; grouped_conv 2.40 ms",
         "  note: dropout draws other random numbers than the loop did: same distribution",
         "  heads: lane 2 differs: eps 1e-06 against 1e-05 (model.py:41)",
         "  forward raises ValueError",
