@@ -300,6 +300,9 @@ class _Pipeline:
         constants = {name: tensor for name, tensor in packs.constants.items() if name in used}
         plan = RegionPlan(frame.path, [r for r in packs.recipes.values() if r.name in used], programs, constants, choice.vectorized.ops)
         plan.place = choice.vectorized.ops[0].place if choice.vectorized.ops else frame.place
+        if choice.launches is not None:
+            loop, fused = choice.launches
+            plan.launches, plan.heavy = (loop.total, fused.total), (loop.heavy, fused.heavy)
         plan.seconds, plan.peak_bytes, plan.tried = choice.seconds, choice.peak, choice.tried
         if prepared.lifted.random:
             notes.append("dropout and other random ops draw other numbers than the loop did, from the same distribution")
@@ -412,14 +415,18 @@ class _Pipeline:
         """Launches of one forward, before and after, in the mode asked for; times of the whole model where tuning is on."""
         training = self.options.mode == "train"
         with preserved_state(self.work, result), hooks_silent(self.work), hooks_silent(result), torch.set_grad_enabled(training):
-            counts = []
+            alone = self.report.fused[0] if len(self.report.fused) == 1 else None
             for module in (self.work, result):
                 module.train(training)
-                counts.append(count(lambda m=module: m(*self.args, **self.kwargs), bound=False))  # type: ignore[misc]
-            self.report.launches = (counts[0].total, counts[1].total)
-            self.report.heavy = (counts[0].heavy, counts[1].heavy)
-            if len(self.report.fused) == 1:
-                self.report.fused[0].launches, self.report.fused[0].heavy = self.report.launches, self.report.heavy
+            if training and alone is not None and not alone.path and alone.launches is not None:
+                self.report.launches, self.report.heavy = alone.launches, alone.heavy  # the planner has counted already
+            else:
+                forwards = [lambda m=module: m(*self.args, **self.kwargs) for module in (self.work, result)]
+                counts = [count(forward, bound=False) for forward in forwards]
+                self.report.launches = (counts[0].total, counts[1].total)
+                self.report.heavy = (counts[0].heavy, counts[1].heavy)
+                if alone is not None:
+                    alone.launches, alone.heavy = self.report.launches, self.report.heavy
             if self.options.tune and self.options.objective == "time":
                 calls = [lambda m=module: m(*self.args, **self.kwargs) for module in (self.work, result)]
                 before, after = medians(calls, budget=0.3)

@@ -42,6 +42,7 @@ class Choice:
     refusal: Refusal | None = None
     seconds: tuple[float, float] | None = None
     peak: tuple[int, int] | None = None
+    launches: tuple[Launches, Launches] | None = None  # (loop, fused), of one forward
     tried: list[tuple[str, float]] = field(default_factory=list)
 
 
@@ -106,6 +107,7 @@ class Planner:
                     counted = _launches(bench.program(candidate))
                     if counted.total < least.total:
                         choice.vectorized, choice.lowering, least = candidate, lowering, counted
+        choice.launches = (loop, least)
         if least.total >= loop.total and least.heavy >= loop.heavy:
             choice.refusal = self._refusal(f"left as a loop: packed launches {least.total} ops, the loop {loop.total}")
         return choice
