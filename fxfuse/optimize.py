@@ -264,7 +264,7 @@ class _Pipeline:
         planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared))
         with hooks_silent(self.work):
             choice = planner.plan()
-        self.report.refused.extend(_placed(prepared))
+        self.report.refused.extend(prepared.refusals)
         if choice.refusal is not None or choice.vectorized is None:
             if choice.refusal is not None:
                 self.report.refused.append(choice.refusal)
@@ -431,10 +431,6 @@ class _Pipeline:
                 calls = [lambda m=module: m(*self.args, **self.kwargs) for module in (self.work, result)]
                 before, after = medians(calls, budget=0.3)
                 self.report.timings["forward"] = (before, after)
-
-
-def _placed(prepared: Prepared) -> list[Refusal]:
-    return list(prepared.refusals)
 
 
 def _holder(module: nn.Module) -> str:
