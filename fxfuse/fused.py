@@ -105,6 +105,8 @@ class RegionState(Watch):
         if compiled is None:
             aliases = {name: Source(alias, None, "tensor") for name, alias in self.aliases.items()}
             compiled = self.compiled[flags] = compile_program(program, self.region, self.facts, aliases)
+        else:
+            compiled.hold(True)
         self.current, self.ready = compiled, compiled.run
         return compiled
 
@@ -215,6 +217,15 @@ class RegionMixin(LaneMixin):
         """As of any module. Looks for the program at once, so that torch.compile finds it ready."""
         result = super().train(mode)
         self.__dict__[STATE].prepare()
+        return result
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of any module (``to``, ``half``, ``cuda``): the memory of the old weights is let go of."""
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        state: RegionState = self.__dict__[STATE]
+        for compiled in state.compiled.values():
+            compiled.hold(False)
+        state.ready = None
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

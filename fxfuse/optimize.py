@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,15 +31,15 @@ from .observe import Observation, observe_modes
 from .options import Options, make_inputs, make_options
 from .passes.emit import Packs
 from .passes.program import fits, make_program, resolve_packed
-from .passes.vectorize import Prepared, vectorize
-from .plan import Planner
+from .passes.vectorize import LaneSet, Prepared, vectorize
+from .plan import Choice, Planner
 from .regions import Region, RegionFinder
 from .report import Report
 from .store import get_report, set_report
 from .timing import medians
 from .trace import Frame
 from .tracer import hooks_silent
-from .validate import other_examples
+from .validate import Validation, other_examples
 from .validate import validate as compare
 from .weights import carry_over, unpackable
 from .workbench import Case
@@ -152,6 +153,17 @@ def run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], option
         return result
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """How a region is rewritten, and from what."""
+
+    region: Region
+    observations: list[Observation]
+    choice: Choice
+    prefer: str
+    packs: Packs  # before anything is packed
+
+
 class _Pipeline:
     def __init__(self, model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, report: Report) -> None:
         self.model, self.options, self.report = model, options, report
@@ -159,6 +171,7 @@ class _Pipeline:
         with torch.inference_mode(False):
             self.args, self.kwargs = tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
         self.work = model
+        self.chosen: dict[str, Chosen] = {}  # by region path
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -223,7 +236,7 @@ class _Pipeline:
             plans = self._install(result, plans)
         if plans and self.options.validate and not inplace:
             kept = self._validated(self.model, result, plans)
-            if len(kept) != len(plans):
+            if [id(plan) for plan in kept] != [id(plan) for plan in plans]:
                 result = self.spare()
                 plans = self._install(result, kept)
         self.report.fused = plans
@@ -259,7 +272,6 @@ class _Pipeline:
         module = self.work.get_submodule(frame.path)
         blocked, kinds = unpackable(self.model, frame.path)
         packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module))
-        modules = list(self.work.modules())
         _set_training(self.work, observations[0].flags)
         planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared))
         with hooks_silent(self.work):
@@ -272,6 +284,16 @@ class _Pipeline:
         if self.options.tune:
             with hooks_silent(self.work):
                 planner.measure_memory(choice)
+        self.chosen[frame.path] = Chosen(region, observations, choice, planner.prefer, packs)
+        return self._built(self.chosen[frame.path])
+
+    def _built(self, chosen: Chosen) -> RegionPlan | None:
+        """The region's programs for every mode of the model, rewritten as chosen."""
+        region, observations, choice = chosen.region, chosen.observations, chosen.choice
+        frame, prepared = region.frame, region.prepared
+        assert choice.vectorized is not None
+        module = self.work.get_submodule(frame.path)
+        modules = list(self.work.modules())
         programs: dict[tuple[bool, ...], Program] = {}
         packs = choice.vectorized.packs
         notes: list[str] = []
@@ -283,7 +305,9 @@ class _Pipeline:
             other = self._other_mode(observation, region)
             if other is None:
                 continue
-            made = vectorize(other, packs, choice.lowering, planner.prefer)
+            if prepared.skipped:
+                other = other.without(prepared.skipped)
+            made = vectorize(other.cut(choice.chunks), packs, choice.lowering, chosen.prefer)
             if made is None:
                 continue
             packs = made.packs
@@ -386,7 +410,7 @@ class _Pipeline:
         return fused_modules.install(self.spare(), plans, packing=self.options.packing)
 
     def _validated(self, original: nn.Module, result: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
-        """The plans that pass; a region that does not is undone alone."""
+        """The plans that pass; a region that does not is undone alone, and of a region only the lane sets that differ."""
         with self.stage("validate"):
             example = (self.args, self.kwargs)
             examples = [example, *other_examples(example)[:3]]
@@ -394,22 +418,49 @@ class _Pipeline:
             self.report.validation = outcome
             if outcome.ok:
                 return plans
-            if len(plans) == 1:
-                self.report.refused.append(Refusal(f"undone: the rewritten form differs: {outcome.reason}", plans[0].place, plans[0].path))
-                return []
+            def alone(plan: RegionPlan) -> Validation:
+                return compare(original, self._installed([plan]), examples, must_run=1)
+
             kept: list[RegionPlan] = []
             for plan in plans:
-                alone = compare(original, self._installed([plan]), examples, must_run=1)
-                if alone.ok:
-                    kept.append(plan)
-                else:
-                    self.report.refused.append(Refusal(f"undone: the rewritten form differs: {alone.reason}", plan.place, plan.path))
+                found = outcome if len(plans) == 1 else alone(plan)
+                mended = plan if found.ok else self._mended(plan, found.reason, alone)
+                kept.extend([mended] if mended is not None else [])
             if kept:
                 together = compare(original, self._installed(kept), examples, must_run=1)
                 self.report.validation = together
                 if not together.ok:
                     return []
             return kept
+
+    def _mended(self, plan: RegionPlan, reason: str, check: Callable[[RegionPlan], Validation]) -> RegionPlan | None:
+        """The plan without the lane sets that make it differ, tried one by one; None where nothing is left."""
+        chosen = self.chosen[plan.path]
+        sets = chosen.region.prepared.lane_sets()
+        wrong: dict[LaneSet, str] = {}
+        for lanes in sets if len(sets) > 1 else ():
+            one = self._without(chosen, frozenset(sets) - {lanes})
+            found = check(one) if one is not None else None
+            if found is not None and not found.ok:
+                wrong[lanes] = found.reason
+        rest = self._without(chosen, frozenset(wrong)) if 0 < len(wrong) < len(sets) else None
+        if rest is None or not check(rest).ok:
+            self.report.refused.append(Refusal(f"undone: the rewritten form differs: {reason}", plan.place, plan.path))
+            return None
+        for lanes, said in wrong.items():
+            self.report.refused.append(Refusal(f"undone: the rewritten form differs: {said}", sets[lanes], plan.path))
+        rest.seconds = rest.peak_bytes = rest.launches = rest.heavy = None  # what was measured was another program
+        return rest
+
+    def _without(self, chosen: Chosen, skipped: frozenset[LaneSet]) -> RegionPlan | None:
+        """The region built again, with these lane sets left as they are."""
+        prepared = chosen.region.prepared.without(skipped)
+        choice = chosen.choice
+        made = vectorize(prepared.cut(choice.chunks), chosen.packs, choice.lowering, chosen.prefer)
+        if made is None:
+            return None
+        region = Region(chosen.region.frame, prepared)
+        return self._built(replace(chosen, region=region, choice=replace(choice, vectorized=made)))
 
     def _measure(self, result: nn.Module) -> None:
         """Launches of one forward, before and after, in the mode asked for; times of the whole model where tuning is on."""

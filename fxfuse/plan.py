@@ -3,14 +3,14 @@
 Comes in: a region with its prepared graph, and the options. Goes out: the rewritten program with the lowering of every bundle chosen, or a
 ``Refusal`` where the loop is faster. Candidates are timed against the region's own forward, in turn and by medians, on the recorded
 inputs or those of ``tune_for``; ``objective="launches"`` fuses all that is legal, ``tune=False`` takes the first lowering that the
-rules name.
+rules name. Large lane sets are computed in chunks of lanes, as many as are fastest, or as ``max_memory`` asks for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -20,17 +20,25 @@ from .graph import Refusal
 from .launches import Launches, count
 from .memory import peak_bytes
 from .options import Options
+from .passes.chunk import fitting_chunks, widest
 from .passes.emit import Packs
 from .passes.vectorize import Prepared, Vectorized, vectorize
-from .timing import medians
+from .timing import medians, ratio
 from .workbench import Case, Workbench
 
 # A form must be this much faster than the loop to be worth the change: below, it is noise.
 LEAST_GAIN = 1.02
 # A candidate replaces the best one so far only where it is clearly faster.
 CLEARLY = 0.97
+# Candidates within this factor of the best are timed once more, together, at the end.
+CLOSE = 1.15
+MOST_FINALISTS = 4
+# Lane sets whose widest result has fewer bytes than this fit the cache with room to spare: other numbers of chunks are not tried.
+WORTH_CHUNKING = 1 << 19
 # A layer of its own that becomes a region pays for the guard at every call.
 GUARD_SECONDS = 6e-6
+
+Steps = list[Callable[[], object]]  # one step of a candidate per case
 
 
 @dataclass
@@ -39,6 +47,7 @@ class Choice:
 
     vectorized: Vectorized | None
     lowering: dict[Any, str]
+    chunks: int = 1
     refusal: Refusal | None = None
     seconds: tuple[float, float] | None = None
     peak: tuple[int, int] | None = None
@@ -61,20 +70,26 @@ class Planner:
         """Search, measure, decide."""
         base = self.emit({})
         if base is None:
-            return Choice(None, {}, self._refusal("nothing is left to fuse"))
+            return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
         if self.options.objective == "launches":
             choice = self._fewest_launches(base)
         elif not self.options.tune:
-            choice = Choice(base, self._first(base))
+            choice = self._start(base)
         else:
-            choice = self._fastest(base)
+            choice = self._fastest(self._start(base))
         if self.options.max_memory is not None and choice.refusal is None:
-            choice.refusal = self._over_memory(choice)
+            choice = self._within_memory(choice)
         return choice
 
-    def emit(self, lowering: dict[Any, str]) -> Vectorized | None:
-        """The program with these lowerings."""
-        return vectorize(self.prepared, self.packs, lowering, self.prefer)
+    def emit(self, lowering: dict[Any, str], chunks: int = 1) -> Vectorized | None:
+        """The program with these lowerings, in so many chunks."""
+        return vectorize(self.prepared.cut(chunks), self.packs, lowering, self.prefer)
+
+    def _start(self, base: Vectorized) -> Choice:
+        """What is likely best: the first lowering of each rule, in chunks that fit the cache."""
+        chunks = fitting_chunks(self.prepared.bundles)
+        cut = self.emit({}, chunks) if chunks > 1 else None
+        return Choice(base, self._first(base)) if cut is None else Choice(cut, self._first(cut), chunks)
 
     def _first(self, base: Vectorized) -> dict[Any, str]:
         return {key: self.prefer if self.prefer in options else options[0] for key, options in base.choices.items()}
@@ -82,17 +97,29 @@ class Planner:
     def _refusal(self, reason: str) -> Refusal:
         return Refusal(reason, self.prepared.lifted.place, self.prepared.lifted.frame.path)
 
-    def _others(self, base: Vectorized, lowering: Callable[[], dict[Any, str]]) -> Any:
-        """One change at a time to the best lowering so far, which ``lowering()`` tells: coordinate descent."""
-        if self.options.lowering != "auto":
-            return
-        for key, options in base.choices.items():
-            for option in options:
-                if option != lowering()[key]:
-                    changed = {**lowering(), key: option}
-                    candidate = self.emit(changed)
-                    if candidate is not None:
-                        yield changed, candidate
+    def _others(self, choice: Choice) -> Iterator[Choice]:
+        """One change at a time to ``choice``, which may change meanwhile: coordinate descent over lowerings, then the number of chunks."""
+        assert choice.vectorized is not None
+        if self.options.lowering == "auto":
+            for key, options in choice.vectorized.choices.items():
+                for option in options:
+                    if option != choice.lowering[key]:
+                        yield from self._candidate({**choice.lowering, key: option}, choice.chunks)
+        if self.options.objective == "time":
+            for chunks in self._chunk_counts(choice.chunks):
+                yield from self._candidate(choice.lowering, chunks)
+
+    def _candidate(self, lowering: dict[Any, str], chunks: int) -> Iterator[Choice]:
+        made = self.emit(lowering, chunks)
+        if made is not None:
+            yield Choice(made, lowering, chunks)
+
+    def _chunk_counts(self, chosen: int) -> list[int]:
+        """Numbers of chunks to try besides the one chosen: none where all lanes fit the cache with room to spare."""
+        size, lanes = widest(self.prepared.bundles)
+        if size < WORTH_CHUNKING:
+            return []
+        return [count for count in dict.fromkeys((1, chosen // 2, chosen * 2, chosen * 4)) if 1 <= count <= lanes // 2 and count != chosen]
 
     # -- launches -----------------------------------------------------------------------------------------------------------------
 
@@ -103,10 +130,11 @@ class Planner:
             loop, least = _launches(bench.forward()), _launches(bench.program(base))
             choice = Choice(base, self._first(base))
             if self.options.tune:
-                for lowering, candidate in self._others(base, lambda: choice.lowering):
-                    counted = _launches(bench.program(candidate))
+                for other in self._others(choice):
+                    assert other.vectorized is not None
+                    counted = _launches(bench.program(other.vectorized))
                     if counted.total < least.total:
-                        choice.vectorized, choice.lowering, least = candidate, lowering, counted
+                        choice.vectorized, choice.lowering, least = other.vectorized, other.lowering, counted
         choice.launches = (loop, least)
         if least.total >= loop.total and least.heavy >= loop.heavy:
             choice.refusal = self._refusal(f"left as a loop: packed launches {least.total} ops, the loop {loop.total}")
@@ -114,29 +142,44 @@ class Planner:
 
     # -- time ---------------------------------------------------------------------------------------------------------------------
 
-    def _fastest(self, base: Vectorized) -> Choice:
-        """The lowerings that measure fastest; refused where the loop is as fast."""
-        choice = Choice(base, self._first(base))
-        if self.prepared.single and not base.choices:
+    def _fastest(self, choice: Choice) -> Choice:
+        """The lowerings and chunks that measure fastest; refused where the loop is as fast."""
+        assert choice.vectorized is not None
+        if self.prepared.single and not choice.vectorized.choices:
             choice.refusal = self._refusal("a layer with one spelling")
             return choice
-        steps = self._steps(base)
-        for lowering, candidate in self._others(base, lambda: choice.lowering):
-            other = self._steps(candidate)
-            ratio, seconds = self._compare(steps, other)
-            choice.tried.append((_describe(lowering), seconds))
-            if ratio < CLEARLY:
-                choice.vectorized, choice.lowering, steps = candidate, lowering, other
+        steps = self._steps(choice)
+        close: list[tuple[Choice, Steps]] = []
+        for other in self._others(choice):
+            others = self._steps(other)
+            slower, seconds = self._compare(steps, others)
+            choice.tried.append((_describe(other), seconds))
+            if slower < CLEARLY:
+                close.append((replace(choice), steps))
+                choice.vectorized, choice.lowering, choice.chunks, steps = other.vectorized, other.lowering, other.chunks, others
+            elif slower < CLOSE:
+                close.append((other, others))
+        if close:
+            steps = self._final(choice, steps, close[-MOST_FINALISTS:])
         return self._decide(choice, steps)
 
-    def _steps(self, candidate: Vectorized) -> list[Callable[[], object]]:
-        return [bench.step(candidate) for bench in self.benches]
+    def _final(self, choice: Choice, steps: Steps, close: list[tuple[Choice, Steps]]) -> Steps:
+        """Time the close ones together, for longer: one comparison after the other lets noise pick the winner."""
+        finalists = [(choice, steps), *close]
+        rounds = [medians(list(timed), budget=0.2 * len(finalists)) for timed in zip(*(each for _, each in finalists), strict=True)]
+        totals = [math.prod(times) for times in zip(*rounds, strict=True)]
+        best, winner = finalists[totals.index(min(totals))]
+        choice.vectorized, choice.lowering, choice.chunks = best.vectorized, best.lowering, best.chunks
+        return winner
 
-    def _compare(self, steps: list[Callable[[], object]], others: list[Callable[[], object]]) -> tuple[float, float]:
+    def _steps(self, choice: Choice) -> Steps:
+        assert choice.vectorized is not None
+        return [bench.step(choice.vectorized) for bench in self.benches]
+
+    def _compare(self, steps: Steps, others: Steps) -> tuple[float, float]:
         """(time of the others over that of ``steps``, as a geometric mean over the cases; seconds of the others in the first case)."""
-        pairs = [medians([a, b], budget=0.25) for a, b in zip(steps, others, strict=True)]
-        ratio = math.exp(sum(math.log(b / a) for a, b in pairs) / len(pairs))
-        return ratio, pairs[0][1]
+        pairs = [ratio(a, b, budget=0.25) for a, b in zip(steps, others, strict=True)]
+        return math.exp(sum(math.log(slower) for slower, _ in pairs) / len(pairs)), pairs[0][1]
 
     def _decide(self, choice: Choice, steps: list[Callable[[], object]]) -> Choice:
         single = self.prepared.single
@@ -156,13 +199,29 @@ class Planner:
 
     # -- memory -------------------------------------------------------------------------------------------------------------------
 
-    def _over_memory(self, choice: Choice) -> Refusal | None:
-        assert choice.vectorized is not None
+    def _within_memory(self, choice: Choice) -> Choice:
+        """The choice, in as many more chunks as ``max_memory`` asks for; refused where no number of them is enough."""
         assert self.options.max_memory is not None
-        used = max(peak_bytes(bench.step(choice.vectorized)) for bench in self.benches)
-        if used <= self.options.max_memory:
-            return None
-        return self._refusal(f"left as a loop: packed needs {used} bytes at its peak, max_memory allows {self.options.max_memory}")
+        _, lanes = widest(self.prepared.bundles)
+        least = used = self._peak(choice)
+        while used > self.options.max_memory:
+            more = min(choice.chunks * 2, lanes)
+            made = self.emit(choice.lowering, more) if more > choice.chunks else None
+            if made is None:
+                said = f"packed needs {least} bytes at its peak, in any number of chunks; max_memory allows {self.options.max_memory}"
+                choice.refusal = self._refusal(f"left as a loop: {said}")
+                return choice
+            choice.vectorized, choice.chunks = made, more
+            used = self._peak(choice)
+            least = min(used, least)
+        if choice.seconds is not None and choice.chunks > 1 and not self.prepared.single:
+            choice.seconds = None
+            return self._decide(choice, self._steps(choice))
+        return choice
+
+    def _peak(self, choice: Choice) -> int:
+        with preserved_state(self.region):
+            return max(peak_bytes(step) for step in self._steps(choice))
 
     def measure_memory(self, choice: Choice) -> None:
         """Peak bytes of the loop and of the chosen form, in the mode that was asked for."""
@@ -182,11 +241,13 @@ def _launches(forward: Callable[[], Any]) -> Launches:
     return count(forward, bound=False)
 
 
-def _describe(lowering: dict[Any, str]) -> str:
+def _describe(choice: Choice) -> str:
     """The lowerings as a person reads them: ``linear 32x32: baddbmm``."""
     words = []
-    for key, name in lowering.items():
+    for key, name in choice.lowering.items():
         name_of, shapes = (key[1], key[2]) if key[0] == "single" else (key[0], key[2])
         weight = "x".join(map(str, shapes[1] or ())) if len(shapes) > 1 else ""
         words.append(f"{name_of} {weight}: {name}" if weight else f"{name_of}: {name}")
+    if choice.chunks > 1:
+        words.append(f"in {choice.chunks} chunks")
     return ", ".join(dict.fromkeys(words)) or "as the rules name it"

@@ -2,7 +2,8 @@
 
 Comes in: a ``graph.Program`` and a way to find its tensors and modules in the region. Goes out: ``run(args, kwargs)``, which
 returns the region's result, or ``MISS`` where the guard does not hold. Tensors are looked up in their owner's dict at every
-call (one dict lookup each), so that reassigned Parameters are seen and no stale weight is ever used.
+call (one dict lookup each), so that reassigned Parameters are seen and no stale weight is ever used; views of them are kept between
+calls without grad, for as long as object, address and strides are the same.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Program
 from fxfuse.guards import Facts, compile_guard, explain_miss
+from fxfuse.weight_views import are_views, hoist
 
 
 class _Miss:
@@ -88,6 +90,7 @@ class Compiled:
     program: Program
     sources: list[tuple[str, Source]]
     facts: list[Facts]
+    hold: Callable[[bool], None]
 
     def rebound(
         self, forward: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -136,14 +139,14 @@ def compile_program(
     """
     flat, places, modules = _flat_graph(program.graph, root, override or {})
     inputs = [f"x{i}" for i in range(len(program.guard.leaves))]
-    code = flat.python_code("self")
-    space = dict(code.globals)
-    exec(code.src, space)
+    names = [node.name for node in flat.nodes if node.op == "placeholder"][len(inputs) : len(inputs) + len(places)]
+    views = hoist(flat, set(names))
+    called = _function(flat)
     facts = [(facts_of or {}).get(name) or Facts.of(name, place.fetch()) for name, place in places]
 
     scope: dict[str, Any] = {
         "MISS": MISS,
-        "graph": space["forward"],
+        "graph": called,
         "guard": compile_guard(program.guard, facts),
         "flatten": pytree.tree_flatten,
         "unflatten": pytree.tree_unflatten,
@@ -171,11 +174,59 @@ def compile_program(
         lines.extend([f"    {', '.join(inputs)}, = leaves"] if inputs else [])
     lines.extend(f"    {fetch}" for fetch in fetches)
     lines.append(f"    if not guard({', '.join(everything)}): return MISS")
-    called = ["None", *everything, *(f"module{i}" for i in range(len(modules)))]
-    lines.append(f"    out = graph({', '.join(called)})")
+    hold: Callable[[bool], None] = _nothing_to_hold
+    made: list[str] = []
+    if views is not None:
+        read = [names.index(name) for name in views.reads]
+        made = [f"v{i}" for i in range(len(views.names))]
+        scope.update(make_views=_function(views.graph), is_grad_enabled=torch.is_grad_enabled, is_compiling=torch.compiler.is_compiling)
+        held = [f"t{i} is not held{i}" for i in read] + [f"t{i}.data_ptr() != address{i}" for i in read]  # ``.data =`` keeps the object
+        held += [f"t{i}.stride() != stride{i}" for i in read if len(facts[i].shape) > 1]
+        lines.append(f"    if is_grad_enabled() or is_compiling() or {' or '.join(held)}:")
+        lines.append(f"        {', '.join(made)}, = make_views(None, {', '.join(f't{i}' for i in read)})")
+        lines.append("    else:")
+        lines.append(f"        {', '.join(made)}, = held_views")
+        hold = _holder(scope, read, [places[i][1] for i in read])
+        hold(True)
+    given = ["None", *everything, *(f"module{i}" for i in range(len(modules))), *made]
+    lines.append(f"    out = graph({', '.join(given)})")
     lines.append(f"    return {_result(program.out_spec)}")
     exec("\n".join(lines), scope)
-    return Compiled(scope["run"], program, places, facts)
+    return Compiled(scope["run"], program, places, facts, hold)
+
+
+def _function(graph: torch.fx.Graph) -> Callable[..., Any]:
+    """The graph as a function; its first argument is not used."""
+    code = graph.python_code("self")
+    space = dict(code.globals)
+    exec(code.src, space)
+    function: Callable[..., Any] = space["forward"]
+    return function
+
+
+def _nothing_to_hold(wanted: bool) -> None:
+    """For programs that make no views of weights."""
+
+
+def _holder(scope: dict[str, Any], read: list[int], sources: list[Source]) -> Callable[[bool], None]:
+    """A function that makes the views of weights anew for calls without grad, or (False) lets go of them."""
+
+    def hold(wanted: bool) -> None:
+        tensors = tuple(place.fetch() for place in sources) if wanted else ()
+        usable = wanted and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors) and not torch.compiler.is_compiling()
+        made: tuple[torch.Tensor, ...] = ()
+        if usable:
+            with torch.inference_mode(False), torch.no_grad():
+                made = scope["make_views"](None, *(tensor.detach() for tensor in tensors))
+            usable = are_views(made, tensors)
+        for position, i in enumerate(read):
+            scope[f"held{i}"] = tensors[position] if usable else None
+            scope[f"address{i}"] = tensors[position].data_ptr() if usable else 0
+            scope[f"stride{i}"] = tensors[position].stride() if usable else ()
+        scope["held_views"] = made if usable else ()
+
+    return hold
+
 
 
 def _flat_graph(

@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+# A candidate that takes so many times as long need not be timed precisely.
+FAR_SLOWER = 1.4
+
 
 def medians(functions: Sequence[Callable[[], object]], *, budget: float = 0.3, least: int = 5, most: int = 200) -> list[float]:
     """Median seconds of each function, from at most about ``budget`` seconds for all of them together.
@@ -22,6 +25,27 @@ def medians(functions: Sequence[Callable[[], object]], *, budget: float = 0.3, l
     >>> fast < slow
     True
     """
+    return [statistics.median(times) for times in _samples(functions, budget, least, most)]
+
+
+def ratio(one: Callable[[], object], other: Callable[[], object], *, budget: float = 0.3) -> tuple[float, float]:
+    """(time of ``other`` over that of ``one``, median seconds of ``other``), from at most about ``budget`` seconds.
+
+    The ratio is the median over the rounds, not the ratio of the medians: on a machine that runs now fast, now slow both of a round are hit
+    alike. Where ``other`` is far slower after a few rounds, these are all.
+
+    >>> slower, seconds = ratio(lambda: None, lambda: sum(range(100000)), budget=0.05)
+    >>> slower > 1
+    True
+    """
+    ones, others = _samples([one, other], 0.0, 7, 7)
+    if statistics.median(b / max(a, 1e-9) for a, b in zip(ones, others, strict=True)) < FAR_SLOWER:
+        more = _samples([one, other], budget, 7, 200)
+        ones, others = ones + more[0], others + more[1]
+    return statistics.median(b / max(a, 1e-9) for a, b in zip(ones, others, strict=True)), statistics.median(others)
+
+
+def _samples(functions: Sequence[Callable[[], object]], budget: float, least: int, most: int) -> list[list[float]]:
     for function in functions:
         function()
     start = time.perf_counter()
@@ -36,7 +60,7 @@ def medians(functions: Sequence[Callable[[], object]], *, budget: float = 0.3, l
         shuffle(order)
         for index in order:
             samples[index].append(_once(functions[index]))
-    return [statistics.median(times) for times in samples]
+    return samples
 
 
 def _once(function: Callable[[], object]) -> float:

@@ -38,6 +38,9 @@ class Bundle:
     members: list[Node]
     operands: set[int] = field(default_factory=set)  # classes it reads
     number: int = 0  # its place in an order in which operands come first
+    whole: int = 0  # the lanes of all chunks, where this is one chunk of several
+    chunk: int = 0
+    chunks: int = 1
 
     @property
     def op(self) -> Op | None:
@@ -63,12 +66,16 @@ class Bundles:
         index = self.of.get(node)
         return self.classes[index] if index is not None and index in self.active else None
 
-    def components(self) -> list[set[int]]:
-        """Lane sets: active bundles connected through their operands. Each is kept or refused as a whole."""
+    def components(self, through_forks: bool = True) -> list[set[int]]:
+        """Lane sets: active bundles connected through their operands. Each is kept or refused as a whole.
+
+        ``through_forks=False``: slices connect nothing, and are in no set; two loops over the columns of one input are two.
+        """
         dataflow = nx.Graph()
-        dataflow.add_nodes_from(self.active)
-        for index in self.active:
-            dataflow.add_edges_from((index, other) for other in self.classes[index].operands if other in self.active)
+        joined = self.active if through_forks else {i for i in self.active if self.classes[i].name not in POSITIONS}
+        dataflow.add_nodes_from(joined)
+        for index in joined:
+            dataflow.add_edges_from((index, other) for other in self.classes[index].operands if other in joined)
         return sorted((set(c) for c in nx.connected_components(dataflow)), key=min)
 
 

@@ -439,8 +439,13 @@ class Emitter:
                 if not (isinstance(operand, Node) and operand.op in ("get_attr", "placeholder")):
                     dataflow.add_edge(operand, unit)
                     pending.append(operand)
-        first = {u: position[self.bundles.classes[u].members[0] if isinstance(u, int) else u] for u in dataflow}
-        return list(nx.lexicographical_topological_sort(dataflow, key=first.__getitem__))
+
+        def first(unit: Any) -> tuple[int, int]:
+            """One chunk after the other, whatever the order of the program; within a chunk, as the program has it."""
+            bundle = self.bundles.classes[unit] if isinstance(unit, int) else None
+            return (0, position[unit]) if bundle is None else (bundle.chunk, position[bundle.members[0]])
+
+        return list(nx.lexicographical_topological_sort(dataflow, key=first))
 
     def _bundle(self, bundle: Bundle) -> None:
         self.source = bundle.members[0]
@@ -456,10 +461,11 @@ class Emitter:
             failure.bundle = bundle
             raise failure from error
         self.values[bundle.index] = value
-        if not rule.view:
+        if not rule.view and bundle.chunk == 0:
             operands = [n.meta.get("shape") for n in bundle.members[0].all_input_nodes[:2]]
             shapes = " x ".join(str(list(shape)) for shape in operands if shape is not None)
-            self.ops.append(FusedOp(bundle.name, len(bundle.members), lowering, bundle.members[0].meta.get("place"), shapes))
+            lanes, lowering = len(bundle.members), lowering if bundle.chunks == 1 else f"{lowering}, {bundle.chunks} chunks"
+            self.ops.append(FusedOp(bundle.name, bundle.whole or lanes, lowering, bundle.members[0].meta.get("place"), shapes))
         self.source = None
 
     def _single_unit(self, node: Node) -> Any:
@@ -551,7 +557,7 @@ class Emitter:
 def signature(bundle: Bundle) -> tuple[Any, ...]:
     """What a bundle's choice of lowering hangs on, equal in the train and the eval graph."""
     shapes = tuple(n.meta.get("shape") for n in bundle.members[0].all_input_nodes)
-    return (bundle.name, len(bundle.members), shapes)
+    return (bundle.name, bundle.whole or len(bundle.members), shapes)
 
 
 def _own_shapes(nodes: list[Node]) -> tuple[tuple[int, ...], ...] | None:

@@ -7,7 +7,7 @@ A bundle whose rule refuses is taken apart again, alone, and the rest is tried a
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.fx
@@ -15,12 +15,15 @@ import torch.fx
 from fxfuse.graph import FusedOp, Place, Refusal
 
 from .bundle import Bundle, Bundles, Node, find_bundles
+from .chunk import in_chunks
 from .emit import CannotVectorize, Emitter, Packs
 from .factor import factor_shared_maps
 from .joins import normalize_joins
 from .lift import Lifted
 from .pointwise_conv import unify_pointwise
 from .rules import has_rule, is_heavy, is_view, rule_of
+
+LaneSet = frozenset[tuple[Any, ...]]  # (op, place, path, lanes) of each of its bundles
 
 
 @dataclass
@@ -35,6 +38,9 @@ class Prepared:
     min_lanes: int = 2
     single: bool = False  # one Linear or pointwise convolution, to be spelled as the other where that is faster
     merge: bool = True  # equal heavy ops on inputs of different origin become one bundle
+    chunks: int = 1
+    whole: Bundles | None = None  # ``bundles`` before they were cut into chunks
+    skipped: frozenset[LaneSet] = frozenset()  # lane sets that are to stay as they are
 
     def find(self) -> None:
         """Find the bundles anew, without what was disabled and without lane sets that save nothing."""
@@ -47,10 +53,43 @@ class Prepared:
         )
         for component in self.bundles.components():
             if saved_launches(self.bundles, component) <= 0:
-                self.bundles.active -= component
-                for index in component:
-                    for member in self.bundles.classes[index].members:
-                        self.bundles.position.pop(member, None)
+                self._leave(component)
+        for component in self.bundles.components(through_forks=False) if self.skipped else ():
+            if self._lane_set(component) in self.skipped:
+                self._leave(component)
+        self.whole = self.bundles
+        self.bundles = in_chunks(self.whole, self.chunks)
+
+    def _leave(self, component: set[int]) -> None:
+        self.bundles.active -= component
+        for index in component:
+            for member in self.bundles.classes[index].members:
+                self.bundles.position.pop(member, None)
+
+    def cut(self, chunks: int) -> Prepared:
+        """The same lanes in so many chunks."""
+        assert self.whole is not None
+        return replace(self, chunks=chunks, bundles=in_chunks(self.whole, chunks))
+
+    def _lane_set(self, component: set[int]) -> LaneSet:
+        bundles = [self.bundles.classes[index] for index in component]
+        return frozenset((b.name, str(b.members[0].meta.get("place")), b.members[0].meta.get("path"), len(b.members)) for b in bundles)
+
+    def lane_sets(self) -> dict[LaneSet, Place | None]:
+        """What can be undone alone, by where it is in the source, which is the same in every mode of the model."""
+        assert self.whole is not None
+        whole = replace(self, bundles=self.whole)
+        found: dict[LaneSet, Place | None] = {}
+        for component in self.whole.components(through_forks=False):
+            first = min(component, key=lambda index: self.whole.classes[index].number)  # type: ignore[union-attr]
+            found[whole._lane_set(component)] = self.whole.classes[first].members[0].meta.get("place")
+        return found
+
+    def without(self, skipped: frozenset[LaneSet]) -> Prepared:
+        """The same graph, with these lane sets left as they are."""
+        other = replace(self, skipped=skipped, disabled=set(self.disabled), refusals=[])
+        other.find()
+        return other
 
     def launches(self) -> int:
         """About how many ops the rewritten graph launches."""
