@@ -238,16 +238,18 @@ def assert_fused_equals(
     if heavy is not None:
         assert_heavy(fused, x, heavy, **kwargs)
         args = as_args(x)
-        before, after = (launches.count(lambda m=m: m(*args, **kwargs)).total for m in (model.train(), fused.train()))
-        assert after <= before, f"{after} launches in all, {before} before"
+        before, after = (launches.count(lambda m=m: m(*args, **kwargs)) for m in (model.train(), fused.train()))
+        assert after.total <= before.total, f"{after.total} launches in all, {before.total} before"
+        # two lanes of one convolution may launch as many in all: the packing then saves parameter-carrying ones
+        assert after.total < before.total or after.heavy < before.heavy, f"{after} launches as much as {before}"
     if rtol_outputs is None:
         assert_checkpoints_travel(model, fused, *trials[1])
     return fused
 
 
 def assert_heavy(fused: nn.Module, x: Any, heavy: int, **kwargs: Any) -> None:
-    """One forward makes at most `heavy` parameter-carrying launches, in eval as in train mode."""
+    """One forward makes `heavy` parameter-carrying launches, in eval as in train mode."""
     for training in (False, True):
         fused.train(training)
         count = launches.count(lambda: fused(*as_args(x), **kwargs))
-        assert count.heavy <= heavy, f"{count.heavy} heavy launches, expected at most {heavy}: {count.heavy_by_op}"
+        assert count.heavy == heavy, f"{count.heavy} heavy launches, expected {heavy}: {count.heavy_by_op}"

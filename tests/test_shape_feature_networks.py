@@ -190,7 +190,7 @@ def test_every_slice_and_join(pieces, join):
 ])
 def test_widths_and_lanes(lanes, hidden, bias, act):
     model = randomized(FeatureNetworks(lanes, "x[:, i:i+1]", "zeros, out[:, i] = y", hidden=hidden, bias=bias, act=act))
-    assert_fused_equals(model, randn(6, lanes), heavy=2)
+    assert_fused_equals(model, randn(6, lanes), heavy=2, lowering="bmm")  # as products: sizes of 1 have forms that count as none
 
 
 # The loops themselves.
