@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fxfuse.collector import paused
 from fxfuse.errors import FxfuseError
 
 
@@ -50,7 +51,8 @@ def _recorded(fn: Callable[[], object], enable: Any) -> list[int]:
     # (state, report shapes, profile memory, stacks, flops, modules, experimental)
     enable(ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig()))
     try:
-        fn()
+        with paused():  # tensors in garbage from before: freed here, they would count, and torch would warn of unknown blocks
+            fn()
     finally:
         threads: Any = torch._C._autograd._disable_profiler_legacy()
     return [event.cpu_memory_usage() for events in threads for event in events if event.kind() == "memory_alloc"]
