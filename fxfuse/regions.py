@@ -14,7 +14,8 @@ from torch import nn
 from .fused import STATE
 from .graph import Place, Refusal
 from .observe import Observation
-from .passes.lift import Sizes, lift
+from .passes.lift import lift
+from .passes.lifted import Sizes
 from .passes.near_miss import near_misses
 from .passes.rules import is_heavy
 from .passes.vectorize import Prepared, prepare

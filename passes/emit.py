@@ -26,7 +26,7 @@ from fxfuse.graph import FusedOp, Recipe
 
 from .bundle import Bundle, Bundles
 from .functional import drop_unused, slice_along
-from .lift import Lifted
+from .lifted import Lifted
 from .ops import Op
 from .tidy import tidy
 

@@ -16,7 +16,7 @@ from fxfuse.graph import Guard, Program, Recipe, TensorGuard
 from fxfuse.trace import Frame, Ref, Trace
 
 from .emit import Packs
-from .lift import Lifted
+from .lifted import Lifted
 
 
 def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program:

@@ -18,7 +18,7 @@ from .bundle import Bundle, Bundles, Node, find_bundles
 from .emit import CannotVectorize, Emitter, Packs
 from .factor import factor_shared_maps
 from .joins import normalize_joins
-from .lift import Lifted
+from .lifted import Lifted
 from .pointwise_conv import unify_pointwise
 from .rules import has_rule, is_heavy, is_view, rule_of
 
