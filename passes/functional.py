@@ -52,6 +52,15 @@ def slice_along(tensor: torch.Tensor, dim: int, start: int, stop: int, step: int
     return tensor[(slice(None),) * dim + (slice(start, stop, step),)]
 
 
+def pick_along(tensor: torch.Tensor, dim: int, positions: tuple[int, ...]) -> torch.Tensor:
+    """``tensor[[2, 0]]`` in dimension ``dim``: a list of positions, in any order.
+
+    >>> pick_along(torch.arange(6), 0, (5, 0, 5))
+    tensor([5, 0, 5])
+    """
+    return torch.index_select(tensor, dim, torch.tensor(positions, device=tensor.device))
+
+
 def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     """``value`` broadcast and cast as ``slot[...] = value`` would: the shape and dtype of ``slot``.
 

@@ -14,9 +14,11 @@ import torch.fx
 
 from fxfuse.graph import FusedOp, Place, Refusal
 
+from .buffers import join_writes
 from .bundle import Bundle, Bundles, Node, find_bundles
 from .emit import CannotVectorize, Emitter, Packs
 from .factor import factor_shared_maps
+from .forwarding import forward_writes
 from .joins import normalize_joins
 from .lifted import Lifted
 from .pointwise_conv import unify_pointwise
@@ -77,6 +79,8 @@ class Vectorized:
 
 def prepare(lifted: Lifted, min_lanes: int, merge: bool = False) -> Prepared:
     """Normalize ``lifted`` in place and find its lanes. ``merge``: also those that only join for the sake of fewer launches."""
+    forward_writes(lifted.graph)
+    join_writes(lifted.graph)
     normalize_joins(lifted.graph)
     factored = factor_shared_maps(lifted.graph)
     unify_pointwise(lifted.graph)
