@@ -274,7 +274,7 @@ class _Pipeline:
                 planner.measure_memory(choice)
         programs: dict[tuple[bool, ...], Program] = {}
         packs = choice.vectorized.packs
-        notes: list[str] = []
+        notes = list(choice.vectorized.notes)
         graphs = [(observations[0], prepared.lifted, choice.vectorized.graph)]
         alike = [o for o in observations[1:] if o.same_as is observations[0]]
         for observation in observations[1:]:

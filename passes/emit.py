@@ -103,6 +103,7 @@ class Emitter:
         self.attributes: dict[str, Node] = {}
         self.choices: dict[Any, tuple[str, ...]] = {}
         self.ops: list[FusedOp] = []
+        self.notes: list[str] = []  # what a person should know of how the packed form computes
         self.source: Node | None = None  # the original node on whose behalf we are writing
 
     # -- writing nodes ------------------------------------------------------------------------------------------------------------

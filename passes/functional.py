@@ -43,6 +43,33 @@ def sum_of(tensors: list[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(torch.add, tensors)
 
 
+def prod_of(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """``tensors[0] * tensors[1] * ...``, from left to right.
+
+    >>> prod_of([torch.ones(2), torch.full((2,), 3.0)])
+    tensor([3., 3.])
+    """
+    return functools.reduce(torch.mul, tensors)
+
+
+def min_of(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The smallest of all, place by place.
+
+    >>> min_of([torch.ones(2), torch.zeros(2)])
+    tensor([0., 0.])
+    """
+    return functools.reduce(torch.minimum, tensors)
+
+
+def max_of(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The largest of all, place by place.
+
+    >>> max_of([torch.ones(2), torch.zeros(2)])
+    tensor([1., 1.])
+    """
+    return functools.reduce(torch.maximum, tensors)
+
+
 def slice_along(tensor: torch.Tensor, dim: int, start: int, stop: int, step: int) -> torch.Tensor:
     """``tensor[start:stop:step]`` in dimension ``dim``.
 

@@ -1,7 +1,7 @@
 """Where lanes come together: one spelling for every way to write it.
 
-Comes in: a functional graph from ``lift``. Goes out: the same graph, in which a growing ``z = cat([z, y])`` is one ``cat``, a chain of
-slice writes into a buffer is one ``stack`` or ``cat``, and a chain of additions is one ``sum_of``. Contract: the values that leave the
+Comes in: a functional graph after ``buffers``. Goes out: the same graph, in which a growing ``z = cat([z, y])`` is one ``cat``, and a chain
+of additions, products, minima or maxima is one ``sum_of``, ``prod_of``, ``min_of``, ``max_of``. Contract: the values that leave the
 graph are the same; a node that something else reads between two steps of a chain ends the chain there.
 """
 
@@ -12,17 +12,14 @@ from typing import Any
 import torch
 import torch.fx
 
-from .functional import as_slot, drop_unused, index_write, op_of, slice_along, sum_of
+from .functional import drop_unused, max_of, min_of, op_of, prod_of, sum_of
 from .ops import Op, canonical
 
 CAT = canonical(torch.cat, ([torch.empty(0)], 0), {})[0]
 STACK = canonical(torch.stack, ([torch.empty(0)], 0), {})[0]
-SELECT = canonical(torch.select, (torch.empty(0), 0, 0), {})[0]
 UNSQUEEZE = canonical(torch.unsqueeze, (torch.empty(0), 0), {})[0]
-SUM_OF = op_of(sum_of)
-SLICE = op_of(slice_along)
-WRITE = op_of(index_write)
-SLOT = op_of(as_slot)
+SUB = canonical(torch.sub, (torch.empty(0), torch.empty(0)), {})[0]
+SUM_OF, PROD_OF, MIN_OF, MAX_OF = op_of(sum_of), op_of(prod_of), op_of(min_of), op_of(max_of)
 
 Node = torch.fx.Node
 
@@ -45,8 +42,8 @@ def normalize_joins(graph: torch.fx.Graph) -> None:
             continue
         if is_op(node, "cat"):
             _flatten_cat(graph, node)
-        elif is_op(node, "add"):
-            _collect_sum(graph, node)
+        else:
+            _collect(graph, node)
     drop_unused(graph)
 
 
@@ -90,45 +87,73 @@ def _replace(graph: torch.fx.Graph, node: Node, op: Op, args: tuple[Any, ...]) -
     return new
 
 
-# -- sums -------------------------------------------------------------------------------------------------------------------------
+# -- chains of one operation ---------------------------------------------------------------------------------------------------------
+
+# An operation on two tensors of one shape, and the op that stands for a chain of it.
+CHAINS = {"add": SUM_OF, "sub": SUM_OF, "mul": PROD_OF, "minimum": MIN_OF, "maximum": MAX_OF, "min": MIN_OF, "max": MAX_OF}
+_NEUTRAL = {SUM_OF: ("zeros", "new_zeros", "zeros_like"), PROD_OF: ("ones", "new_ones", "ones_like")}
+
+
+def chain_of(node: Any) -> Op | None:
+    """What a chain of this operation is, where ``node`` combines two tensors of the result's own shape and dtype, without ``alpha``."""
+    if not isinstance(node, Node) or not isinstance(node.target, Op) or node.target.name not in CHAINS or node.meta.get("shape") is None:
+        return None
+    values = dict(zip(node.target.names, node.args, strict=True))
+    operands = (values.get("input"), values.get("other"))
+    plain = values.get("alpha", 1) == 1 and all(
+        isinstance(part, Node) and all(part.meta.get(fact) == node.meta[fact] for fact in ("shape", "dyn", "dtype")) for part in operands
+    )
+    return CHAINS[node.target.name] if plain and node.meta["dtype"] is not torch.bool else None
 
 
 def is_plain_add(node: Any) -> bool:
     """An addition of two tensors of the result's own shape and dtype, without ``alpha``."""
-    if not is_op(node, "add"):
-        return False
-    values = dict(zip(node.target.names, node.args, strict=True))
-    left, right = values.get("input"), values.get("other")
-    return (
-        values.get("alpha", 1) == 1
-        and isinstance(left, Node)
-        and isinstance(right, Node)
-        and all(
-            all(part.meta.get(fact) == node.meta[fact] for fact in ("shape", "dyn", "dtype"))
-            for part in (left, right)
-        )
-    )
+    return is_op(node, "add") and chain_of(node) is not None
 
 
-def _collect_sum(graph: torch.fx.Graph, node: Node) -> None:
-    if not is_plain_add(node) or any(is_plain_add(user) and len(node.users) == 1 for user in node.users):
+def _collect(graph: torch.fx.Graph, node: Node) -> None:
+    """``node`` is the last of a chain: ``a + b - c - d`` is the sum of a and b less the sum of c and d."""
+    chain = chain_of(node)
+    if chain is None or (len(node.users) == 1 and chain_of(next(iter(node.users))) is chain):
         return
     terms: list[Node] = []
-    stack: list[tuple[Any, Node]] = [(argument(node, "other"), node), (argument(node, "input"), node)]
+    less: list[Node] = []
+    stack: list[tuple[Any, Node, bool]] = []
+
+    def push(user: Node, positive: bool) -> None:
+        stack.append((argument(user, "other"), user, positive is not is_op(user, "sub")))
+        stack.append((argument(user, "input"), user, positive))
+
+    push(node, True)
     while stack:
-        term, user = stack.pop()
-        if is_plain_add(term) and _only_user(term, user):
-            stack.append((argument(term, "other"), term))
-            stack.append((argument(term, "input"), term))
+        term, user, positive = stack.pop()
+        if chain_of(term) is chain and _only_user(term, user):
+            push(term, positive)
         else:
-            terms.append(term)
-    kept = [term for term in terms if not _is_zeros(term)]
-    if len(terms) > 2 or len(kept) < len(terms):
-        if len(kept) >= 2:
-            _replace(graph, node, SUM_OF, (kept,))
-        elif len(terms) > 2:
-            _replace(graph, node, SUM_OF, (terms,))
+            (terms if positive else less).append(term)
+    kept = [term for term in terms if not _is_neutral(term, chain)]
+    if len(less) == 1 and len(terms) > 1:  # the additions before it are a chain of their own
+        return
+    if len(terms) + len(less) == 2 and len(kept) == len(terms):
+        return
+    with graph.inserting_before(node):
+        result = _one(graph, node, chain, kept or terms[:1])
+        if less:
+            result = graph.call_function(SUB, (result, _one(graph, node, chain, less), 1))
+            _copy_meta(result, node)
+    node.replace_all_uses_with(result)
 
 
-def _is_zeros(node: Any) -> bool:
-    return isinstance(node, Node) and isinstance(node.target, Op) and node.target.name in ("zeros", "new_zeros", "zeros_like")
+def _one(graph: torch.fx.Graph, node: Node, chain: Op, terms: list[Node]) -> Node:
+    if len(terms) == 1:
+        return terms[0]
+    made = graph.call_function(chain, (terms,))
+    _copy_meta(made, node)
+    return made
+
+
+def _is_neutral(node: Any, chain: Op) -> bool:
+    """Zeros in a sum, ones in a product, and parts of such."""
+    while any(is_op(node, name) for name in ("select", "slice_along")):
+        node = node.args[0]
+    return any(is_op(node, name) for name in _NEUTRAL.get(chain, ()))

@@ -75,6 +75,7 @@ class Vectorized:
     packs: Packs
     ops: list[FusedOp]
     choices: dict[Any, tuple[str, ...]]
+    notes: list[str] = field(default_factory=list)
 
 
 def prepare(lifted: Lifted, min_lanes: int, merge: bool = False) -> Prepared:
@@ -106,7 +107,7 @@ def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer
             prepared.find()
             continue
         factored = [FusedOp(op, count, "one map of the summed input", place) for op, count, place in prepared.factored]
-        return Vectorized(graph, attempt, factored + emitter.ops, emitter.choices)
+        return Vectorized(graph, attempt, factored + emitter.ops, emitter.choices, list(dict.fromkeys(emitter.notes)))
     return None
 
 
