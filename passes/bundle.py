@@ -27,7 +27,7 @@ Node = torch.fx.Node
 MOST_MERGES = 16
 
 # Which argument of a slicing op is the lane's position, and may differ from lane to lane.
-POSITIONS = {"select": ("index",), "slice_along": ("start", "stop"), "narrow": ("start",)}
+POSITIONS = {"select": ("index",), "slice_along": ("start", "stop"), "pick_along": ("positions",)}
 
 
 @dataclass
@@ -223,7 +223,8 @@ def _drop_idle_views(bundles: Bundles, is_view: Callable[[Bundle], bool]) -> Non
 def _order(bundles: Bundles) -> None:
     """The order of lanes: by the position of the first operand that tells lanes apart, else as the program has them.
 
-    Lanes that read the same position (two networks on each slice) are ordered network by network, so that each is a run of its own.
+    Lanes that read the same position (two networks on each slice) are ordered network by network, so that each is a run of its own;
+    where that gives no whole runs (pairs ``i < j``) the operand is gathered anyway, and the program's order spares a second gather.
     """
     for number, index in enumerate(nx.topological_sort(dataflow_of(bundles.classes))):
         bundle = bundles.classes[index]
@@ -237,7 +238,10 @@ def _order(bundles: Bundles) -> None:
                     occurrence = seen.get(position, 0)
                     seen[position] = occurrence + 1
                     keys.append((occurrence, position, member))
-                bundle.members = [member for _, _, member in sorted(keys, key=lambda k: k[:2])]
+                if bundle.name in POSITIONS:  # the places of one tensor stay together
+                    bundle.members = [member for _, _, member in sorted(keys, key=lambda k: k[1])]
+                elif len(set(seen.values())) == 1:
+                    bundle.members = [member for _, _, member in sorted(keys, key=lambda k: k[:2])]
             bundles.position.update((member, position) for position, member in enumerate(bundle.members))
 
 

@@ -101,6 +101,7 @@ class Emitter:
         self.values: dict[int, Packed] = {}
         self.pieces: dict[int, Node] = {}
         self.attributes: dict[str, Node] = {}
+        self.gathers: dict[tuple[Node, ...], Node] = {}  # what was joined for one bundle serves others
         self.choices: dict[Any, tuple[str, ...]] = {}
         self.ops: list[FusedOp] = []
         self.notes: list[str] = []  # what a person should know of how the packed form computes
@@ -203,7 +204,10 @@ class Emitter:
         if bundle is not None and all(self.bundles.of.get(node) == bundle.index for node in nodes):
             value = self.values[bundle.index]
             return self.pick(value, len(bundle.members), [self.bundles.position[node] for node in nodes])
-        return Packed(self._gathered(nodes), 0)
+        known = self.gathers.get(tuple(nodes))
+        if known is None:
+            known = self.gathers[tuple(nodes)] = self._gathered(nodes)
+        return Packed(known, 0)
 
     def _gathered(self, nodes: list[Node]) -> Node:
         """Values from several places, one per lane, lanes in front: runs of lanes that are packed already are taken as they are."""

@@ -49,6 +49,7 @@ class _Buffer:
     dim: int
     writes: dict[Node, int] = field(default_factory=dict)  # write -> its number in the chain
     held: dict[int, list[tuple[int, Node]]] = field(default_factory=dict)  # position -> (number of the write, the write)
+    before: dict[Place, Node] = field(default_factory=dict)  # reads of ``root``, each made once
 
 
 def forward_writes(graph: torch.fx.Graph) -> None:
@@ -257,8 +258,10 @@ def _read(graph: torch.fx.Graph, node: Node, buffers: dict[Node, _Buffer]) -> No
         return None
     (write,) = found
     if write is None:
-        made = taken(graph, node, known.root, place)
-        made = _read(graph, made, buffers) or made
+        if place not in known.before:
+            made = taken(graph, node, known.root, place)
+            known.before[place] = _read(graph, made, buffers) or made
+        made = known.before[place]
     else:
         written = place_of(write.args[1], write.meta["shape"], write.meta["dyn"])
         if written is None or written.positions != place.positions or written.single != place.single:

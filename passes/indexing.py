@@ -13,7 +13,7 @@ import torch.fx
 
 from fxfuse.trace import Event, Frame, Trace
 
-from .functional import op_of, slice_along
+from .functional import op_of, pick_along, slice_along
 from .lifted import SizeDependent, Sizes
 from .nodes import Nodes
 from .ops import Op, canonical
@@ -21,6 +21,7 @@ from .ops import Op, canonical
 _SELECT = canonical(torch.select, (torch.empty(0), 0, 0), {})[0]
 _UNSQUEEZE = canonical(torch.unsqueeze, (torch.empty(0), 0), {})[0]
 _SLICE = op_of(slice_along)
+_PICK = op_of(pick_along)
 
 
 class Indexing(Nodes):
@@ -30,13 +31,36 @@ class Indexing(Nodes):
         super().__init__(trace, frame, sizes, opaque)
         self.env: dict[int, Any] = {}  # value -> node of its contents now
 
+    def _part(self, name: str, func: Any, args: Any, kwargs: Any, value: int) -> Any:
+        """``x[...]``, ``narrow`` or ``select`` as one chain of steps; None for any other call."""
+        if name == "__getitem__":
+            return self._getitem(args[0], args[1], value, func)
+        if name not in ("narrow", "select"):
+            return None
+        op, canonical_args = canonical(func, tuple(args), kwargs)
+        given = dict(zip(op.names, canonical_args, strict=True))
+        node, dim, start = args[0], given.get("dim"), given.get("index" if name == "select" else "start")
+        shape = node.meta["shape"]
+        if not shape or not isinstance(dim, int) or not isinstance(start, int):
+            return None
+        dim = dim % len(shape)
+        if dim in node.meta["dyn"] or (name == "narrow" and type(given["length"]) is not int):
+            return None
+        start = start % shape[dim] if start < 0 else start
+        if name == "select":
+            return self._step(_SELECT, node, (dim, start), value)
+        whole = start == 0 and given["length"] == shape[dim]
+        return node if whole else self._step(_SLICE, node, (dim, start, start + given["length"], 1), value)
+
     def _getitem(self, node: Any, index: Any, value: int, func: Any) -> Any:
         """Basic indexing as a chain of single-dim steps; anything else stays an indexing call."""
         items = list(index) if isinstance(index, tuple) else [index]
         shape = node.meta["shape"]
         if sum(isinstance(i, list) for i in items) == 1:  # x[:, [3]] is x[:, 3:4]; a copy there, but here nothing is written in place
             items = [_as_slice(i) if isinstance(i, list) else i for i in items]
-        if shape is None or not all(i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) for i in items):
+        along = _list_dim(items, len(shape)) if shape is not None else None
+        picked = along is not None and along not in node.meta["dyn"]
+        if shape is None or not all(i is None or i is Ellipsis or type(i) is int or isinstance(i, slice) or picked for i in items):
             op, args = canonical(func, (node, index), {})
             return self._node(op, args, value)
         used = sum(1 for i in items if i is not None and i is not Ellipsis)
@@ -55,6 +79,9 @@ class Indexing(Nodes):
                 step = self._slice(item, dim, size, free)
                 if step is not None:
                     steps.append((_SLICE, step))
+                dim += 1
+            elif isinstance(item, list):
+                steps.append((_PICK, (dim, tuple(position % size for position in item))))
                 dim += 1
             else:
                 if free:
@@ -91,7 +118,7 @@ class Indexing(Nodes):
                 shape.insert(dim, 1)
                 dyn = frozenset(d + (d >= dim) for d in dyn)
             else:
-                shape[dim] = len(range(args[1], args[2], args[3]))
+                shape[dim] = len(args[1]) if op is _PICK else len(range(args[1], args[2], args[3]))
             made.meta.update(shape=tuple(shape), dyn=dyn, dtype=node.meta["dtype"], device=node.meta["device"], stride=None)
         return made
 
@@ -121,3 +148,16 @@ def _as_slice(index: list[Any]) -> Any:
     if index and all(type(i) is int for i in index) and index[0] >= 0 and index == list(range(index[0], index[0] + len(index))):
         return slice(index[0], index[-1] + 1)
     return index
+
+
+def _list_dim(items: list[Any], rank: int) -> int | None:
+    """Where the only index besides slices is one list of positions: the dim it picks along. (A number next to a list would move it.)"""
+    lists = [at for at, item in enumerate(items) if isinstance(item, list)]
+    if len(lists) != 1 or not all(type(position) is int for position in items[lists[0]]):
+        return None
+    if not all(item is None or item is Ellipsis or isinstance(item, (slice, list)) for item in items):
+        return None
+    before, after = items[: lists[0]], items[lists[0] + 1 :]
+    if any(item is Ellipsis for item in before):
+        return rank - 1 - sum(item is not None for item in after)
+    return sum(item is not None for item in before)

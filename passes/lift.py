@@ -129,8 +129,9 @@ class _Lifter(Writes):
             self._write_event(event, name)
             return
         args, kwargs = self._argument(event.args), self._argument(event.kwargs)
-        if name == "__getitem__":
-            self.env[event.out.value] = self._getitem(args[0], args[1], event.out.value, event.func)
+        part = self._part(name, event.func, args, kwargs, event.out.value) if isinstance(event.out, Ref) else None
+        if part is not None:
+            self.env[event.out.value] = part
         elif name in SPLITS or name in ("unbind", "unsafe_unbind"):
             self._split(name, event, args, kwargs)
         elif name == "broadcast_tensors":

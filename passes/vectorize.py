@@ -21,6 +21,7 @@ from .factor import factor_shared_maps
 from .forwarding import forward_writes
 from .joins import normalize_joins
 from .lifted import Lifted
+from .picks import unify_picks
 from .pointwise_conv import unify_pointwise
 from .rules import has_rule, is_heavy, is_view, rule_of
 
@@ -83,6 +84,7 @@ def prepare(lifted: Lifted, min_lanes: int, merge: bool = False) -> Prepared:
     forward_writes(lifted.graph)
     join_writes(lifted.graph)
     normalize_joins(lifted.graph)
+    unify_picks(lifted.graph)
     factored = factor_shared_maps(lifted.graph)
     unify_pointwise(lifted.graph)
     prepared = Prepared(lifted, Bundles([], {}, set(), {}), factored, min_lanes=min_lanes, merge=merge)

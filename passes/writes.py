@@ -88,8 +88,9 @@ class Writes(Indexing):
         """Make a view anew from its base, whose contents have changed."""
         args, kwargs = self._argument(event.args), self._argument(event.kwargs)
         name = op_name(event.func)
-        if name == "__getitem__":
-            return self._getitem(args[0], args[1], value, event.func)
+        part = self._part(name, event.func, args, kwargs, value)
+        if part is not None:
+            return part
         if name in SPLITS or name == "unbind":
             raise Refused("a piece of a split tensor is read after the tensor was written", event.place)
         return self._call(event.func, args, kwargs, Ref(value))

@@ -223,13 +223,14 @@ def assert_checkpoints_travel(model: nn.Module, fused: nn.Module, args: Any, kwa
 def assert_fused_equals(
     model: nn.Module, x: Any, *, heavy: int | None = None, batches: Sequence[int] = (1, 4, 9), kwargs: dict[str, Any] | None = None,
     make: Callable[[int], Any] | None = None, specialised: bool = False, random_in_train: bool = False, rtol_outputs: float | None = None,
-    **options: Any,
+    refused: str = "", **options: Any,
 ) -> nn.Module:
     """Fuse the model on `x` and check all that this file's first lines promise; return what ``optimize`` returned.
 
     `x` is the example, a tensor or a tuple; rows are its tensors' first dim, and `batches` are the other row counts to try; `make(rows)`
     gives those inputs where rows are not all that simple. `heavy` is how many parameter-carrying launches one forward may
-    make. `specialised`: the loop runs over a size, so that other sizes may take the original's way (never another number).
+    make. `refused`: words of the one reason for which something stays out. `specialised`: the loop runs over a size, so that other
+    sizes may take the original's way (never another number).
     """
     kwargs = kwargs or {}
     with untouched(model):
@@ -238,7 +239,8 @@ def assert_fused_equals(
     assert isinstance(fused, type(model))
     report = fxfuse.report(fused)
     assert report.fused, f"nothing fused:\n{report}"
-    assert not report.refused, f"refused:\n{report}"
+    assert bool(report.refused) == bool(refused), f"refused:\n{report}"
+    assert all(refused in str(r) for r in report.refused), f"refused:\n{report}"
 
     trials = [(x, kwargs), (fresh(x, None, seed=3), kwargs)]
     for batch in batches:

@@ -113,7 +113,7 @@ class IndexLists(Nets):
         return torch.cat([net(x[:, group]) for net, group in zip(self.nets, self.groups)], 1)
 
 
-@case(randn(5, 8), heavy=2, total=5)
+@case(randn(5, 8), heavy=2, total=9)
 class IndexBuffers(Nets):
     """The same with index tensors held as buffers."""
 
@@ -126,7 +126,7 @@ class IndexBuffers(Nets):
         return torch.cat([net(x[:, getattr(self, f"group_{i}")]) for i, net in enumerate(self.nets)], 1)
 
 
-@case(randn(5, 8), heavy=2, total=5)
+@case(randn(5, 8), heavy=2, total=9)
 class IndexSelect(Nets):
     def __init__(self):
         super().__init__()
@@ -190,7 +190,7 @@ class WithShared(nn.Module):
 # -- unequal widths ---------------------------------------------------------------------------------------------------------------
 
 
-@case(randn(5, 11), heavy=5, total=14)
+@case(randn(5, 11), heavy=5, total=11, refused="nets.3.0 stays out of the lanes next to it: input [5, 1] against [5, 2]")
 class UnequalWidths(nn.Module):
     """Groups of other widths: the first layers fuse by width, the further layers over all."""
 
@@ -210,7 +210,7 @@ class UnequalWidths(nn.Module):
         return torch.cat(outs, dim=1)
 
 
-@case(randn(5, 11), heavy=4, total=12)
+@case(randn(5, 11), heavy=4, total=8, refused="proj.1 stays out of the lanes next to it: input [5, 3] against [5, 4]")
 class UnequalSplit(nn.Module):
     widths = (4, 3, 4)
 
@@ -275,7 +275,7 @@ class ListInputsTwice(nn.Module):
         return (values * weights.unsqueeze(-1)).sum(1)
 
 
-@case(randn(5, 6), heavy=2, total=3)
+@case(randn(5, 6), heavy=2, total=4)
 class SharedInput(Nets):
     def __init__(self):
         super().__init__(inputs=6)

@@ -299,7 +299,7 @@ class MeanOfStack(Experts):
         return torch.stack([e(x) for e in self.experts]).mean(0)
 
 
-@case(randn(5, 3), heavy=2, total=5)
+@case(randn(5, 3), heavy=2, total=10)
 class FixedWeights(Nets):
     """A sum with one number per lane."""
 
