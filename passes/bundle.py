@@ -242,7 +242,23 @@ def _order(bundles: Bundles) -> None:
                     bundle.members = [member for _, _, member in sorted(keys, key=lambda k: k[1])]
                 elif len(set(seen.values())) == 1:
                     bundle.members = [member for _, _, member in sorted(keys, key=lambda k: k[:2])]
+            bundle.members = _by_weight(bundle)
             bundles.position.update((member, position) for position, member in enumerate(bundle.members))
+
+
+def _by_weight(bundle: Bundle) -> list[Node]:
+    """Calls of one network next to each other, so that its weights serve them all as more rows (a network called in two loops)."""
+    first = bundle.members[0]
+    assert bundle.op is not None
+    for column, arg in enumerate(first.args):
+        if not isinstance(arg, Node) or arg.op != "get_attr":
+            continue
+        calls: dict[Any, list[Node]] = {}
+        for member in bundle.members:
+            calls.setdefault(member.args[column], []).append(member)
+        if 1 < len(calls) < len(bundle.members) and len({len(group) for group in calls.values()}) == 1:
+            return [member for group in calls.values() for member in group]
+    return bundle.members
 
 
 def _operand_positions(bundle: Bundle, bundles: Bundles) -> list[Any] | None:

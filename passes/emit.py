@@ -244,6 +244,10 @@ class Emitter:
             sizes[dim] = count // total
             expanded = self.call("expand", self.call(torch.unsqueeze, node, dim), *sizes)
             return Packed(self.call(torch.flatten, expanded, dim, dim + 1), dim)
+        rows = total // max(step, 1)
+        if count == total and total % max(step, 1) == 0 and positions == [r * step + c for c in range(step) for r in range(rows)]:
+            turned = self.call(torch.transpose, self.call(torch.unflatten, node, dim, (rows, step)), dim, dim + 1)
+            return Packed(self.call(torch.flatten, turned, dim, dim + 1), dim)
         return Packed(self.call(torch.index_select, node, dim, self.constant(positions, self.device(nodes=None))), dim)
 
     def device(self, nodes: Iterable[Node] | None) -> torch.device:
@@ -269,8 +273,10 @@ class Emitter:
         shape = tuple(meta["shape"])
         order = tuple(range(len(shape))) if order is None else order
         recipe = self.packs.recipes.get(targets)
+        if len(set(targets)) < len(targets):
+            return self._repeated(nodes, order, style)
         if recipe is None:
-            if len(set(targets)) < len(targets) or any(t in self.packs.where for t in targets):
+            if any(t in self.packs.where for t in targets):
                 return self._repack(nodes, targets, order, style)
             stored = "cat" if len(shape) == 1 else style if shape else "stack"
             recipe = Recipe(
@@ -301,6 +307,16 @@ class Emitter:
         if style == "cat":
             node = self.call(torch.flatten, node, 0, 1)
         return Packed(node, 0)
+
+    def _repeated(self, nodes: list[Node], order: tuple[int, ...], style: str) -> Packed | None:
+        """Weights that several lanes use: each is packed once."""
+        distinct = list(dict.fromkeys(nodes))
+        whole = self.weights(distinct, order) if len(distinct) > 1 else None
+        if whole is None:
+            return None
+        lane_of = {node: lane for lane, node in enumerate(distinct)}
+        picked = self.pick(whole, len(distinct), [lane_of[node] for node in nodes])
+        return Packed(self.call(torch.flatten, picked.node, 0, 1), 0) if style == "cat" else picked
 
     def _repack(self, nodes: list[Node], targets: tuple[str, ...], order: tuple[int, ...], style: str) -> Packed | None:
         """Weights that another bundle has packed already: the same pack in another order, or part of it."""

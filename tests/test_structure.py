@@ -281,7 +281,7 @@ class ByKind(nn.Module):
 # -- modules used twice, held anywhere --------------------------------------------------------------------------------------------
 
 
-@case((randn(5, 4), randn(5, 4, seed=2)), heavy=2, total=8)
+@case((randn(5, 4), randn(5, 4, seed=2)), heavy=2, total=9)
 class TwoLoops(Nets):
     """A siamese pair: every network is called in two loops."""
 

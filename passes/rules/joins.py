@@ -142,10 +142,17 @@ def _nested(emitter: Emitter, bundle: Bundle, lists: list[list[Node]]) -> Packed
     inner = emitter.bundles.bundle(flat[0])
     if inner is None or any(emitter.bundles.of.get(node) != inner.index for node in flat):
         return None
-    value = _lanes(emitter, inner, flat)
+    rows, columns = len(lists), len(lists[0])
+    whole = emitter.values[inner.index]
+    positions = [emitter.bundles.position[node] for node in flat]
+    turned_order = [column * rows + row for row in range(rows) for column in range(columns)]
+    if whole.dim is not None and len(inner.members) == len(flat) and positions == turned_order:
+        turned = emitter.call(torch.unflatten, whole.node, whole.dim, (columns, rows))
+        return Packed(emitter.call(torch.transpose, turned, whole.dim, whole.dim + 1), whole.dim)
+    value = emitter.pick(whole, len(inner.members), positions)
     if value.dim is None:
         return None
-    return Packed(emitter.call(torch.unflatten, value.node, value.dim, (len(lists), len(lists[0]))), value.dim)
+    return Packed(emitter.call(torch.unflatten, value.node, value.dim, (rows, columns)), value.dim)
 
 
 def _join_nested(emitter: Emitter, bundle: Bundle, nested: Packed, dim: int) -> Packed:
