@@ -76,7 +76,10 @@ class RegionFinder:
         return found
 
     def prepared(self, frame: Frame) -> Prepared | Refusal:
-        """The graph of ``frame``, with its lanes found. A free size that keeps lanes apart is given up: the recorded one is guarded."""
+        """The graph of ``frame``, with its lanes found. A free size that keeps lanes apart is given up: the recorded one is guarded.
+
+        This is the one place that gives up a size that counts lanes: a loop over it takes the same steps at every larger size.
+        """
         sizes = self.observation.sizes
         best = self._prepared(frame, sizes)
         index = len(sizes) - 1

@@ -19,7 +19,9 @@ from .ops import Op
 
 def drop_unused(graph: torch.fx.Graph) -> None:
     """Remove what nothing reads. Calls of closed modules stay: their hooks and state are somebody's business."""
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module"))
+    for node in reversed(graph.nodes):  # (``eliminate_dead_code`` checks the whole graph first)
+        if not node.users and node.op not in ("placeholder", "output", "call_module"):
+            graph.erase_node(node)
 
 
 def index_write(base: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
