@@ -16,7 +16,7 @@ from torch import nn
 
 from .collector import paused
 from .inputs import batch_size, other_variations, resample, vary
-from .trace import Frame, Ref, Trace
+from .trace import Frame, Trace
 from .tracer import record
 from .unify import Mismatch, Unifier, interchangeable
 
@@ -186,7 +186,7 @@ def _vary_others(observation: Observation, runs: _Runs) -> None:
         if other.failure or not other.frames:
             continue
         unifier = Unifier(trace, other)
-        if unifier.compare(trace.frames[0], other.frames[0]) is None and unifier.dynamic() and not _cut(trace, unifier.dynamic()):
+        if unifier.compare(trace.frames[0], other.frames[0]) is None and unifier.dynamic():
             shown.append(unifier.dynamic())
     if len(shown) > whole:
         observation.fixed = {}
@@ -196,42 +196,6 @@ def _vary_others(observation: Observation, runs: _Runs) -> None:
             for value, free in dims.items():
                 merged[value] = merged.get(value, frozenset()) | free
         observation.dynamic = merged
-
-
-def _cut(trace: Trace, dims: dict[int, frozenset[int]]) -> bool:
-    """Is one of these dims cut at fixed places: by several numbers (a loop: it counts lanes), or by a slice? Then it stays fixed."""
-    seen: dict[tuple[int, int], Any] = {}
-    for event in trace.events:
-        name = event.func.__name__
-        base = event.args[0] if event.args else None
-        if not isinstance(base, Ref) or base.value not in dims:
-            continue
-        rank = len(trace.values[base.value].shape)
-        if name in ("__getitem__", "__setitem__"):
-            taken = _positions(event.args[1], rank)
-        elif name in ("select", "narrow") and len(event.args) > 2 and type(event.args[1]) is int:
-            taken = [(event.args[1] % rank, event.args[2])]
-        else:
-            continue
-        for dim, position in taken:
-            if dim in dims[base.value] and (isinstance(position, slice) or seen.setdefault((base.value, dim), position) != position):
-                return True
-    return False
-
-
-def _positions(index: Any, rank: int) -> list[tuple[int, Any]]:
-    """``(dim, number or slice)`` of what an index takes at a fixed place."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    used = sum(item is not None and item is not Ellipsis for item in items)
-    found, dim = [], 0
-    for item in items:
-        if item is Ellipsis:
-            dim += rank - used
-        elif item is not None:
-            if type(item) is int or (isinstance(item, slice) and item != slice(None)):
-                found.append((dim, item))
-            dim += 1
-    return found
 
 
 class _Checker:

@@ -134,6 +134,28 @@ def explain(model: nn.Module, example_inputs: Any = None, **keywords: Any) -> Re
 
 def run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, inplace: bool) -> nn.Module:
     """The pipeline on checked arguments. Always returns a working model."""
+    return _whole(model, inputs, options, inplace) or _run(model, inputs, options, inplace)
+
+
+def _whole(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, inplace: bool) -> nn.Module | None:
+    """A model with fused models in it, fused as a whole: they are taken apart first. None where that is not the case, or gains nothing."""
+    parts = list(fused_modules.regions(model))
+    if not parts or "" in parts or inplace or options.packing != "packed":
+        return None
+    try:
+        plain = fused_modules.unfuse(model)
+    except Exception:  # a part that cannot be copied stays as it is, with the reason in the report
+        return None
+    result = _run(plain, inputs, options, False)
+    report = get_report(result)
+    if not report.fused:
+        return None
+    names = f"{', '.join(parts[:3])}{'' if len(parts) <= 3 else f' and {len(parts) - 3} others'}"
+    report.notes.append(f"{names} {'was' if len(parts) == 1 else 'were'} fused already: taken apart, and fused anew with the whole model")
+    return result
+
+
+def _run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, inplace: bool) -> nn.Module:
     report = Report(type(model).__name__)
     pipeline = _Pipeline(model, inputs, options, report)
     try:
@@ -296,7 +318,7 @@ class _Pipeline:
         modules = list(self.work.modules())
         programs: dict[tuple[bool, ...], Program] = {}
         packs = choice.vectorized.packs
-        notes: list[str] = []
+        notes = list(choice.vectorized.notes)
         graphs = [(observations[0], prepared.lifted, choice.vectorized.graph)]
         alike = [o for o in observations[1:] if o.same_as is observations[0]]
         for observation in observations[1:]:

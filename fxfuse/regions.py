@@ -14,7 +14,8 @@ from torch import nn
 from .fused import STATE
 from .graph import Place, Refusal
 from .observe import Observation
-from .passes.lift import Sizes, lift
+from .passes.lift import lift
+from .passes.lifted import Sizes
 from .passes.near_miss import near_misses
 from .passes.rules import is_heavy
 from .passes.vectorize import Prepared, prepare
@@ -75,7 +76,10 @@ class RegionFinder:
         return found
 
     def prepared(self, frame: Frame) -> Prepared | Refusal:
-        """The graph of ``frame``, with its lanes found. A free size that keeps lanes apart is given up: the recorded one is guarded."""
+        """The graph of ``frame``, with its lanes found. A free size that keeps lanes apart is given up: the recorded one is guarded.
+
+        This is the one place that gives up a size that counts lanes: a loop over it takes the same steps at every larger size.
+        """
         sizes = self.observation.sizes
         best = self._prepared(frame, sizes)
         index = len(sizes) - 1

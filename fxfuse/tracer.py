@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from .containers import opened
 from .determinism import preserved_state
 from .graph import Place
 from .sizes import SizeOf, TracedInt
@@ -387,7 +388,7 @@ class Recorder(TorchFunctionMode):
         if ref is not None:
             frame.out, frame.out_spec = [ref], _TENSOR
         else:
-            flat, frame.out_spec = tree_flatten(out)
+            flat, frame.out_spec = tree_flatten(opened(out))
             frame.out = [self.describe(leaf) for leaf in flat]
         return out
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import recipes
+from .containers import opened
 from .inputs import clone_inputs
 from .passes.emit import Packs
 from .passes.vectorize import Vectorized
@@ -105,7 +106,7 @@ class Workbench:
 
         def train() -> object:
             with torch.enable_grad():
-                outputs = [o for o in tree_flatten(forward())[0] if isinstance(o, torch.Tensor) and o.requires_grad]
+                outputs = [o for o in tree_flatten(opened(forward()))[0] if isinstance(o, torch.Tensor) and o.requires_grad]
                 if not outputs or not wanted:
                     return None
                 return torch.autograd.grad(outputs, wanted, [torch.ones_like(o) for o in outputs], allow_unused=True)

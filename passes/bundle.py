@@ -27,7 +27,7 @@ Node = torch.fx.Node
 MOST_MERGES = 16
 
 # Which argument of a slicing op is the lane's position, and may differ from lane to lane.
-POSITIONS = {"select": ("index",), "slice_along": ("start", "stop"), "narrow": ("start",)}
+POSITIONS = {"select": ("index",), "slice_along": ("start", "stop"), "pick_along": ("positions",)}
 
 
 @dataclass
@@ -230,7 +230,8 @@ def _drop_idle_views(bundles: Bundles, is_view: Callable[[Bundle], bool]) -> Non
 def _order(bundles: Bundles) -> None:
     """The order of lanes: by the position of the first operand that tells lanes apart, else as the program has them.
 
-    Lanes that read the same position (two networks on each slice) are ordered network by network, so that each is a run of its own.
+    Lanes that read the same position (two networks on each slice) are ordered network by network, so that each is a run of its own;
+    where that gives no whole runs (pairs ``i < j``) the operand is gathered anyway, and the program's order spares a second gather.
     """
     for number, index in enumerate(nx.topological_sort(dataflow_of(bundles.classes))):
         bundle = bundles.classes[index]
@@ -244,8 +245,27 @@ def _order(bundles: Bundles) -> None:
                     occurrence = seen.get(position, 0)
                     seen[position] = occurrence + 1
                     keys.append((occurrence, position, member))
-                bundle.members = [member for _, _, member in sorted(keys, key=lambda k: k[:2])]
+                if bundle.name in POSITIONS:  # the places of one tensor stay together
+                    bundle.members = [member for _, _, member in sorted(keys, key=lambda k: k[1])]
+                elif len(set(seen.values())) == 1:
+                    bundle.members = [member for _, _, member in sorted(keys, key=lambda k: k[:2])]
+            bundle.members = _by_weight(bundle)
             bundles.position.update((member, position) for position, member in enumerate(bundle.members))
+
+
+def _by_weight(bundle: Bundle) -> list[Node]:
+    """Calls of one network next to each other, so that its weights serve them all as more rows (a network called in two loops)."""
+    first = bundle.members[0]
+    assert bundle.op is not None
+    for column, arg in enumerate(first.args):
+        if not isinstance(arg, Node) or arg.op != "get_attr":
+            continue
+        calls: dict[Any, list[Node]] = {}
+        for member in bundle.members:
+            calls.setdefault(member.args[column], []).append(member)
+        if 1 < len(calls) < len(bundle.members) and len({len(group) for group in calls.values()}) == 1:
+            return [member for group in calls.values() for member in group]
+    return bundle.members
 
 
 def _operand_positions(bundle: Bundle, bundles: Bundles) -> list[Any] | None:

@@ -26,7 +26,7 @@ from fxfuse.graph import FusedOp, Recipe
 
 from .bundle import Bundle, Bundles
 from .functional import drop_unused, slice_along
-from .lift import Lifted
+from .lifted import Lifted
 from .ops import Op
 from .tidy import tidy
 
@@ -101,8 +101,10 @@ class Emitter:
         self.values: dict[int, Packed] = {}
         self.pieces: dict[int, Node] = {}
         self.attributes: dict[str, Node] = {}
+        self.gathers: dict[tuple[Node, ...], Node] = {}  # what was joined for one bundle serves others
         self.choices: dict[Any, tuple[str, ...]] = {}
         self.ops: list[FusedOp] = []
+        self.notes: list[str] = []  # what a person should know of how the packed form computes
         self.source: Node | None = None  # the original node on whose behalf we are writing
 
     # -- writing nodes ------------------------------------------------------------------------------------------------------------
@@ -202,7 +204,10 @@ class Emitter:
         if bundle is not None and all(self.bundles.of.get(node) == bundle.index for node in nodes):
             value = self.values[bundle.index]
             return self.pick(value, len(bundle.members), [self.bundles.position[node] for node in nodes])
-        return Packed(self._gathered(nodes), 0)
+        known = self.gathers.get(tuple(nodes))
+        if known is None:
+            known = self.gathers[tuple(nodes)] = self._gathered(nodes)
+        return Packed(known, 0)
 
     def _gathered(self, nodes: list[Node]) -> Node:
         """Values from several places, one per lane, lanes in front: runs of lanes that are packed already are taken as they are."""
@@ -239,6 +244,10 @@ class Emitter:
             sizes[dim] = count // total
             expanded = self.call("expand", self.call(torch.unsqueeze, node, dim), *sizes)
             return Packed(self.call(torch.flatten, expanded, dim, dim + 1), dim)
+        rows = total // max(step, 1)
+        if count == total and total % max(step, 1) == 0 and positions == [r * step + c for c in range(step) for r in range(rows)]:
+            turned = self.call(torch.transpose, self.call(torch.unflatten, node, dim, (rows, step)), dim, dim + 1)
+            return Packed(self.call(torch.flatten, turned, dim, dim + 1), dim)
         return Packed(self.call(torch.index_select, node, dim, self.constant(positions, self.device(nodes=None))), dim)
 
     def device(self, nodes: Iterable[Node] | None) -> torch.device:
@@ -264,8 +273,10 @@ class Emitter:
         shape = tuple(meta["shape"])
         order = tuple(range(len(shape))) if order is None else order
         recipe = self.packs.recipes.get(targets)
+        if len(set(targets)) < len(targets):
+            return self._repeated(nodes, order, style)
         if recipe is None:
-            if len(set(targets)) < len(targets) or any(t in self.packs.where for t in targets):
+            if any(t in self.packs.where for t in targets):
                 return self._repack(nodes, targets, order, style)
             stored = "cat" if len(shape) == 1 else style if shape else "stack"
             recipe = Recipe(
@@ -296,6 +307,16 @@ class Emitter:
         if style == "cat":
             node = self.call(torch.flatten, node, 0, 1)
         return Packed(node, 0)
+
+    def _repeated(self, nodes: list[Node], order: tuple[int, ...], style: str) -> Packed | None:
+        """Weights that several lanes use: each is packed once."""
+        distinct = list(dict.fromkeys(nodes))
+        whole = self.weights(distinct, order) if len(distinct) > 1 else None
+        if whole is None:
+            return None
+        lane_of = {node: lane for lane, node in enumerate(distinct)}
+        picked = self.pick(whole, len(distinct), [lane_of[node] for node in nodes])
+        return Packed(self.call(torch.flatten, picked.node, 0, 1), 0) if style == "cat" else picked
 
     def _repack(self, nodes: list[Node], targets: tuple[str, ...], order: tuple[int, ...], style: str) -> Packed | None:
         """Weights that another bundle has packed already: the same pack in another order, or part of it."""

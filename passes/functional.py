@@ -19,7 +19,9 @@ from .ops import Op
 
 def drop_unused(graph: torch.fx.Graph) -> None:
     """Remove what nothing reads. Calls of closed modules stay: their hooks and state are somebody's business."""
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module"))
+    for node in reversed(graph.nodes):  # (``eliminate_dead_code`` checks the whole graph first)
+        if not node.users and node.op not in ("placeholder", "output", "call_module"):
+            graph.erase_node(node)
 
 
 def index_write(base: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
@@ -43,6 +45,33 @@ def sum_of(tensors: list[torch.Tensor]) -> torch.Tensor:
     return functools.reduce(torch.add, tensors)
 
 
+def prod_of(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """``tensors[0] * tensors[1] * ...``, from left to right.
+
+    >>> prod_of([torch.ones(2), torch.full((2,), 3.0)])
+    tensor([3., 3.])
+    """
+    return functools.reduce(torch.mul, tensors)
+
+
+def min_of(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The smallest of all, place by place.
+
+    >>> min_of([torch.ones(2), torch.zeros(2)])
+    tensor([0., 0.])
+    """
+    return functools.reduce(torch.minimum, tensors)
+
+
+def max_of(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The largest of all, place by place.
+
+    >>> max_of([torch.ones(2), torch.zeros(2)])
+    tensor([1., 1.])
+    """
+    return functools.reduce(torch.maximum, tensors)
+
+
 def slice_along(tensor: torch.Tensor, dim: int, start: int, stop: int, step: int) -> torch.Tensor:
     """``tensor[start:stop:step]`` in dimension ``dim``.
 
@@ -50,6 +79,15 @@ def slice_along(tensor: torch.Tensor, dim: int, start: int, stop: int, step: int
     tensor([1, 3, 5])
     """
     return tensor[(slice(None),) * dim + (slice(start, stop, step),)]
+
+
+def pick_along(tensor: torch.Tensor, dim: int, positions: tuple[int, ...]) -> torch.Tensor:
+    """``tensor[[2, 0]]`` in dimension ``dim``: a list of positions, in any order.
+
+    >>> pick_along(torch.arange(6), 0, (5, 0, 5))
+    tensor([5, 0, 5])
+    """
+    return torch.index_select(tensor, dim, torch.tensor(positions, device=tensor.device))
 
 
 def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:

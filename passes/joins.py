@@ -1,7 +1,7 @@
 """Where lanes come together: one spelling for every way to write it.
 
-Comes in: a functional graph from ``lift``. Goes out: the same graph, in which a growing ``z = cat([z, y])`` is one ``cat``, a chain of
-slice writes into a buffer is one ``stack`` or ``cat``, and a chain of additions is one ``sum_of``. Contract: the values that leave the
+Comes in: a functional graph after ``buffers``. Goes out: the same graph, in which a growing ``z = cat([z, y])`` is one ``cat``, and a chain
+of additions, products, minima or maxima is one ``sum_of``, ``prod_of``, ``min_of``, ``max_of``. Contract: the values that leave the
 graph are the same; a node that something else reads between two steps of a chain ends the chain there.
 """
 
@@ -12,17 +12,14 @@ from typing import Any
 import torch
 import torch.fx
 
-from .functional import as_slot, drop_unused, index_write, op_of, slice_along, sum_of
+from .functional import drop_unused, max_of, min_of, op_of, prod_of, sum_of
 from .ops import Op, canonical
 
 CAT = canonical(torch.cat, ([torch.empty(0)], 0), {})[0]
 STACK = canonical(torch.stack, ([torch.empty(0)], 0), {})[0]
-SELECT = canonical(torch.select, (torch.empty(0), 0, 0), {})[0]
 UNSQUEEZE = canonical(torch.unsqueeze, (torch.empty(0), 0), {})[0]
-SUM_OF = op_of(sum_of)
-SLICE = op_of(slice_along)
-WRITE = op_of(index_write)
-SLOT = op_of(as_slot)
+SUB = canonical(torch.sub, (torch.empty(0), torch.empty(0)), {})[0]
+SUM_OF, PROD_OF, MIN_OF, MAX_OF = op_of(sum_of), op_of(prod_of), op_of(min_of), op_of(max_of)
 
 Node = torch.fx.Node
 
@@ -45,10 +42,8 @@ def normalize_joins(graph: torch.fx.Graph) -> None:
             continue
         if is_op(node, "cat"):
             _flatten_cat(graph, node)
-        elif is_op(node, "index_write"):
-            _collect_writes(graph, node)
-        elif is_op(node, "add"):
-            _collect_sum(graph, node)
+        else:
+            _collect(graph, node)
     drop_unused(graph)
 
 
@@ -92,175 +87,73 @@ def _replace(graph: torch.fx.Graph, node: Node, op: Op, args: tuple[Any, ...]) -
     return new
 
 
-# -- sums -------------------------------------------------------------------------------------------------------------------------
+# -- chains of one operation ---------------------------------------------------------------------------------------------------------
+
+# An operation on two tensors of one shape, and the op that stands for a chain of it.
+CHAINS = {"add": SUM_OF, "sub": SUM_OF, "mul": PROD_OF, "minimum": MIN_OF, "maximum": MAX_OF, "min": MIN_OF, "max": MAX_OF}
+_NEUTRAL = {SUM_OF: ("zeros", "new_zeros", "zeros_like"), PROD_OF: ("ones", "new_ones", "ones_like")}
+
+
+def chain_of(node: Any) -> Op | None:
+    """What a chain of this operation is, where ``node`` combines two tensors of the result's own shape and dtype, without ``alpha``."""
+    if not isinstance(node, Node) or not isinstance(node.target, Op) or node.target.name not in CHAINS or node.meta.get("shape") is None:
+        return None
+    values = dict(zip(node.target.names, node.args, strict=True))
+    operands = (values.get("input"), values.get("other"))
+    plain = values.get("alpha", 1) == 1 and all(
+        isinstance(part, Node) and all(part.meta.get(fact) == node.meta[fact] for fact in ("shape", "dyn", "dtype")) for part in operands
+    )
+    return CHAINS[node.target.name] if plain and node.meta["dtype"] is not torch.bool else None
 
 
 def is_plain_add(node: Any) -> bool:
     """An addition of two tensors of the result's own shape and dtype, without ``alpha``."""
-    if not is_op(node, "add"):
-        return False
-    values = dict(zip(node.target.names, node.args, strict=True))
-    left, right = values.get("input"), values.get("other")
-    return (
-        values.get("alpha", 1) == 1
-        and isinstance(left, Node)
-        and isinstance(right, Node)
-        and all(
-            all(part.meta.get(fact) == node.meta[fact] for fact in ("shape", "dyn", "dtype"))
-            for part in (left, right)
-        )
-    )
+    return is_op(node, "add") and chain_of(node) is not None
 
 
-def _collect_sum(graph: torch.fx.Graph, node: Node) -> None:
-    if not is_plain_add(node) or any(is_plain_add(user) and len(node.users) == 1 for user in node.users):
+def _collect(graph: torch.fx.Graph, node: Node) -> None:
+    """``node`` is the last of a chain: ``a + b - c - d`` is the sum of a and b less the sum of c and d."""
+    chain = chain_of(node)
+    if chain is None or (len(node.users) == 1 and chain_of(next(iter(node.users))) is chain):
         return
     terms: list[Node] = []
-    stack: list[tuple[Any, Node]] = [(argument(node, "other"), node), (argument(node, "input"), node)]
+    less: list[Node] = []
+    stack: list[tuple[Any, Node, bool]] = []
+
+    def push(user: Node, positive: bool) -> None:
+        stack.append((argument(user, "other"), user, positive is not is_op(user, "sub")))
+        stack.append((argument(user, "input"), user, positive))
+
+    push(node, True)
     while stack:
-        term, user = stack.pop()
-        if is_plain_add(term) and _only_user(term, user):
-            stack.append((argument(term, "other"), term))
-            stack.append((argument(term, "input"), term))
+        term, user, positive = stack.pop()
+        if chain_of(term) is chain and _only_user(term, user):
+            push(term, positive)
         else:
-            terms.append(term)
-    kept = [term for term in terms if not _is_zeros(term)]
-    if len(terms) > 2 or len(kept) < len(terms):
-        if len(kept) >= 2:
-            _replace(graph, node, SUM_OF, (kept,))
-        elif len(terms) > 2:
-            _replace(graph, node, SUM_OF, (terms,))
-
-
-def _is_zeros(node: Any) -> bool:
-    return isinstance(node, Node) and isinstance(node.target, Op) and node.target.name in ("zeros", "new_zeros", "zeros_like")
-
-
-# -- slice writes -----------------------------------------------------------------------------------------------------------------
-
-
-def _position(index: Any, rank: int) -> tuple[int, Any] | None:
-    """(dim, int or slice) of an index that picks along one dim only; None for any other index."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(i, Node) or i is None for i in items):
-        return None
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
-    found = None
-    for dim, item in enumerate(items):
-        if isinstance(item, slice) and item == slice(None):
-            continue
-        if found is not None or not (type(item) is int or isinstance(item, slice)):
-            return None
-        found = (dim, item)
-    return found
-
-
-def _collect_writes(graph: torch.fx.Graph, node: Node) -> None:
-    """``node`` is the last of a chain of writes along one dim: make it one ``cat``/``stack`` of the written values."""
-    if any(is_op(user, "index_write") and argument(user, "base") is node and len(node.users) == 1 for user in node.users):
-        return  # not the last
-    rank = len(node.meta["shape"])
-    pieces: dict[int, tuple[int, bool, Node | None]] = {}  # start -> (stop, is a single index, value)
-    taken: set[int] = set()
-    at: Any = node
-    dim: int | None = None
-    count = 0
-    while is_op(at, "index_write"):
-        where = _position(argument(at, "index"), rank)
-        value = argument(at, "value")
-        if where is None or not isinstance(value, Node) or value.meta.get("shape") is None or (dim is not None and where[0] != dim):
-            break
-        size = node.meta["shape"][where[0]]
-        if where[0] in node.meta["dyn"]:
-            break
-        single = type(where[1]) is int
-        if single:
-            start = where[1] % size
-            span = range(start, start + 1)
-        else:
-            if any(isinstance(b, Node) for b in (where[1].start, where[1].stop, where[1].step)):
-                break
-            start, stop, step = where[1].indices(size)
-            if step != 1 or stop <= start:
-                break
-            span = range(start, stop)
-        covered = taken.intersection(span)
-        if covered and len(covered) < len(span):
-            break
-        dim = where[0]
-        if not covered:  # a later write to the same place has already won
-            taken.update(span)
-            pieces[span.start] = (span.stop, single, value)
-        count += 1
-        base = argument(at, "base")
-        if not _only_user(base, at):
-            at = base
-            break
-        at = base
-    # A single write is a join of its own only where it covers the whole buffer.
-    if dim is None or count == 0 or (count == 1 and len(taken) < node.meta["shape"][dim]):
+            (terms if positive else less).append(term)
+    kept = [term for term in terms if not _is_neutral(term, chain)]
+    if len(less) == 1 and len(terms) > 1:  # the additions before it are a chain of their own
         return
-    _assemble(graph, node, at, dim, pieces)
-
-
-def _assemble(graph: torch.fx.Graph, node: Node, buffer: Node, dim: int, pieces: dict[int, tuple[int, bool, Node | None]]) -> None:
-    size = node.meta["shape"][dim]
-    full = sum(stop - start for start, (stop, _, _) in pieces.items()) == size
-    all_single = full and all(single for _, single, _ in pieces.values())
-    parts: list[Node] = []
-    at = 0
+    if len(terms) + len(less) == 2 and len(kept) == len(terms):
+        return
     with graph.inserting_before(node):
-        for start in sorted(pieces):
-            stop, single, value = pieces[start]
-            assert value is not None
-            if start > at:
-                parts.append(_slice(graph, node, buffer, dim, at, start))
-            fitted = _fit(graph, node, buffer, dim, start, stop, single, value)
-            if single and not all_single:
-                shape = fitted.meta["shape"]
-                unsqueezed = graph.call_function(UNSQUEEZE, (fitted, dim))
-                dyn = frozenset(d + (d >= dim) for d in fitted.meta["dyn"])
-                unsqueezed.meta.update(fitted.meta, shape=(*shape[:dim], 1, *shape[dim:]), stride=None, dyn=dyn)
-                fitted = unsqueezed
-            parts.append(fitted)
-            at = stop
-        if at < size:
-            parts.append(_slice(graph, node, buffer, dim, at, size))
-        joined = graph.call_function(STACK if all_single else CAT, (parts, dim))
-    _copy_meta(joined, node)
-    node.replace_all_uses_with(joined)
+        result = _one(graph, node, chain, kept or terms[:1])
+        if less:
+            result = graph.call_function(SUB, (result, _one(graph, node, chain, less), 1))
+            _copy_meta(result, node)
+    node.replace_all_uses_with(result)
 
 
-def _slice(graph: torch.fx.Graph, node: Node, buffer: Node, dim: int, start: int, stop: int) -> Node:
-    piece = graph.call_function(SLICE, (buffer, dim, start, stop, 1))
-    shape = list(node.meta["shape"])
-    shape[dim] = stop - start
-    piece.meta.update(node.meta, shape=tuple(shape), stride=None)
-    return piece
+def _one(graph: torch.fx.Graph, node: Node, chain: Op, terms: list[Node]) -> Node:
+    if len(terms) == 1:
+        return terms[0]
+    made = graph.call_function(chain, (terms,))
+    _copy_meta(made, node)
+    return made
 
 
-def _fit(graph: torch.fx.Graph, node: Node, buffer: Node, dim: int, start: int, stop: int, single: bool, value: Node) -> Node:
-    """``value`` with the shape and dtype of the place it is written to."""
-    shape = list(node.meta["shape"])
-    dyn = node.meta["dyn"]
-    if single:
-        del shape[dim]
-        dyn = frozenset(d - (d > dim) for d in dyn)
-    else:
-        shape[dim] = stop - start
-    same_dtype = value.meta["dtype"] is node.meta["dtype"]
-    if value.meta["shape"] == tuple(shape) and value.meta["dyn"] == dyn and same_dtype:
-        return value
-    if value.meta["shape"] == tuple(shape) and value.meta["dyn"] == dyn:
-        op, args = canonical(torch.Tensor.to, (value, node.meta["dtype"]), {})
-        fitted = graph.call_function(op, args)
-    else:
-        slot = (
-            graph.call_function(SELECT, (buffer, dim, start)) if single else graph.call_function(SLICE, (buffer, dim, start, stop, 1))
-        )
-        slot.meta.update(node.meta, shape=tuple(shape), dyn=dyn, stride=None)
-        fitted = graph.call_function(SLOT, (value, slot))
-    fitted.meta.update(node.meta, shape=tuple(shape), dyn=dyn, stride=None, place=value.meta.get("place"), path=value.meta.get("path"))
-    return fitted
+def _is_neutral(node: Any, chain: Op) -> bool:
+    """Zeros in a sum, ones in a product, and parts of such."""
+    while any(is_op(node, name) for name in ("select", "slice_along")):
+        node = node.args[0]
+    return any(is_op(node, name) for name in _NEUTRAL.get(chain, ()))

@@ -12,11 +12,11 @@ import torch
 import torch.fx
 from torch.utils._pytree import tree_flatten
 
-from fxfuse.graph import Guard, Program, Recipe, TensorGuard
+from fxfuse.graph import Guard, Program, Recipe, SizeCheck, TensorGuard
 from fxfuse.trace import Frame, Ref, Trace
 
 from .emit import Packs
-from .lift import Lifted
+from .lifted import Lifted
 
 
 def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program:
@@ -43,9 +43,18 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     # Sizes that were varied together are one size until a run shows otherwise.
     equal = tuple((places[0], other) for places in one_size for other in places[1:])
     generic = not lifted.factories and not trace.reads_dtype and not _spells_dtype(graph)
-    checks = tuple(dict.fromkeys(lifted.size_checks))
+    checks = _strongest(lifted.size_checks)
     guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, not lifted.factories)
     return Program(graph, guard, frame.in_spec, frame.out_spec)
+
+
+def _strongest(checks: list[SizeCheck]) -> tuple[SizeCheck, ...]:
+    """Each check once; of those that a size be at least so large, the largest alone."""
+    bounds: dict[tuple[int, int], int] = {}
+    for check in checks:
+        if check.op == ">=":
+            bounds[check.input, check.dim] = max(check.bound, bounds.get((check.input, check.dim), check.bound))
+    return tuple(c for c in dict.fromkeys(checks) if c.op != ">=" or c.bound == bounds[c.input, c.dim])
 
 
 def fits(case: tuple[Any, Any], frame: Frame, lifted: Lifted) -> bool:

@@ -14,12 +14,15 @@ import torch.fx
 
 from fxfuse.graph import FusedOp, Place, Refusal
 
+from .buffers import join_writes
 from .bundle import Bundle, Bundles, Node, find_bundles
 from .chunk import in_chunks
 from .emit import CannotVectorize, Emitter, Packs
 from .factor import factor_shared_maps
+from .forwarding import forward_writes
 from .joins import normalize_joins
-from .lift import Lifted
+from .lifted import Lifted
+from .picks import unify_picks
 from .pointwise_conv import unify_pointwise
 from .rules import has_rule, is_heavy, is_view, rule_of
 
@@ -112,11 +115,15 @@ class Vectorized:
     packs: Packs
     ops: list[FusedOp]
     choices: dict[Any, tuple[str, ...]]
+    notes: list[str] = field(default_factory=list)
 
 
 def prepare(lifted: Lifted, min_lanes: int, merge: bool = False) -> Prepared:
     """Normalize ``lifted`` in place and find its lanes. ``merge``: also those that only join for the sake of fewer launches."""
+    forward_writes(lifted.graph)
+    join_writes(lifted.graph)
     normalize_joins(lifted.graph)
+    unify_picks(lifted.graph)
     factored = factor_shared_maps(lifted.graph)
     unify_pointwise(lifted.graph)
     prepared = Prepared(lifted, Bundles([], {}, set(), {}), factored, min_lanes=min_lanes, merge=merge)
@@ -141,7 +148,7 @@ def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer
             prepared.find()
             continue
         factored = [FusedOp(op, count, "one map of the summed input", place) for op, count, place in prepared.factored]
-        return Vectorized(graph, attempt, factored + emitter.ops, emitter.choices)
+        return Vectorized(graph, attempt, factored + emitter.ops, emitter.choices, list(dict.fromkeys(emitter.notes)))
     return None
 
 

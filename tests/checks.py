@@ -12,7 +12,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -85,6 +85,18 @@ def assert_close(actual: Tensor | None, expected: Tensor | None, what: str, rtol
     assert error <= rtol, f"{what}: relative error {error:.3g}, allowed {rtol:.3g}"
 
 
+def plain(value: Any) -> Any:
+    """A result in containers that pytree knows: dataclasses and dict subclasses as their type's name and what they hold."""
+    if isinstance(value, dict):
+        items = {key: plain(item) for key, item in value.items()}
+        return items if type(value) is dict else (type(value).__name__, items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return (type(value).__name__, {f.name: plain(getattr(value, f.name)) for f in fields(value)})
+    if type(value) in (tuple, list):
+        return type(value)(plain(item) for item in value)
+    return value
+
+
 @dataclass
 class Result:
     """What one forward and backward gave: the outputs as a tree, and the gradients of the inputs and parameters."""
@@ -105,7 +117,7 @@ def run(model: nn.Module, args: Any, kwargs: dict[str, Any], gradients: Callable
     args, kwargs = tree_map(leaf, (as_args(args), kwargs))
     model.zero_grad(set_to_none=True)
     result = model(*args, **kwargs)
-    outputs, spec = tree_flatten(result)
+    outputs, spec = tree_flatten(plain(result))
     generator = torch.Generator().manual_seed(7)
     loss = torch.zeros((), dtype=torch.float64)
     for output in outputs:
@@ -211,13 +223,14 @@ def assert_checkpoints_travel(model: nn.Module, fused: nn.Module, args: Any, kwa
 def assert_fused_equals(
     model: nn.Module, x: Any, *, heavy: int | None = None, batches: Sequence[int] = (1, 4, 9), kwargs: dict[str, Any] | None = None,
     make: Callable[[int], Any] | None = None, specialised: bool = False, random_in_train: bool = False, rtol_outputs: float | None = None,
-    **options: Any,
+    refused: str = "", **options: Any,
 ) -> nn.Module:
     """Fuse the model on `x` and check all that this file's first lines promise; return what ``optimize`` returned.
 
     `x` is the example, a tensor or a tuple; rows are its tensors' first dim, and `batches` are the other row counts to try; `make(rows)`
     gives those inputs where rows are not all that simple. `heavy` is how many parameter-carrying launches one forward may
-    make. `specialised`: the loop runs over a size, so that other sizes may take the original's way (never another number).
+    make. `refused`: words of the one reason for which something stays out. `specialised`: the loop runs over a size, so that other
+    sizes may take the original's way (never another number).
     """
     kwargs = kwargs or {}
     with untouched(model):
@@ -226,7 +239,8 @@ def assert_fused_equals(
     assert isinstance(fused, type(model))
     report = fxfuse.report(fused)
     assert report.fused, f"nothing fused:\n{report}"
-    assert not report.refused, f"refused:\n{report}"
+    assert bool(report.refused) == bool(refused), f"refused:\n{report}"
+    assert all(refused in str(r) for r in report.refused), f"refused:\n{report}"
 
     trials = [(x, kwargs), (fresh(x, None, seed=3), kwargs)]
     for batch in batches:
@@ -253,3 +267,37 @@ def assert_heavy(fused: nn.Module, x: Any, heavy: int, **kwargs: Any) -> None:
         fused.train(training)
         count = launches.count(lambda: fused(*as_args(x), **kwargs))
         assert count.heavy == heavy, f"{count.heavy} heavy launches, expected {heavy}: {count.heavy_by_op}"
+
+
+@dataclass
+class Case:
+    """A model with its example, and how many launches its fused forward may make: of heavy ops, and of all kinds in eval mode."""
+
+    model: type[nn.Module]
+    x: Any
+    heavy: int
+    total: int
+    options: dict[str, Any]
+
+
+class Cases(dict[str, Case]):
+    """A table of models, filled by its decorator ``case``; a test file runs each with ``assert_case``."""
+
+    def case(self, x: Any = None, *, heavy: int, total: int, **options: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+        """Register a class that takes no arguments. ``x`` is its example (default: 5 rows of 4); options are ``assert_fused_equals``'s."""
+        def register(cls: type[nn.Module]) -> type[nn.Module]:
+            self[cls.__name__] = Case(cls, randn(5, 4) if x is None else x, heavy, total, options)
+            return cls
+
+        return register
+
+
+def assert_case(case: Case) -> nn.Module:
+    """The model fuses, is the original in everything (``assert_fused_equals``), and launches as little as the table says."""
+    torch.manual_seed(0)
+    model = randomized(case.model())
+    fused = assert_fused_equals(model, case.x, heavy=case.heavy, **{**QUICK, **case.options})
+    args, kwargs = as_args(case.x), case.options.get("kwargs") or {}
+    count = launches.count(lambda: fused.eval()(*args, **kwargs))
+    assert count.total <= case.total, f"{count.total} launches, expected at most {case.total}: {count.total_by_op}"
+    return fused

@@ -72,11 +72,17 @@ def test_tied_lanes():
     handled(randomized(model), 3)
 
 
-def test_one_tied_weight_stays_out_of_the_pack_and_trains_once():
+def test_one_tied_weight_is_packed_once_and_trains_once():
     model = Nets()
     model.nets[2][2].weight = model.nets[0][2].weight
     fused = handled(randomized(model), 3)
-    assert dict(fused.named_parameters())["nets.0.2.weight"] is fused.nets[2][2].weight
+    (recipe,) = [recipe for recipe in fxfuse.report(fused).fused[0].recipes if recipe.members[0] == "nets.0.2.weight"]
+    assert recipe.members == ("nets.0.2.weight", "nets.1.2.weight", "nets.3.2.weight")
+    with torch.no_grad():
+        fused.nets[2][2].weight.add_(1.0)
+    assert torch.equal(fused.nets[0][2].weight, model.nets[0][2].weight + 1.0)
+    plain = fxfuse.unfuse(fused)
+    assert plain.nets[2][2].weight is plain.nets[0][2].weight
 
 
 def test_partly_frozen_lanes():

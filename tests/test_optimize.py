@@ -339,12 +339,33 @@ def test_a_fused_model_inside_another():
     assert_same(model, holder)
     with untouched(holder):
         fused = fuse(holder)
-    assert "fused already" in reasons(fused)
+    assert "inner was fused already: taken apart, and fused anew with the whole model" in str(fxfuse.report(fused))
+    assert count(lambda: fused(X)).heavy == 4
     assert_same(model, fused)
     assert_same_state(fxfuse.original_state_dict(fused), model.state_dict(), "nested")
     assert_same(model, fxfuse.unfuse(fused))
-    whole = fuse(fxfuse.unfuse(holder))
-    assert count(lambda: whole(X)).heavy == 4
+    assert_same_state(fxfuse.original_state_dict(holder), model.state_dict(), "the model that was given")
+
+
+def test_an_ensemble_of_fused_models():
+    members = [randomized(Nets(), seed) for seed in range(3)]
+
+    class Ensemble(nn.Module):
+        def __init__(self, members):
+            super().__init__()
+            self.members = nn.ModuleList(members)
+
+        def forward(self, x):
+            return torch.stack([member(x) for member in self.members])
+
+    model, holder = Ensemble(members), Ensemble([fuse(member) for member in members])
+    fused = fuse(holder)
+    assert count(lambda: fused(X)).heavy == 3
+    assert_same(model, fused)
+    with untouched(holder):
+        kept = fxfuse.optimize(holder, X, objective="launches", inplace=False, min_lanes=100)
+    assert "it is fused already; fxfuse.unfuse(model) gives the model to fuse anew" in reasons(kept)
+    assert count(lambda: kept(X)).heavy == 9
 
 
 def test_optimize_twice():

@@ -8,6 +8,7 @@ outer and inner lanes: so loops in loops collapse without a second pass.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,11 +39,12 @@ def _lanes(emitter: Emitter, bundle: Bundle, nodes: list[Node]) -> Packed:
 
 
 def join(emitter: Emitter, node: Node) -> Any:
-    """The packed form of a single ``cat`` / ``stack`` / ``sum_of`` / addition of lanes; None where it joins no lanes."""
-    if is_op(node, "sum_of"):
-        return _sum(emitter, list(node.args[0]))  # type: ignore[arg-type]
+    """The packed form of a single ``cat``, ``stack``, chain or addition of lanes; None where it joins no lanes."""
+    for name in _CHAINS:
+        if is_op(node, name):
+            return _chain(emitter, name, list(node.args[0]))  # type: ignore[arg-type]
     if is_plain_add(node):
-        return _sum(emitter, [node.args[0], node.args[1]])  # type: ignore[list-item]
+        return _chain(emitter, "sum_of", [node.args[0], node.args[1]])  # type: ignore[list-item]
     if is_op(node, "cat") or is_op(node, "stack"):
         tensors, dim = node.args
         runs = _lane_runs(emitter, list(tensors))  # type: ignore[arg-type]
@@ -63,7 +65,29 @@ def _part(emitter: Emitter, bundle: Bundle | None, members: list[Node], dim: int
     return moved if stack else emitter.call(torch.flatten, moved, dim, dim + 1)
 
 
-def _sum(emitter: Emitter, nodes: list[Node]) -> Any:
+# A chain as one op over the lane axis, and as an operation on two tensors.
+_CHAINS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "sum_of": (torch.sum, torch.add),
+    "prod_of": (torch.prod, torch.mul),
+    "min_of": (torch.amin, torch.minimum),
+    "max_of": (torch.amax, torch.maximum),
+}
+TIES = "where more than two lanes tie exactly in a minimum or maximum, they share its gradient evenly; the chain of two at a time did not"
+
+
+def _over_lanes(emitter: Emitter, name: str, value: Node, dim: int) -> Node:
+    """The chain ``name`` along one dim; the dtype stays what it is."""
+    dtype = value.meta["val"].dtype
+    if name in ("min_of", "max_of"):
+        if value.meta["val"].shape[dim] > 2:
+            emitter.notes.append(TIES)
+        return emitter.call(_CHAINS[name][0], value, dim)
+    exact = dtype.is_floating_point or dtype.is_complex
+    return emitter.call(_CHAINS[name][0], value, dim) if exact else emitter.call(_CHAINS[name][0], value, dim, dtype=dtype)
+
+
+def _chain(emitter: Emitter, name: str, nodes: list[Node]) -> Any:
+    """One op for all lanes of a bundle among ``nodes``, combined with what else there is; None where there are none."""
     by_bundle: dict[int, list[Node]] = {}
     alone: list[Node] = []
     for node in nodes:
@@ -81,31 +105,32 @@ def _sum(emitter: Emitter, nodes: list[Node]) -> Any:
             continue
         members.sort(key=lambda n: emitter.bundles.position[n])
         value = _lanes(emitter, emitter.bundles.classes[index], members)
-        terms.append(emitter.call(torch.sum, value.node, value.dim))
+        assert value.dim is not None
+        terms.append(_over_lanes(emitter, name, value.node, value.dim))
     terms.extend(emitter.single(node) for node in alone)
-    return functools.reduce(lambda a, b: emitter.call(torch.add, a, b), terms)
+    return functools.reduce(lambda a, b: emitter.call(_CHAINS[name][1], a, b), terms)
 
 
 # -- joins that are themselves in lanes of an outer loop -------------------------------------------------------------------------------
 
 
-@rule("cat", "stack", "sum_of", lowering="join")
+@rule("cat", "stack", *_CHAINS, lowering="join")
 def _join_in_lanes(emitter: Emitter, bundle: Bundle) -> Packed:
     lists = [list(member.args[0]) for member in bundle.members]  # type: ignore[arg-type]
     inner = len(lists[0])
-    dim = int(bundle.members[0].args[1]) if bundle.name != "sum_of" else 0  # type: ignore[arg-type]
+    dim = 0 if bundle.name in _CHAINS else int(bundle.members[0].args[1])  # type: ignore[arg-type]
     nested = _nested(emitter, bundle, lists)
     if nested is not None:
         return _join_nested(emitter, bundle, nested, dim)
     lane_rank = rank(lists[0][0])
     columns = [emitter.fetch([operands[i] for operands in lists]) for i in range(inner)]
-    if bundle.name == "sum_of":
+    if bundle.name in _CHAINS:
         from .elementwise import aligned
 
         nodes, lane = aligned(emitter, [(column, lane_rank) for column in columns], lane_rank)
         if all(column.dim is None for column in columns):
-            raise CannotVectorize("every lane adds the same tensors")
-        return Packed(functools.reduce(lambda a, b: emitter.call(torch.add, a, b), nodes), lane)
+            raise CannotVectorize("every lane combines the same tensors")
+        return Packed(functools.reduce(lambda a, b: emitter.call(_CHAINS[bundle.name][1], a, b), nodes), lane)
     lanes = len(bundle.members)
     fronts = [emitter.front(column, lanes) for column in columns]
     return Packed(emitter.call(torch.stack if bundle.name == "stack" else torch.cat, fronts, dim + 1), 0)
@@ -117,18 +142,25 @@ def _nested(emitter: Emitter, bundle: Bundle, lists: list[list[Node]]) -> Packed
     inner = emitter.bundles.bundle(flat[0])
     if inner is None or any(emitter.bundles.of.get(node) != inner.index for node in flat):
         return None
-    value = _lanes(emitter, inner, flat)
+    rows, columns = len(lists), len(lists[0])
+    whole = emitter.values[inner.index]
+    positions = [emitter.bundles.position[node] for node in flat]
+    turned_order = [column * rows + row for row in range(rows) for column in range(columns)]
+    if whole.dim is not None and len(inner.members) == len(flat) and positions == turned_order:
+        turned = emitter.call(torch.unflatten, whole.node, whole.dim, (columns, rows))
+        return Packed(emitter.call(torch.transpose, turned, whole.dim, whole.dim + 1), whole.dim)
+    value = emitter.pick(whole, len(inner.members), positions)
     if value.dim is None:
         return None
-    return Packed(emitter.call(torch.unflatten, value.node, value.dim, (len(lists), len(lists[0]))), value.dim)
+    return Packed(emitter.call(torch.unflatten, value.node, value.dim, (rows, columns)), value.dim)
 
 
 def _join_nested(emitter: Emitter, bundle: Bundle, nested: Packed, dim: int) -> Packed:
     """``nested`` has the outer lanes at ``dim`` and the inner ones right after; the inner ones are joined."""
     assert nested.dim is not None
     outer, inner = nested.dim, nested.dim + 1
-    if bundle.name == "sum_of":
-        return Packed(emitter.call(torch.sum, nested.node, inner), outer)
+    if bundle.name in _CHAINS:
+        return Packed(_over_lanes(emitter, bundle.name, nested.node, inner), outer)
     front = emitter.call(torch.movedim, nested.node, (outer, inner), (0, 1 + dim))
     if bundle.name == "stack":
         return Packed(front, 0)

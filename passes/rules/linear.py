@@ -84,13 +84,34 @@ def _own(emitter: Emitter, bundle: Bundle, x: Packed, weight_nodes: list[Node]) 
     elif x_rank > 3:
         rows = emitter.call(torch.flatten, x_front, 1, x_rank - 2)
     bias_front = None if bias is None else emitter.front(bias, lanes)  # [G, M]
-    out = _LOWERINGS[lowering](emitter, bundle, rows, weight_nodes, bias_front)
+    distinct = _shared_by_calls(emitter, bundle, weight_nodes)
+    if distinct is not None:  # several calls of each network: more rows for its weight
+        calls = lanes // len(distinct)
+        rows = emitter.call(torch.flatten, emitter.call(torch.unflatten, rows, 0, (len(distinct), calls)), 1, 2)
+        bias_nodes = emitter.nodes(bundle, "bias")
+        bias_front = None if bias_nodes is None else emitter.front(emitter.fetch(bias_nodes[::calls]), len(distinct))
+        out = _LOWERINGS[lowering](emitter, bundle, rows, distinct, bias_front)
+        out = emitter.call(torch.flatten, emitter.call(torch.unflatten, out, 1, (calls, -1)), 0, 1)
+    else:
+        out = _LOWERINGS[lowering](emitter, bundle, rows, weight_nodes, bias_front)
     if x_rank == 2:
         out = emitter.call(torch.squeeze, out, 1)
     elif x_rank > 3:
         sizes = [_size(emitter, bundle, x_front, d) for d in range(1, x_rank - 1)]
         out = emitter.call(torch.unflatten, out, 1, tuple(sizes))
     return Packed(out, 0), lowering
+
+
+def _shared_by_calls(emitter: Emitter, bundle: Bundle, weight_nodes: list[Node]) -> list[Node] | None:
+    """The networks' own weights, where lane for lane each serves several calls in a row, its bias too; else None."""
+    distinct = list(dict.fromkeys(weight_nodes))
+    calls = len(weight_nodes) // len(distinct)
+    if calls < 2 or len(distinct) < 2 or weight_nodes != [node for node in distinct for _ in range(calls)]:
+        return None
+    biases = emitter.nodes(bundle, "bias")
+    if biases is not None and biases != [node for node in biases[::calls] for _ in range(calls)]:
+        return None
+    return distinct if all(node.op == "get_attr" for node in distinct) else None
 
 
 def _size(emitter: Emitter, bundle: Bundle, node: Node, dim: int) -> Node | int:
@@ -104,7 +125,7 @@ def _weight(emitter: Emitter, bundle: Bundle, nodes: list[Node], order: tuple[in
     packed = emitter.weights(nodes, order, "stack")
     if packed is not None:
         return packed.node
-    weight = emitter.front(emitter.operand(bundle, "weight"), len(bundle.members))
+    weight = emitter.front(emitter.fetch(nodes), len(nodes))
     return weight if order == (0, 1) else emitter.call(torch.transpose, weight, 1, 2)
 
 
@@ -147,7 +168,7 @@ def _from_left(emitter: Emitter, bundle: Bundle, rows: Node, weights: list[Node]
 
 
 def _grouped_conv(emitter: Emitter, bundle: Bundle, rows: Node, weights: list[Node], bias: Node | None) -> Node:
-    lanes = len(bundle.members)
+    lanes = len(weights)
     weight = emitter.call(torch.unsqueeze, emitter.call(torch.flatten, _weight(emitter, bundle, weights, (0, 1)), 0, 1), 2)
     channels = emitter.call(torch.flatten, emitter.call(torch.transpose, rows, 1, 2), 0, 1)  # [G * K, N]
     flat = None if bias is None else emitter.call(torch.flatten, bias, 0, 1)

@@ -1,14 +1,14 @@
-"""Slices: where lanes come apart (each lane its own position of one tensor), and slices inside lanes.
+"""Slices: where lanes come apart (each lane its own positions of one tensor), and slices inside lanes.
 
-``x[:, i]`` for all i is ``x`` itself, with its lane axis at dim 1: the fork costs nothing. Slices of width w that tile or overlap
-regularly are one ``unfold``; other positions are one gather.
+``x[:, i]`` for all i is ``x`` itself, with its lane axis at dim 1: the fork costs nothing. Places of width w that tile, overlap or
+interleave regularly are a view (``unflatten`` or ``unfold``); any others are one gather.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..bundle import POSITIONS, Bundle, Node
+from ..bundle import Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
 from ..functional import slice_along
 from .base import physical, rule
@@ -16,57 +16,79 @@ from .base import physical, rule
 
 @rule("select", "slice_along", view=True)
 def _slices(emitter: Emitter, bundle: Bundle) -> Packed:
-    op = bundle.op
-    assert op is not None
-    at = op.names.index(POSITIONS[op.name][0])
-    sources = [member.args[0] for member in bundle.members]
-    positions = [int(member.args[at]) for member in bundle.members]  # type: ignore[arg-type]
+    return _places(emitter, bundle)
+
+
+@rule("pick_along", lowering="gather")
+def _picks(emitter: Emitter, bundle: Bundle) -> Packed:
+    return _places(emitter, bundle)
+
+
+def _positions(node: Node) -> tuple[int, ...]:
+    """The places that one lane takes of its tensor."""
+    name = node.target.name  # type: ignore[union-attr]
+    if name == "select":
+        return (int(node.args[2]),)  # type: ignore[arg-type]
+    return tuple(range(*node.args[2:])) if name == "slice_along" else tuple(node.args[2])  # type: ignore[arg-type]
+
+
+def _places(emitter: Emitter, bundle: Bundle) -> Packed:
+    assert bundle.op is not None
+    sources: list[Node] = [member.args[0] for member in bundle.members]  # type: ignore[misc]
+    places = [_positions(member) for member in bundle.members]
     dim = int(bundle.members[0].args[1])  # type: ignore[arg-type]
-    if len(set(positions)) == 1:
+    if len(set(places)) == 1:
         return _inside(emitter, bundle, dim)
     distinct = list(dict.fromkeys(sources))
-    per_source = [[p for s, p in zip(sources, positions, strict=True) if s is source] for source in distinct]
-    if any(p != per_source[0] for p in per_source) or len(per_source[0]) * len(distinct) != len(positions):
-        raise CannotVectorize("lanes slice different tensors at different positions")
-    outer = emitter.fetch(distinct)  # type: ignore[arg-type]
-    inner_dim = physical(dim, outer.dim if len(distinct) > 1 else None)
-    node = _fork(emitter, bundle, outer.node, inner_dim, per_source[0])
+    per_source = [[p for s, p in zip(sources, places, strict=True) if s is source] for source in distinct]
+    if sources != [source for source, own in zip(distinct, per_source, strict=True) for _ in own]:
+        raise CannotVectorize("lanes slice different tensors in turns")
     if len(distinct) == 1:
-        return Packed(node, inner_dim)
-    # K tensors, N slices each: lanes in the order (tensor, slice), as the bundle has them.
+        return Packed(_fork(emitter, bundle, emitter.fetch(distinct).node, dim, places), dim)
+    if any(p != per_source[0] for p in per_source):
+        forks = [_fork(emitter, bundle, emitter.single(s), dim, own) for s, own in zip(distinct, per_source, strict=True)]
+        return Packed(emitter.call(torch.cat, forks, dim), dim)
+    # K tensors, N places each: lanes in the order (tensor, place), as the bundle has them.
+    outer = emitter.fetch(distinct)
     if outer.dim is None:
         raise CannotVectorize("equal tensors are sliced as if they were different")
+    inner_dim = physical(dim, outer.dim)
+    node = _fork(emitter, bundle, outer.node, inner_dim, per_source[0])
     outer_dim = outer.dim if outer.dim < inner_dim else outer.dim + 1
     moved = emitter.call(torch.movedim, node, (outer_dim, inner_dim), (0, 1))
     return Packed(emitter.call(torch.flatten, moved, 0, 1), 0)
 
 
-def _fork(emitter: Emitter, bundle: Bundle, node: Node, dim: int, positions: list[int]) -> Node:
-    """``node`` with the positions along ``dim`` as a lane axis at ``dim`` (and, for slices, their width right after it)."""
+def _fork(emitter: Emitter, bundle: Bundle, node: Node, dim: int, places: list[tuple[int, ...]]) -> Node:
+    """``node`` with the lanes' places along ``dim`` as a lane axis at ``dim`` (and their width after it, unless each is an index)."""
     size = node.meta["val"].shape[dim]
-    count = len(positions)
-    stride = positions[1] - positions[0] if count > 1 else 1
-    regular = stride > 0 and positions == list(range(positions[0], positions[0] + stride * count, stride))
-    device = emitter.device(bundle.members)
-    source = bundle.members[0].args[0]
-    free = bundle.members[0].args[1] in source.meta["dyn"]  # type: ignore[union-attr]
+    count, width = len(places), len(places[0])
+    first = places[0][0] if width else 0
+    free = bundle.members[0].args[1] in bundle.members[0].args[0].meta["dyn"]  # type: ignore[union-attr]
     if bundle.name == "select":
-        if positions == list(range(size)) and not free:
+        indices = [place[0] for place in places]
+        if indices == list(range(size)) and not free:
             return node
-        if regular:
-            return emitter.call(slice_along, node, dim, positions[0], positions[-1] + 1, stride)
-        return emitter.call(torch.index_select, node, dim, emitter.constant(positions, device))
-    start, stop, step = (int(v) for v in bundle.members[0].args[2:5])  # type: ignore[arg-type]
-    width = len(range(start, stop, step))
-    if regular and step == 1 and width > 0:
-        span = (positions[0], positions[-1] + width)
-        if stride == width:
-            whole = node if span == (0, size) else emitter.call(slice_along, node, dim, *span, 1)
+        stride = indices[1] - first if count > 1 else 1
+        if stride > 0 and indices == list(range(first, first + stride * count, stride)):
+            return emitter.call(slice_along, node, dim, first, indices[-1] + 1, stride)
+        return emitter.call(torch.index_select, node, dim, emitter.constant(indices, emitter.device(bundle.members)))
+    flat = [position for place in places for position in place]
+    stride = places[1][0] - first if count > 1 and width else 1
+    step = places[0][1] - first if width > 1 else 1
+    if width and stride > 0 and step > 0 and flat == [first + lane * stride + k * step for lane in range(count) for k in range(width)]:
+        span = (first, max(flat) + 1)
+        whole = node if span == (0, size) else emitter.call(slice_along, node, dim, *span, 1)
+        if step == 1 and stride == width:
             return emitter.call(torch.unflatten, whole, dim, (count, width))
-        windows = node if span == (0, size) else emitter.call(slice_along, node, dim, *span, 1)
-        return emitter.call(torch.movedim, emitter.call("unfold", windows, dim, width, stride), -1, dim + 1)
-    index = [p + offset * step for p in positions for offset in range(width)]
-    gathered = emitter.call(torch.index_select, node, dim, emitter.constant(index, device))
+        if stride == 1 and step == count:
+            return emitter.call(torch.movedim, emitter.call(torch.unflatten, whole, dim, (width, count)), dim + 1, dim)
+        windows = emitter.call("unfold", whole, dim, (width - 1) * step + 1, stride)
+        if step > 1:
+            last = len(windows.meta["val"].shape) - 1
+            windows = emitter.call(slice_along, windows, last, 0, (width - 1) * step + 1, step)
+        return emitter.call(torch.movedim, windows, -1, dim + 1)
+    gathered = emitter.call(torch.index_select, node, dim, emitter.constant(flat, emitter.device(bundle.members)))
     return emitter.call(torch.unflatten, gathered, dim, (count, width))
 
 
@@ -75,6 +97,9 @@ def _inside(emitter: Emitter, bundle: Bundle, dim: int) -> Packed:
     value = emitter.operand(bundle, "input" if bundle.name == "select" else "tensor")
     at = physical(dim, value.dim)
     rest = bundle.members[0].args[2:]
+    if bundle.name == "pick_along":
+        index = emitter.constant(list(_positions(bundle.members[0])), emitter.device(bundle.members))
+        return Packed(emitter.call(torch.index_select, value.node, at, index), value.dim)
     if bundle.name == "select":
         lane = None if value.dim is None else value.dim - (dim < value.dim)
         return Packed(emitter.call(torch.select, value.node, at, rest[0]), lane)

@@ -1,0 +1,221 @@
+"""In-place writes and views made functional, as in PyTorch's functionalization.
+
+Comes in: events that write, views, and reads of recorded values. Goes out: ``Writes``, a layer of the lifter. A view
+remembers how it was made, a write to it is scattered back into its base, and other views of the base are made anew when they are next read.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+
+from fxfuse.sizes import SizeOf, SizeOp
+from fxfuse.trace import Event, Frame, Ref, Trace
+
+from .functional import as_slot, index_write, op_of
+from .indexing import Indexing
+from .lifted import Refused, SizeDependent, Sizes
+from .ops import canonical, op_name
+
+_SIZE = canonical(torch.Tensor.size, (torch.empty(0), 0), {})[0]
+_WRITE = op_of(index_write)
+_SLOT = op_of(as_slot)
+_SIZE_OPS = {name: op_of(getattr(operator, name), f"size_{name}") for name in ("add", "sub", "mul")}
+SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
+
+
+class Writes(Indexing):
+    """What every recorded value holds at each point of the program."""
+
+    def __init__(self, trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> None:
+        super().__init__(trace, frame, sizes, opaque)
+        self.parent: dict[int, tuple[int, Event]] = {}  # view -> (what it is a view of, how it was made)
+        self.seen_version: dict[int, int] = {}
+        self.version: dict[int, int] = {}  # by root value
+        self.inputs: set[int] = set()
+        self.constants: dict[str, torch.Tensor] = {}
+
+    def _argument(self, tree: Any) -> Any:
+        """A recorded argument as FX wants it: nodes for tensors and free sizes, numbers for fixed sizes."""
+        kind = type(tree)
+        if kind is Ref:
+            return self._read(tree.value)
+        if kind is SizeOf:
+            if tree.dim not in self.dynamic.get(tree.value, ()):
+                return self.trace.values[tree.value].shape[tree.dim]
+            return self._node(_SIZE, (self._read(tree.value), tree.dim), None)
+        if kind is SizeOp:
+            args = tuple(self._argument(a) for a in tree.args)
+            if all(isinstance(a, int) for a in args):
+                return getattr(operator, tree.op)(*args)
+            if tree.op in ("floordiv", "mod"):
+                raise SizeDependent(f"a size is divided ({tree.op})", self.place)
+            if tree.op == "neg":
+                return self._node(_SIZE_OPS["mul"], (-1, args[0]), None)
+            return self._node(_SIZE_OPS[tree.op], args, None)
+        if kind is tuple:
+            return tuple([self._argument(item) for item in tree])
+        if kind is list:
+            return [self._argument(item) for item in tree]
+        if kind is dict:
+            return {key: self._argument(item) for key, item in tree.items()}
+        if kind is slice:
+            return slice(self._argument(tree.start), self._argument(tree.stop), self._argument(tree.step))
+        if isinstance(tree, tuple):  # torch.Size, named tuples
+            return tuple([self._argument(item) for item in tree])
+        return tree
+
+    def _root(self, value: int) -> int:
+        while value in self.parent:
+            value = self.parent[value][0]
+        return value
+
+    def _read(self, value: int) -> Any:
+        if value not in self.env:
+            return self._outside(value)
+        root = self._root(value)
+        if self.version.get(root, 0) != self.seen_version.get(value, 0) and value in self.parent:
+            base, event = self.parent[value]
+            self._read(base)
+            self.env[value] = self._again(event, value)
+            self.seen_version[value] = self.version[root]
+        return self.env[value]
+
+    def _again(self, event: Event, value: int) -> Any:
+        """Make a view anew from its base, whose contents have changed."""
+        args, kwargs = self._argument(event.args), self._argument(event.kwargs)
+        name = op_name(event.func)
+        part = self._part(name, event.func, args, kwargs, value)
+        if part is not None:
+            return part
+        if name in SPLITS or name == "unbind":
+            raise Refused("a piece of a split tensor is read after the tensor was written", event.place)
+        return self._call(event.func, args, kwargs, Ref(value))
+
+    def _outside(self, value: int) -> torch.fx.Node:
+        seen = self.trace.values[value]
+        prefix = f"{self.frame.path}." if self.frame.path else ""
+        if seen.origin == "attribute":
+            if not seen.name.startswith(prefix):
+                raise Refused(f"reads {seen.name}, which belongs to a module outside", self.place)
+            target = seen.name[len(prefix) :]
+        elif seen.origin == "constant":
+            if seen.tensor.requires_grad:
+                raise Refused("uses a trainable tensor that no module of the model holds", self.place)
+            target = f"packed.constant_{len(self.constants)}"
+            self.constants[target] = seen.tensor
+        else:
+            raise Refused("reads a tensor that was computed outside of the module", self.place)
+        node = self.graph.get_attr(target)
+        self._describe(node, value)
+        node.meta["requires_grad"] = seen.tensor.requires_grad
+        self.env[value] = node
+        return node
+
+    def _note_view(self, event: Event) -> None:
+        """Outputs that share memory with an argument are views of it: a write to either shows in the other."""
+        out = event.out if isinstance(event.out, list) else [event.out]
+        refs = [ref for ref in out if isinstance(ref, Ref)]
+        if not refs:
+            return
+        arguments: list[int] = []
+        _values(event.args, arguments)
+        _values(event.kwargs, arguments)
+        for ref in refs:
+            storage = self.trace.values[ref.value].storage
+            base = next((v for v in arguments if v != ref.value and self.trace.values[v].storage == storage), None)
+            if base is not None and ref.value not in self.parent and ref.value not in self.inputs:
+                self.parent[ref.value] = (base, event)
+                self.seen_version[ref.value] = self.version.get(self._root(base), 0)
+
+    def _write_event(self, event: Event, name: str) -> None:
+        target = event.args[0].value if event.args and isinstance(event.args[0], Ref) else None
+        if target is None or target not in event.mutated:
+            raise Refused(f"{name} changes a tensor in a way that has no functional form here", event.place)
+        root = self._root(target)
+        if root in self.inputs:
+            raise Refused(f"writes into its input ({name})", event.place)
+        if root not in self.env and self.trace.values[root].origin in ("attribute", "constant"):
+            raise Refused(f"changes {self.trace.values[root].name or 'a constant'} in forward ({name})", event.place)
+        if self.trace.values[root].origin in ("attribute", "constant"):
+            raise Refused(f"changes {self.trace.values[root].name or 'a constant'} in forward ({name})", event.place)
+        args, kwargs = self._argument(event.args), self._argument(event.kwargs)
+        self._write(target, self._functional(event, name, args, kwargs, target), event)
+        if isinstance(event.out, Ref) and event.out.value != target:
+            self.env[event.out.value] = self.env[target]
+
+    def _functional(self, event: Event, name: str, args: Any, kwargs: Any, target: int) -> Any:
+        """What ``target`` holds after the in-place call ``name``."""
+        if name == "__setitem__":
+            return self._node(_WRITE, (args[0], args[1], args[2]), target)
+        if name == "copy_":
+            return self._node(_SLOT, (args[1], args[0]), target)
+        if name in ("zero_", "fill_"):
+            filled = canonical(torch.full_like, (args[0], 0.0 if name == "zero_" else args[1]), {})
+            return self._node(filled[0], filled[1], target)
+        base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+        func: Any
+        if base == name:  # F.relu(x, inplace=True)
+            func = event.func
+            kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
+            op, canonical_args = canonical(func, tuple(args), kwargs)
+            node = self._node(op, canonical_args, target)
+        else:
+            func = getattr(torch.Tensor, base, None) or getattr(torch, base, None) or getattr(torch.nn.functional, base, None)
+            if func is None:
+                raise Refused(f"{name} has no functional form", event.place)
+            node = self._call(func, args, kwargs, Ref(target))
+        dtype = self.trace.values[target].tensor.dtype
+        others = [a for a in args[1:] if isinstance(a, torch.fx.Node) and a.meta.get("dtype") not in (None, dtype)]
+        if others:
+            to, to_args = canonical(torch.Tensor.to, (node, dtype), {})
+            node = self._node(to, to_args, target)
+        return node
+
+    def _write(self, value: int, node: Any, event: Event) -> None:
+        self.env[value] = node
+        chain = [value]
+        while value in self.parent:
+            base, made = self.parent[value]
+            self.env[base] = self._scatter(base, made, self.env[value], event)
+            value = base
+            chain.append(value)
+        self.version[value] = self.version.get(value, 0) + 1
+        for member in chain:
+            self.seen_version[member] = self.version[value]
+
+    def _scatter(self, base: int, made: Event, node: Any, event: Event) -> Any:
+        """``base`` after its view, made by ``made``, was given the contents ``node``."""
+        name = op_name(made.func)
+        args = self._argument(made.args)
+        current = self._read(base)
+        if name == "__getitem__":
+            return self._node(_WRITE, (current, args[1], node), base)
+        if name in ("select", "narrow"):
+            op, canonical_args = canonical(made.func, tuple(args), self._argument(made.kwargs))
+            given = dict(zip(op.names, canonical_args, strict=True))
+            index = given["index"] if name == "select" else slice(given["start"], given["start"] + given["length"])
+            dim = given["dim"] % len(self.trace.values[base].shape)
+            return self._node(_WRITE, (current, (slice(None),) * dim + (index,), node), base)
+        if name in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "contiguous", "detach", "view_as"):
+            if name == "detach":
+                raise Refused("writes into a detached tensor", event.place)
+            sizes = tuple(self._argument(SizeOf(base, dim)) for dim in range(len(self.trace.values[base].shape)))
+            return self._call(torch.Tensor.reshape, (node, sizes), {}, Ref(base))
+        if name in ("transpose", "t", "swapaxes"):
+            return self._call(made.func, (node, *args[1:]), {}, Ref(base))
+        raise Refused(f"writes into a view made by {name}", event.place)
+
+
+def _values(tree: Any, found: list[int]) -> None:
+    if isinstance(tree, Ref):
+        found.append(tree.value)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            _values(item, found)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            _values(item, found)
