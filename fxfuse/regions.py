@@ -17,6 +17,7 @@ from .observe import Observation
 from .passes.lift import Sizes, lift
 from .passes.near_miss import near_misses
 from .passes.rules import is_heavy
+from .passes.updates import updates_of, writes
 from .passes.vectorize import Prepared, prepare
 from .trace import Frame
 from .tracer import has_hooks
@@ -36,8 +37,11 @@ def closed_frames(observation: Observation) -> frozenset[int]:
     """Module calls that stay as they are inside a region: hooks, or steps that a graph cannot repeat."""
     trace = observation.trace
     held = {value.storage: value.name for value in trace.values if value.origin == "attribute"}
-    for event in trace.events:
-        changed = next((held[trace.values[v].storage] for v in event.mutated if trace.values[v].storage in held), None)
+    updates = updates_of(trace)
+    for index, event in enumerate(trace.events):
+        if index in updates:
+            continue
+        changed = next((held[trace.values[v].storage] for v in writes(event) if trace.values[v].storage in held), None)
         poison = event.poison or (f"changes {changed} in forward" if changed is not None else "")
         if poison and event.frame >= 0:
             frame = trace.frames[event.frame]

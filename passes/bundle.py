@@ -184,7 +184,7 @@ def _key(node: Node, of: dict[Node, int]) -> Any:
     args = tuple(
         None if name in erased else _freeze(arg, of) for name, arg in zip(node.target.names, node.args, strict=True)
     )  # fmt: skip
-    key = (node.target, args, facts)
+    key = (node.target, args, facts, _freeze(node.kwargs, of))
     try:
         hash(key)
     except TypeError:
@@ -200,7 +200,7 @@ def _freeze(arg: Any, of: dict[Node, int]) -> Any:
     if isinstance(arg, slice):
         return ("slice", _freeze(arg.start, of), _freeze(arg.stop, of), _freeze(arg.step, of))
     if isinstance(arg, dict):
-        return tuple(sorted((k, _freeze(v, of)) for k, v in arg.items()))
+        return tuple(sorted((k, _freeze(v, of)) for k, v in arg.items())) if arg else ()
     return (type(arg).__name__, arg)
 
 

@@ -1,6 +1,6 @@
 """Functions that stand for what Python does in place or in pieces, so that a graph can hold it.
 
-Comes in: tensors. Goes out: new tensors; nothing is written in place. They are what the passes write into graphs besides torch's own
+Comes in: tensors. Goes out: new tensors; nothing is written in place but running statistics. They are what the passes write into graphs besides torch's own
 functions; ``op_of`` wraps one as an ``Op``.
 """
 
@@ -18,8 +18,8 @@ from .ops import Op
 
 
 def drop_unused(graph: torch.fx.Graph) -> None:
-    """Remove what nothing reads. Calls of closed modules stay: their hooks and state are somebody's business."""
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module"))
+    """Remove what nothing reads. Calls of closed modules stay, their hooks and state are somebody's business; updates of buffers too."""
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output", "call_module") or bool(node.meta.get("update")))
 
 
 def index_write(base: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
@@ -61,6 +61,35 @@ def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     while value.dim() > slot.dim() and value.shape[0] == 1:
         value = value.squeeze(0)
     return value.to(slot.dtype).expand_as(slot)
+
+
+def cumulative_batch_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    counter: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """``F.batch_norm`` in train mode; the running statistics, in place, are averages of all ``counter`` batches so far (momentum None).
+
+    ``counter`` holds one number for all channels, or one per lane, whose channels lie next to each other.
+
+    >>> mean, var = torch.tensor([4.0]), torch.ones(1)
+    >>> _ = cumulative_batch_norm(torch.tensor([[0.0], [2.0]]), mean, var, torch.tensor(3), None, None, 1e-5)
+    >>> mean
+    tensor([3.])
+    """
+    batch = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    out = torch.nn.functional.batch_norm(input, *batch, weight, bias, True, 1.0, eps)
+    wide = torch.promote_types(running_mean.dtype, torch.float32)
+    share = counter.detach().to(wide).reciprocal().reshape(-1)
+    share = share.repeat_interleave(running_mean.numel() // share.numel())
+    for running, own in zip((running_mean, running_var), batch, strict=True):
+        # .data: as F.batch_norm itself, this is no write that autograd counts
+        running.data.copy_(torch.lerp(running.detach().to(wide), own.to(wide), share))
+    return out
 
 
 _WRAPPED: dict[Callable[..., Any], Op] = {}

@@ -11,7 +11,7 @@ it is scattered back into its base, and other views of the base are made anew wh
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from fxfuse.graph import Place, Refusal, SizeCheck
 from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Event, Frame, Ref, Trace
 
-from .functional import as_slot, drop_unused, index_write, op_of, slice_along
+from .functional import as_slot, cumulative_batch_norm, drop_unused, index_write, op_of, slice_along
 from .ops import Op, canonical, op_name
+from .updates import Update, arguments, updates_of, writes
 
 _SELECT = canonical(torch.select, (torch.empty(0), 0, 0), {})[0]
 _UNSQUEEZE = canonical(torch.unsqueeze, (torch.empty(0), 0), {})[0]
@@ -31,6 +32,7 @@ _GETITEM = op_of(operator.getitem, "item")
 _SLICE = op_of(slice_along)
 _WRITE = op_of(index_write)
 _SLOT = op_of(as_slot)
+_CUMULATIVE = op_of(cumulative_batch_norm)
 _SIZE_OPS = {name: op_of(getattr(operator, name), f"size_{name}") for name in ("add", "sub", "mul")}
 _SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
 # Ops whose dims count those of their first argument, and ops whose dims count those of their result: there -1 and 1 can be one spelling.
@@ -120,6 +122,9 @@ class _Lifter:
         self.path = frame.path
         self.at = frame.index  # the frame that the current event belongs to
         self.random = self.factories = False
+        self.updates = updates_of(trace)
+        self.last_update: dict[int, torch.fx.Node] = {}  # by storage
+        self.changed_inside: dict[int, str] = {}  # storages that closed modules write -> the module
 
     # -- the walk -----------------------------------------------------------------------------------------------------------------
 
@@ -145,10 +150,15 @@ class _Lifter:
                 continue
             self.place, self.at = event.place, event.frame
             self.path = self.trace.frames[event.frame].path if event.frame >= 0 else ""
-            if event.poison:
+            update = self.updates.get(index)
+            if update is not None:
+                self._update(event, update)
+            elif event.poison:
                 raise Refused(event.poison, event.place)
-            self._event(event)
+            else:
+                self._event(event)
             index += 1
+        self._check_order()
         outputs = [self._output(leaf) for leaf in frame.out]
         self.graph.output(outputs)
         drop_unused(self.graph)
@@ -171,7 +181,8 @@ class _Lifter:
         self.place, self.path, self.at = called.place, called.path, called.parent
         prefix = f"{self.frame.path}." if self.frame.path else ""
         args, kwargs = torch.utils._pytree.tree_unflatten([self._argument(leaf) for leaf in called.leaves], called.in_spec)
-        written = {v for e in self.trace.events[called.start : called.end] for v in e.mutated}
+        written = {v for e in self.trace.events[called.start : called.end] for v in writes(e)}
+        self.changed_inside.update((self.trace.values[v].storage, called.path) for v in written)
         if any(v in self.env for v in written):
             raise Refused(f"{called.path or 'the model'} writes into a tensor that it was given", called.place)
         node = self.graph.call_module(called.path[len(prefix) :] if prefix else called.path, tuple(args), dict(kwargs))
@@ -195,8 +206,68 @@ class _Lifter:
         elif structure is not None:
             raise Refused(f"{self.path} returns a {type(structure).__name__}", self.place)
 
+    # -- updates of buffers ---------------------------------------------------------------------------------------------------------
+
+    def _update(self, event: Event, update: Update) -> None:
+        """Repeat an update in place, after those that touch the same buffers before it."""
+        if update.kind == "part":
+            return
+        given = arguments(event)
+        if update.kind == "discarded":
+            op, _ = canonical(event.func, event.args, event.kwargs)
+            left = tuple(None if name in ("running_mean", "running_var") else value for name, value in given.items())
+            self._more_than_one_value(op.name, given)
+            self._bind(event.out, self._node(op, self._argument(left), event.out.value))
+            return
+        if update.kind == "count":
+            op, args = canonical(torch.Tensor.add_, event.args, {})
+        elif update.kind == "cumulative":
+            op, args = _CUMULATIVE, tuple(given[n] if n != "counter" else Ref(update.counter) for n in _CUMULATIVE.names)
+        else:
+            op, args = canonical(event.func, event.args, event.kwargs)
+            op = replace(op, name=f"{op.name}_update")
+        if update.kind != "count":
+            self._more_than_one_value("batch_norm" if update.kind == "cumulative" else event.func.__name__, given)
+        before = tuple(dict.fromkeys(self.last_update[s] for s in update.touches if s in self.last_update))
+        node = self.graph.call_function(op, self._argument(args), {"after": before} if before else {})
+        self._describe(node, event.out.value)
+        node.meta["update"] = True
+        if update.kind != "count":  # what a count returns is the buffer itself, which nothing else reads
+            self.env[event.out.value] = node
+        self.last_update.update(dict.fromkeys(update.touches, node))
+
+    def _check_order(self) -> None:
+        """A buffer that a closed module writes and the graph reads: which of the two comes first is not kept."""
+        for value, node in self.env.items():
+            module = self.changed_inside.get(self.trace.values[value].storage)
+            if module is not None and isinstance(node, torch.fx.Node) and node.op == "get_attr":
+                raise Refused(f"reads {self.trace.values[value].name}, which {module} changes", self.frame.place)
+
+    def _more_than_one_value(self, name: str, given: dict[str, Any]) -> None:
+        """Statistics of a single value raise in the original: guard that a free size does not lead there."""
+        shape, value = self.trace.values[given["input"].value].shape, given["input"].value
+        if name == "group_norm":
+            fixed, dims = shape[1] // given["num_groups"], [0, *range(2, len(shape))]
+        else:
+            fixed, dims = 1, [*([0] if name == "batch_norm" else []), *range(2, len(shape))]
+        free = [dim for dim in dims if dim in self.dynamic.get(value, ())]
+        for dim in dims:
+            fixed *= 1 if dim in free else shape[dim]
+        most = max(free, key=lambda dim: shape[dim], default=None)
+        if fixed == 1 and most is not None and shape[most] > 1:
+            found = self._input_dim(value, most)
+            if found is not None:
+                self.checks.append(SizeCheck(*found, "!=", 1))
+
     def _event(self, event: Event) -> None:
         name = op_name(event.func)
+        written = writes(event)
+        if written and not event.mutated:
+            raise Refused(f"changes {self.trace.values[written[0]].name or 'running statistics'} in forward ({name})", event.place)
+        if name in ("batch_norm", "instance_norm", "group_norm"):
+            given = arguments(event)
+            if isinstance(given.get("input"), Ref) and given.get("training", given.get("use_input_stats", True)):
+                self._more_than_one_value(name, given)
         if event.mutated:
             self._write_event(event, name)
             return
