@@ -81,14 +81,17 @@ def cumulative_batch_norm(
     >>> mean
     tensor([3.])
     """
-    batch = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    batch = running_mean.new_zeros(2, running_mean.numel()).unbind(0)
     out = torch.nn.functional.batch_norm(input, *batch, weight, bias, True, 1.0, eps)
     wide = torch.promote_types(running_mean.dtype, torch.float32)
-    share = counter.detach().to(wide).reciprocal().reshape(-1)
-    share = share.repeat_interleave(running_mean.numel() // share.numel())
+    share = counter.detach().to(wide).reciprocal().reshape(-1, 1)
     for running, own in zip((running_mean, running_var), batch, strict=True):
-        # .data: as F.batch_norm itself, this is no write that autograd counts
-        running.data.copy_(torch.lerp(running.detach().to(wide), own.to(wide), share))
+        kept = running.data.unflatten(0, (share.shape[0], -1))  # .data: as in F.batch_norm itself, no write that autograd counts
+        lanes = own.unflatten(0, (share.shape[0], -1))
+        if wide is running.dtype:
+            kept.lerp_(lanes, share)
+        else:
+            kept.copy_(torch.lerp(kept.to(wide), lanes.to(wide), share))
     return out
 
 

@@ -162,6 +162,7 @@ class _Lifter:
         outputs = [self._output(leaf) for leaf in frame.out]
         self.graph.output(outputs)
         drop_unused(self.graph)
+        _mark_unread(self.graph)
         return Lifted(
             self.graph, frame, self.constants, self.checks, self.dynamic, place=frame.place, random=self.random, factories=self.factories,
             shapes={value: self.trace.values[value].shape for value in self.inputs}, sizes=self.sizes,
@@ -707,6 +708,16 @@ class _Lifter:
                 whole = start == 0 and width == node.meta["shape"][dim]
                 self.env[ref.value] = node if whole else self._step(_SLICE, node, (dim, start, start + width, 1), ref.value)
                 start += width
+
+
+def _mark_unread(graph: torch.fx.Graph) -> None:
+    """Mark what is run for its updates only: no gradient reaches it, so that it must not share a pack with what has one."""
+    read: set[torch.fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in read:
+            read.update(node.all_input_nodes)
+        elif node.op == "call_function":
+            node.meta["unread"] = True
 
 
 def _merged(sizes: Sizes) -> dict[int, frozenset[int]]:

@@ -76,7 +76,8 @@ def _with_running_statistics(emitter: Emitter, bundle: Bundle) -> tuple[Packed, 
 def _cumulative(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
     lanes = len(bundle.members)
     x = merged(emitter, emitter.operand(bundle, "input"), lanes)
-    mean, var, counter = (state(emitter, bundle, name) for name in ("running_mean", "running_var", "counter"))
+    mean, var = state(emitter, bundle, "running_mean"), state(emitter, bundle, "running_var")
+    counter = emitter.front(emitter.operand(bundle, "counter"), lanes)  # counted up before: only read here
     weight, bias = per_channel(emitter, bundle, "weight"), per_channel(emitter, bundle, "bias")
     out = update(emitter, cumulative_batch_norm, x, mean, var, counter, weight, bias, emitter.operand(bundle, "eps"))
     return parted(emitter, out, lanes), "batch_norm"
