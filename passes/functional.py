@@ -1,7 +1,7 @@
 """Functions that stand for what Python does in place or in pieces, so that a graph can hold it.
 
-Comes in: tensors. Goes out: new tensors; nothing is written in place but running statistics. They are what the passes write into graphs besides torch's own
-functions; ``op_of`` wraps one as an ``Op``.
+Comes in: tensors. Goes out: new tensors; nothing is written in place but running statistics. They are what the passes write into
+graphs besides torch's own functions; ``op_of`` wraps one as an ``Op``.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def cumulative_batch_norm(
     >>> mean
     tensor([3.])
     """
-    batch = running_mean.new_zeros(2, running_mean.numel()).unbind(0)
-    out = torch.nn.functional.batch_norm(input, *batch, weight, bias, True, 1.0, eps)
+    mean, var = running_mean.new_zeros(2, running_mean.numel()).unbind(0)
+    out = torch.nn.functional.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
     wide = torch.promote_types(running_mean.dtype, torch.float32)
     share = counter.detach().to(wide).reciprocal().reshape(-1, 1)
-    for running, own in zip((running_mean, running_var), batch, strict=True):
-        kept = running.data.unflatten(0, (share.shape[0], -1))  # .data: as in F.batch_norm itself, no write that autograd counts
-        lanes = own.unflatten(0, (share.shape[0], -1))
+    for running, own in zip((running_mean, running_var), (mean, var), strict=True):
+        kept = running.data.view(share.shape[0], -1)  # .data: as in F.batch_norm itself, no write that autograd counts
+        lanes = own.view(share.shape[0], -1)
         if wide is running.dtype:
             kept.lerp_(lanes, share)
         else:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxfuse.trace import Event, Ref, Trace
+from fxfuse.trace import Event, Frame, Ref, Trace
 
 from .ops import canonical, op_name
 
@@ -113,10 +113,15 @@ class _Finder:
         read, count = self.trace.events[index - 1], self.found.get(index - 2)
         if index - 2 < frame.start or count is None or count.kind != "count" or read.func.__name__ != "__float__":
             return
-        counter = read.args[0].value
-        if read.args[0] == self.trace.events[index - 2].args[0]:
-            self.found[index - 1] = Update("part", count.touches)
-            self.found[index] = Update("cumulative", (*touches, *count.touches), counter)
+        if read.args[0] != self.trace.events[index - 2].args[0] or self._called_again(frame):
+            return
+        self.found[index - 1] = Update("part", count.touches)
+        self.found[index] = Update("cumulative", (*touches, *count.touches), read.args[0].value)
+
+    def _called_again(self, frame: Frame) -> bool:
+        """Is one module called several times by one forward? Its calls come one after the other: nothing is gained by opening it."""
+        siblings = self.trace.frames[frame.parent].children if frame.parent >= 0 else []
+        return any(self.trace.frames[i].module is frame.module and i != frame.index for i in siblings)
 
     def _storage(self, value: int) -> int:
         return self.values[value].storage
@@ -134,8 +139,7 @@ class _Finder:
                 names.setdefault(seen.storage, set()).add(value)
         dropped.update(index for storage, held in names.items() if len(held) > 1 for index in touched[storage])
         for index, event in enumerate(self.trace.events):
-            update = self.found.get(index)
-            own = update.touches if update is not None else ()
+            own = self.found[index].touches if index in self.found else ()
             for storage in self._storages((event.args, event.kwargs)):
                 if storage in touched and storage not in own:
                     dropped.update(i for i in touched[storage] if self.found[i].kind != "discarded" or i < index)

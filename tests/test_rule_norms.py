@@ -1,4 +1,4 @@
-"""Normalization inside lanes, in the loops that people write: outputs, gradients, running statistics and counters, in train and eval mode."""
+"""Normalization inside lanes, in the loops that people write: outputs, gradients, statistics and counters, in train and eval mode."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import checks
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import QUICK, randn
 from torch import Tensor, nn
 
+import checks
 import fxfuse
+from checks import QUICK, randn
 
 Layer = Callable[[int], nn.Module]
 
@@ -63,7 +63,8 @@ class Branches(nn.Module):
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
         self.source = source
         self.branches = nn.ModuleList(
-            nn.Sequential(conv(2, channels, 3, padding=1, bias=False), norm(channels), nn.ReLU(), conv(channels, 2, 1)) for _ in range(lanes)
+            nn.Sequential(conv(2, channels, 3, padding=1, bias=False), norm(channels), nn.ReLU(), conv(channels, 2, 1))
+            for _ in range(lanes)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -289,7 +290,7 @@ def test_one_row_raises_as_before_and_leaves_the_statistics_as_the_loop_does() -
     model = randomized(PerColumn(3, nn.BatchNorm1d))
     fused = fxfuse.optimize(model, randn(6, 3), objective="launches", **QUICK)
     for each in (model, fused):
-        with pytest.raises(ValueError, match=r"Expected more than 1 value per channel when training, got input size torch.Size\(\[1, 4\]\)"):
+        with pytest.raises(ValueError, match=r"more than 1 value per channel when training, got input size torch.Size\(\[1, 4\]\)"):
             each.train()(randn(1, 3))
     checks.assert_same_buffers(fused, model, "after the error")
     for each in (model, fused):
@@ -330,6 +331,77 @@ def test_parameters_that_stay_where_they_are() -> None:
         x = randn(6, 3, seed=seed)
         checks.assert_close(fused.train()(x), model.train()(x), "output")
     checks.assert_same_buffers(fused, model, "shared Parameters")
+
+
+@pytest.mark.parametrize("packing", ["packed", "alias"])
+def test_compiled(packing: str) -> None:
+    model = randomized(PerColumn(3, nn.BatchNorm1d))
+    if packing == "packed":
+        fused = fxfuse.optimize(model, randn(6, 3), objective="launches", **QUICK)
+    else:
+        fused = fxfuse.optimize(copy.deepcopy(model), objective="launches", **QUICK)
+        checks.assert_close(fused.train()(randn(6, 3)), model.train()(randn(6, 3)), "first call")
+    compiled = torch.compile(fused.train(), backend="eager")
+    for seed in range(2):
+        x = randn(6, 3, seed=seed)
+        checks.assert_close(compiled(x), model.train()(x), "compiled")
+    checks.assert_same_buffers(fused, model, "after compiled calls")
+
+
+def test_statistics_that_share_memory_are_not_packed() -> None:
+    model = randomized(PerColumn(3, nn.BatchNorm1d))
+    for net in model.nets:
+        net[1].running_mean = model.nets[0][1].running_mean.view(4)
+    _, report = assert_equal_after(model, randn(6, 3))
+    assert "nets.2.1 stays a call of its own: changes its running_mean in forward" in report
+
+
+def test_statistics_held_by_several_lanes() -> None:
+    for names in (["running_mean"], ["num_batches_tracked"], ["running_mean", "running_var", "num_batches_tracked"]):
+        model = randomized(PerColumn(3, nn.BatchNorm1d))
+        for net in model.nets:
+            for name in names:
+                setattr(net[1], name, getattr(model.nets[0][1], name))
+        assert_equal_after(model, randn(6, 3))
+
+
+class Steps(nn.Module):
+    """Recurrent lanes: the same norms at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = list(x.chunk(3, 1))
+        for _ in range(3):
+            states = [torch.tanh(norm(cell(h))) for norm, cell, h in zip(self.norms, self.cells, states, strict=True)]
+        return torch.cat(states, 1)
+
+
+def test_statistics_that_move_at_each_step() -> None:
+    checks.assert_fused_equals(randomized(Steps()), randn(6, 6), heavy=6, batches=MANY, **QUICK)
+
+
+class Resnets(nn.Module):
+    """Residual networks on one image, averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)) for _ in range(3))
+        self.second = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(3, 2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = []
+        for first, second, head in zip(self.first, self.second, self.heads, strict=True):
+            outs.append(head(F.relu(x + second(first(x))).mean((2, 3))))
+        return sum(outs) / len(outs)
+
+
+def test_residual_networks() -> None:
+    checks.assert_fused_equals(randomized(Resnets()), randn(3, 3, 4, 4), heavy=5, batches=(1,), **QUICK)
 
 
 # -- lanes that are not alike ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """BatchNorm and InstanceNorm: every channel of every lane has statistics of its own, so lanes are merged with the channels.
 
-With statistics from the buffers (eval mode) and one module for all lanes, and for InstanceNorm with one scale for all, lanes are folded into
-the batch instead. In train mode the packed running statistics are written in place by the one call, as each lane's are by its own.
+With statistics from the buffers (eval mode) and one module for all lanes, and for InstanceNorm with one scale for all, lanes are folded
+into the batch instead. In train mode the packed running statistics are written in place by the one call, as each lane's are by its own.
 """
 
 from __future__ import annotations

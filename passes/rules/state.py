@@ -28,7 +28,7 @@ def state(emitter: Emitter, bundle: Bundle, name: str) -> Node:
 def _is_view(node: Node) -> bool:
     """Does this read a packed buffer, or a run of lanes of it, without a copy?"""
     while node.op != "get_attr":
-        if node.target is slice_along and node.args[4] == 1 or node.target in (torch.unflatten, torch.flatten):
+        if (node.target is slice_along and node.args[4] == 1) or node.target in (torch.unflatten, torch.flatten):
             assert isinstance(node.args[0], Node)
             node = node.args[0]
         else:
