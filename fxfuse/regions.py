@@ -14,6 +14,7 @@ from torch import nn
 from .fused import STATE
 from .graph import Place, Refusal
 from .observe import Observation
+from .passes.in_turn import in_turn
 from .passes.lift import Sizes, lift
 from .passes.near_miss import near_misses
 from .passes.rules import is_heavy
@@ -115,6 +116,7 @@ class RegionFinder:
             if inner is None:
                 self.regions.append(Region(frame, found))
                 self.refusals.extend(near_misses(found.bundles, is_heavy, frame.path))
+                self.refusals.extend(in_turn(found.bundles, frame.path))
                 self._refuse_closed(frame)
                 return
             for child in inner:

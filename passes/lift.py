@@ -123,6 +123,8 @@ class _Lifter:
         self.at = frame.index  # the frame that the current event belongs to
         self.random = self.factories = False
         self.updates = updates_of(trace)
+        self.read_counters = {s for update in self.updates.values() if update.kind == "cumulative" for s in update.touches}
+        self.counts: dict[int, list[tuple[Event, Update]]] = {}  # by frame: counters that go up with the frame's statistics
         self.last_update: dict[int, torch.fx.Node] = {}  # by storage
         self.changed_inside: dict[int, str] = {}  # storages that closed modules write -> the module
 
@@ -158,6 +160,8 @@ class _Lifter:
             else:
                 self._event(event)
             index += 1
+        for event, update in [each for counts in self.counts.values() for each in counts]:
+            self._repeat(event, update, canonical(torch.Tensor.add_, event.args, {}), ())
         self._check_order()
         outputs = [self._output(leaf) for leaf in frame.out]
         self.graph.output(outputs)
@@ -210,8 +214,14 @@ class _Lifter:
     # -- updates of buffers ---------------------------------------------------------------------------------------------------------
 
     def _update(self, event: Event, update: Update) -> None:
-        """Repeat an update in place, after those that touch the same buffers before it."""
+        """Repeat an update in place. A counter that nobody reads goes up right after the statistics of its frame: with their lanes."""
         if update.kind == "part":
+            return
+        if update.kind == "count":
+            if update.touches[0] in self.read_counters:
+                self._repeat(event, update, canonical(torch.Tensor.add_, event.args, {}), ())
+            else:
+                self.counts.setdefault(event.frame, []).append((event, update))
             return
         given = arguments(event)
         if update.kind == "discarded":
@@ -220,22 +230,25 @@ class _Lifter:
             self._more_than_one_value(op.name, given)
             self._bind(event.out, self._node(op, self._argument(left), event.out.value))
             return
-        if update.kind == "count":
-            op, args = canonical(torch.Tensor.add_, event.args, {})
-        elif update.kind == "cumulative":
+        if update.kind == "cumulative":
             op, args = _CUMULATIVE, tuple(given[n] if n != "counter" else Ref(update.counter) for n in _CUMULATIVE.names)
         else:
             op, args = canonical(event.func, event.args, event.kwargs)
             op = replace(op, name=f"{op.name}_update")
-        if update.kind != "count":
-            self._more_than_one_value("batch_norm" if update.kind == "cumulative" else event.func.__name__, given)
-        before = tuple(dict.fromkeys(self.last_update[s] for s in update.touches if s in self.last_update))
-        node = self.graph.call_function(op, self._argument(args), {"after": before} if before else {})
+        self._more_than_one_value(event.func.__name__, given)
+        node = self._repeat(event, update, (op, args), ())
+        self.env[event.out.value] = node
+        for counted in self.counts.pop(event.frame, ()):
+            self._repeat(*counted, canonical(torch.Tensor.add_, counted[0].args, {}), (node,))
+
+    def _repeat(self, event: Event, update: Update, call: tuple[Op, tuple[Any, ...]], after: tuple[torch.fx.Node, ...]) -> torch.fx.Node:
+        """The call as a node, after those that touch the same buffers before it."""
+        before = tuple(dict.fromkeys((*after, *(self.last_update[s] for s in update.touches if s in self.last_update))))
+        node = self.graph.call_function(call[0], self._argument(call[1]), {"after": before} if before else {})
         self._describe(node, event.out.value)
         node.meta["update"] = True
-        if update.kind != "count":  # what a count returns is the buffer itself, which nothing else reads
-            self.env[event.out.value] = node
         self.last_update.update(dict.fromkeys(update.touches, node))
+        return node
 
     def _check_order(self) -> None:
         """A buffer that a closed module writes and the graph reads: which of the two comes first is not kept."""

@@ -14,14 +14,9 @@ from torch import Tensor, nn
 
 import checks
 import fxfuse
-from checks import QUICK, randn
+from checks import QUICK, randn, randomized
 
 Layer = Callable[[int], nn.Module]
-
-
-def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
-    """As in checks; scales and variances around 1, so that no channel dies."""
-    return checks.randomized(model, seed)
 
 
 class PerColumn(nn.Module):
@@ -484,8 +479,14 @@ class OneNorm(nn.Module):
 @pytest.mark.parametrize(("kind", "twice"), [("usual", False), ("usual", True), ("cumulative", True), ("no statistics", False)])
 def test_one_norm_for_all_lanes(kind: str, twice: bool) -> None:
     model = randomized(OneNorm(nn.BatchNorm1d(4, **BATCH_NORMS[kind]), twice))
-    _, report = assert_equal_after(model, randn(6, 6))
-    assert "linear" in report
+    fused, report = assert_equal_after(model, randn(6, 6))
+    assert [(op.op, op.lanes) for plan in fxfuse.report(fused).fused for op in plan.ops if op.op == "linear"] == [("linear", 3)] * 2
+    said = {
+        "usual": f"norm runs {6 if twice else 3} times, one after the other: each changes the running_mean that the next one changes",
+        "cumulative": "stays a call of its own: changes its num_batches_tracked in forward",
+        "no statistics": "batch_norm",
+    }
+    assert said[kind] in " ".join(report.split())
 
 
 class SharedTower(nn.Module):
@@ -502,7 +503,8 @@ class SharedTower(nn.Module):
 @pytest.mark.parametrize("kind", SOME)
 def test_lanes_called_twice(kind: str) -> None:
     model = randomized(SharedTower(lambda c: nn.BatchNorm1d(c, **BATCH_NORMS[kind])))
-    assert_equal_after(model, randn(6, 6))
+    fused, _ = assert_equal_after(model, randn(6, 6))
+    checks.assert_heavy(fused, randn(6, 6), 4)
 
 
 def test_unused_lane_still_counts() -> None:
@@ -575,7 +577,24 @@ class Penalty(PerColumn):
 
 
 def test_statistics_that_forward_also_reads() -> None:
-    assert_equal_after(randomized(Penalty(3, nn.BatchNorm1d)), randn(6, 3))
+    _, report = assert_equal_after(randomized(Penalty(3, nn.BatchNorm1d)), randn(6, 3))
+    assert "reads nets.0.1.running_mean, which nets.0.1 changes" in " ".join(report.split())
+
+
+def test_counters_alone_make_no_loop() -> None:
+    model = randomized(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    report = fxfuse.report(fxfuse.optimize(model, randn(6, 5), objective="launches", **QUICK))
+    assert not report.fused
+    assert [str(refusal) for refusal in report.refused] == ["no loop over equal networks was found"]
+
+
+def test_large_tensors_are_planned_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxfuse.passes.emit.SMALL", 0)
+    for norm in (nn.BatchNorm2d, lambda c: nn.BatchNorm2d(c, momentum=None), lambda c: nn.InstanceNorm2d(c, track_running_stats=True)):
+        model = randomized(Branches(2, norm, 2))
+        fused = fxfuse.optimize(model, images(2, 2, "chunk"), objective="launches", **QUICK)
+        checks.assert_equal_models(model, fused, [(images(2, 2, "chunk"), {})])
+        checks.assert_heavy(fused, images(2, 2, "chunk"), 3)
 
 
 class Adaptive(nn.Module):
