@@ -225,6 +225,68 @@ def test_local_response_norm(dims: int, source: str) -> None:
     checks.assert_fused_equals(model, images(3, dims, source), heavy=2, batches=(1,), **QUICK)
 
 
+class Mlp(nn.Module):
+    """The MLP of torch-rechub."""
+
+    def __init__(self, wide: int, dims: list[int], head: bool = False) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for narrow in dims:
+            layers += [nn.Linear(wide, narrow), nn.BatchNorm1d(narrow), nn.ReLU(), nn.Dropout(0.0)]
+            wide = narrow
+        self.mlp = nn.Sequential(*layers, *([nn.Linear(wide, 1)] if head else []))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class Gating(nn.Module):
+    """Customized gate control: two experts for each task and one for all, mixed by a gate for each task."""
+
+    def __init__(self, tasks: int, last: bool) -> None:
+        super().__init__()
+        self.own = nn.ModuleList(Mlp(6, [5, 6]) for _ in range(2 * tasks))
+        self.common = nn.ModuleList([Mlp(6, [5, 6])])
+        self.gates = nn.ModuleList(Mlp(6, [3]) for _ in range(tasks))
+        self.gate = None if last else Mlp(6, [2 * tasks + 1])
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        own = [expert(xs[i // 2]) for i, expert in enumerate(self.own)]
+        common = [expert(xs[-1]) for expert in self.common]
+        outs = []
+        for i, gate in enumerate(self.gates):
+            mixed = torch.cat([e.unsqueeze(1) for e in [*own[2 * i : 2 * i + 2], *common]], dim=1)
+            outs.append(torch.sum(torch.softmax(gate(xs[i]), -1).unsqueeze(-1) * mixed, dim=1))
+        if self.gate is not None:
+            mixed = torch.cat([e.unsqueeze(1) for e in own + common], dim=1)
+            outs.append(torch.sum(torch.softmax(self.gate(xs[-1]), -1).unsqueeze(-1) * mixed, dim=1))
+        return outs
+
+
+class Extraction(nn.Module):
+    """Progressive layered extraction (PLE): two levels of gating, a tower for each task."""
+
+    def __init__(self, tasks: int = 3) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.levels = nn.ModuleList([Gating(tasks, last=False), Gating(tasks, last=True)])
+        self.towers = nn.ModuleList(Mlp(6, [4], head=True) for _ in range(tasks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        xs = [x] * (self.tasks + 1)
+        for level in self.levels:
+            xs = level(xs)
+        return torch.cat([torch.sigmoid(tower(h)) for tower, h in zip(self.towers, xs, strict=True)], dim=1)
+
+
+def test_progressive_layered_extraction() -> None:
+    model = randomized(Extraction())
+    fused = fxfuse.optimize(model, randn(7, 6), objective="launches", **QUICK)
+    checks.assert_equal_models(model, fused, [(randn(7, 6), {}), (randn(3, 6), {})], rtol=1e-9)
+    checks.assert_heavy(fused, randn(7, 6), 17)  # 5 or 4 of Linear and BatchNorm a level, the common gate, 3 of the towers
+    assert not fxfuse.report(fused).fallbacks
+
+
 # -- state over several steps ---------------------------------------------------------------------------------------------------------
 
 
