@@ -5,7 +5,8 @@ with canonical arguments, in which every write has become a new value, every rep
 is a chain of ``select`` / ``slice_along`` / ``unsqueeze``, and constant sizes are numbers; or a ``Refusal``.
 
 In-place writes and views are made functional as in PyTorch's functionalization: a view remembers how it was made, a write to
-it is scattered back into its base, and other views of the base are made anew when they are next read.
+it is scattered back into its base, and other views of the base are made anew when they are next read. Updates of running statistics
+(``passes.updates``) are repeated in place: such a node carries ``meta["update"]``, and ``kwargs["after"]`` names what has to run before it.
 """
 
 from __future__ import annotations
