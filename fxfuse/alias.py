@@ -44,6 +44,7 @@ class AliasPack:
     places: list[tuple[nn.Module, str]]  # the owner and the name of each member
     buffer: Tensor | None = None
     pointers: list[int] = field(default_factory=list)
+    written: bool = False  # a program updates it: running statistics
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "buffer": None, "pointers": []}  # a copy's members lie apart: packed at its first call
@@ -58,6 +59,8 @@ class AliasPack:
         """The packed tensor, of the current values. Raises ``StaleAlias`` where the members do not fit together."""
         members = self.members()
         if torch.compiler.is_compiling():  # a traced graph cannot look at addresses: it packs at every call
+            if self.written:
+                raise StaleAlias(f"{self.recipe.name} is updated, and a traced call would update a copy of it")
             return pack(self.recipe, members)
         buffer = self.buffer
         if buffer is None or list(map(Tensor.data_ptr, members)) != self.pointers:

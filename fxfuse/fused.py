@@ -562,9 +562,10 @@ def _operate(surgery: _Surgery, strict: bool, packing: Literal["packed", "alias"
                         slots[module][name] = Slot(owners[place[0]], surgery.stores[place[0]], leaf, recipe, place[1])
                         del kept[name]
     else:
+        updates = any(node.meta.get("update") for program in plan.programs.values() for node in program.graph.nodes)
         for recipe in plan.recipes:
             places = [(cast(nn.Module, walk(region, m.rpartition(".")[0])), m.rpartition(".")[2]) for m in recipe.members]
-            state.aliases[recipe.name] = AliasPack(recipe, places)
+            state.aliases[recipe.name] = AliasPack(recipe, places, written=updates and recipe.kind == "buffer")
             _ = state.aliases[recipe.name].tensor  # binds
     for name, tensor in plan.constants.items():
         owner = _container(root, name, state)

@@ -14,10 +14,12 @@ from torch import nn
 from .fused import STATE
 from .graph import Place, Refusal
 from .observe import Observation
+from .passes.in_turn import in_turn
 from .passes.lift import lift
 from .passes.lifted import Sizes
 from .passes.near_miss import near_misses
 from .passes.rules import is_heavy
+from .passes.updates import updates_of, writes
 from .passes.vectorize import Prepared, prepare
 from .trace import Frame
 from .tracer import has_hooks
@@ -37,8 +39,11 @@ def closed_frames(observation: Observation) -> frozenset[int]:
     """Module calls that stay as they are inside a region: hooks, or steps that a graph cannot repeat."""
     trace = observation.trace
     held = {value.storage: value.name for value in trace.values if value.origin == "attribute"}
-    for event in trace.events:
-        changed = next((held[trace.values[v].storage] for v in event.mutated if trace.values[v].storage in held), None)
+    updates = updates_of(trace)
+    for index, event in enumerate(trace.events):
+        if index in updates:
+            continue
+        changed = next((held[trace.values[v].storage] for v in writes(event) if trace.values[v].storage in held), None)
         poison = event.poison or (f"changes {changed} in forward" if changed is not None else "")
         if poison and event.frame >= 0:
             frame = trace.frames[event.frame]
@@ -115,6 +120,7 @@ class RegionFinder:
             if inner is None:
                 self.regions.append(Region(frame, found))
                 self.refusals.extend(near_misses(found.bundles, is_heavy, frame.path))
+                self.refusals.extend(in_turn(found.bundles, frame.path))
                 self._refuse_closed(frame)
                 return
             for child in inner:

@@ -78,3 +78,4 @@ class Trace:
     comparisons: list[tuple[Comparison, int, Place | None]]  # with the frame and the line in which it was made
     reads_dtype: bool = False
     failure: str = ""  # the run raised: why
+    updates: dict[int, Any] | None = None  # passes.updates: which events update buffers, found once

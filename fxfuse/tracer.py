@@ -313,6 +313,7 @@ class Recorder(TorchFunctionMode):
 
     def _before_write(self, name: str, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
         writes = (name[-1:] == "_" and not name.endswith("__")) or name in _IN_PLACE or kwargs.get("out") is not None
+        writes = writes or name in ("batch_norm", "instance_norm")  # running statistics
         if not writes and name in _MAYBE_IN_PLACE:
             flag = any(arg is True for arg in args) or bool(kwargs.get("inplace"))
             writes = flag or kwargs.get("max_norm") is not None or (name.startswith("embedding") and len(args) > 3 and args[3] is not None)

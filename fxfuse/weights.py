@@ -16,6 +16,7 @@ def unpackable(model: nn.Module, path: str) -> tuple[dict[str, str], dict[str, L
     """``({name: reason}, {name: kind})`` over all tensors that modules of the region hold."""
     prefix = f"{path}." if path else ""
     owners: dict[int, list[str]] = {}
+    memory: dict[int, dict[int, str]] = {}  # address -> the tensors that begin there, each with a name
     found: dict[str, tuple[torch.Tensor, Literal["parameter", "buffer", "attribute"], nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         stem = f"{name}." if name else ""
@@ -28,6 +29,8 @@ def unpackable(model: nn.Module, path: str) -> tuple[dict[str, str], dict[str, L
             for key, tensor in store.items():
                 if isinstance(tensor, torch.Tensor):
                     owners.setdefault(id(tensor), []).append(stem + key)
+                    if _has_address(tensor):
+                        memory.setdefault(tensor.data_ptr(), {}).setdefault(id(tensor), stem + key)
                     if (stem + key).startswith(prefix):
                         found[(stem + key)[len(prefix) :]] = (tensor, kind, module)
     blocked: dict[str, str] = {}
@@ -35,6 +38,9 @@ def unpackable(model: nn.Module, path: str) -> tuple[dict[str, str], dict[str, L
     for name, (tensor, kind, module) in found.items():
         reason = _reason(tensor, kind, module, name.rpartition(".")[2])
         outside = [o for o in owners[id(tensor)] if not o.startswith(prefix)]
+        beside = memory.get(tensor.data_ptr(), {}) if _has_address(tensor) else {}
+        if len(beside) > 1:
+            reason = reason or f"it shares memory with {next(n for i, n in beside.items() if i != id(tensor))}"
         if outside:
             reason = reason or f"{prefix}{name} is shared with {outside[0]}"
         if reason:
@@ -42,6 +48,11 @@ def unpackable(model: nn.Module, path: str) -> tuple[dict[str, str], dict[str, L
         elif kind != "attribute":
             kinds[name] = kind
     return blocked, kinds
+
+
+def _has_address(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.numel() > 0 and not tensor.is_meta
 
 
 def _reason(tensor: torch.Tensor, kind: str, module: nn.Module, key: str) -> str:

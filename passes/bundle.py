@@ -26,6 +26,9 @@ Node = torch.fx.Node
 # Each merge of two classes costs a pass over the graph.
 MOST_MERGES = 16
 
+# What nodes of one class have in common besides their op. "unread": it runs for the buffers that it or its users update.
+FACTS = ("shape", "dyn", "dtype", "device", "unread")
+
 # Which argument of a slicing op is the lane's position, and may differ from lane to lane.
 POSITIONS = {"select": ("index",), "slice_along": ("start", "stop"), "pick_along": ("positions",)}
 
@@ -141,7 +144,7 @@ def _mergeable(classes: list[Bundle], of: dict[Node, int], is_heavy: Callable[[B
         if bundle.op is not None and is_heavy(bundle):
             first = bundle.members[0]
             local = tuple(_local(arg) for arg in first.args)
-            facts = (first.meta.get("shape"), first.meta.get("dyn"), first.meta.get("dtype"), first.meta.get("device"))
+            facts = tuple(first.meta.get(name) for name in FACTS)
             groups.setdefault((bundle.op, local, facts), []).append(bundle.index)
     candidates = [indices for indices in groups.values() if len(indices) > 1]
     if not candidates:
@@ -180,7 +183,7 @@ def _is_size(bundle: Bundle) -> bool:
 
 def _key(node: Node, of: dict[Node, int]) -> Any:
     meta = node.meta
-    facts = (meta.get("shape"), meta.get("dyn"), meta.get("dtype"), meta.get("device"))
+    facts = tuple(meta.get(name) for name in FACTS)
     if node.op == "placeholder":
         return ("input", *facts)
     if node.op == "get_attr":
@@ -191,7 +194,7 @@ def _key(node: Node, of: dict[Node, int]) -> Any:
     args = tuple(
         None if name in erased else _freeze(arg, of) for name, arg in zip(node.target.names, node.args, strict=True)
     )  # fmt: skip
-    key = (node.target, args, facts)
+    key = (node.target, args, facts, _freeze(node.kwargs, of))
     try:
         hash(key)
     except TypeError:
@@ -207,7 +210,7 @@ def _freeze(arg: Any, of: dict[Node, int]) -> Any:
     if isinstance(arg, slice):
         return ("slice", _freeze(arg.start, of), _freeze(arg.stop, of), _freeze(arg.step, of))
     if isinstance(arg, dict):
-        return tuple(sorted((k, _freeze(v, of)) for k, v in arg.items()))
+        return tuple(sorted((k, _freeze(v, of)) for k, v in arg.items())) if arg else ()
     return (type(arg).__name__, arg)
 
 

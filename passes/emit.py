@@ -373,6 +373,8 @@ class Emitter:
             made = self.spell(node.target, args)
         self._value(node, made, args)
         self._placed(made)
+        if node.meta.get("update"):
+            made.meta["update"] = True
         self.source = previous
         return made
 
@@ -447,7 +449,9 @@ class Emitter:
         of = {n: i for n, i in self.bundles.of.items() if i in self.bundles.active}
         position = {node: i for i, node in enumerate(self.lifted.graph.nodes)}
         dataflow = nx.DiGraph()
-        pending: list[Any] = [of.get(n, n) for n in output.all_input_nodes]
+        # Calls of closed modules and updates of buffers run whether or not anybody reads what they return.
+        calls = [node for node in self.lifted.graph.nodes if node.op == "call_module" or node.meta.get("update")]
+        pending: list[Any] = [of.get(n, n) for n in (*output.all_input_nodes, *calls)]
         seen: set[Any] = set()
         while pending:
             unit = pending.pop()
@@ -460,6 +464,7 @@ class Emitter:
                 if not (isinstance(operand, Node) and operand.op in ("get_attr", "placeholder")):
                     dataflow.add_edge(operand, unit)
                     pending.append(operand)
+        self._keep_order([node for node in calls if node.op == "call_module"], dataflow)
 
         def first(unit: Any) -> tuple[int, int]:
             """One chunk after the other, whatever the order of the program; within a chunk, as the program has it."""
@@ -467,6 +472,19 @@ class Emitter:
             return (0, position[unit]) if bundle is None else (bundle.chunk, position[bundle.members[0]])
 
         return list(nx.lexicographical_topological_sort(dataflow, key=first))
+
+    def _keep_order(self, calls: list[Node], dataflow: nx.DiGraph) -> None:
+        """A module that stays closed and is called again may hold state: its calls keep their order."""
+        latest: dict[Any, Node] = {}
+        for node in calls:
+            if node.target in latest:
+                dataflow.add_edge(latest[node.target], node)
+            latest[node.target] = node
+        if len(latest) < len(calls) and not nx.is_directed_acyclic_graph(dataflow):
+            units = [unit for edge in nx.find_cycle(dataflow) for unit in edge if isinstance(unit, int)]
+            refusal = CannotVectorize(f"{calls[0].target} is called in an order that this lane set would change")
+            refusal.bundle = self.bundles.classes[units[0]]
+            raise refusal
 
     def _bundle(self, bundle: Bundle) -> None:
         self.source = bundle.members[0]

@@ -1,7 +1,7 @@
 """Functions that stand for what Python does in place or in pieces, so that a graph can hold it.
 
-Comes in: tensors. Goes out: new tensors; nothing is written in place. They are what the passes write into graphs besides torch's own
-functions; ``op_of`` wraps one as an ``Op``.
+Comes in: tensors. Goes out: new tensors; nothing is written in place but running statistics. They are what the passes write into
+graphs besides torch's own functions; ``op_of`` wraps one as an ``Op``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .ops import Op
 
 
 def drop_unused(graph: torch.fx.Graph) -> None:
-    """Remove what nothing reads. Calls of closed modules stay: their hooks and state are somebody's business."""
+    """Remove what nothing reads. Calls of closed modules stay, their hooks and state are somebody's business; updates of buffers too."""
     for node in reversed(graph.nodes):  # (``eliminate_dead_code`` checks the whole graph first)
-        if not node.users and node.op not in ("placeholder", "output", "call_module"):
+        if not node.users and node.op not in ("placeholder", "output", "call_module") and not node.meta.get("update"):
             graph.erase_node(node)
 
 
@@ -99,6 +99,38 @@ def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     while value.dim() > slot.dim() and value.shape[0] == 1:
         value = value.squeeze(0)
     return value.to(slot.dtype).expand_as(slot)
+
+
+def cumulative_batch_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    counter: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """``F.batch_norm`` in train mode; the running statistics, in place, are averages of all ``counter`` batches so far (momentum None).
+
+    ``counter`` holds one number for all channels, or one per lane, whose channels lie next to each other.
+
+    >>> mean, var = torch.tensor([4.0]), torch.ones(1)
+    >>> _ = cumulative_batch_norm(torch.tensor([[0.0], [2.0]]), mean, var, torch.tensor(3), None, None, 1e-5)
+    >>> mean
+    tensor([3.])
+    """
+    mean, var = running_mean.new_zeros(2, running_mean.numel()).unbind(0)
+    out = torch.nn.functional.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+    wide = torch.promote_types(running_mean.dtype, torch.float32)
+    share = counter.detach().to(wide).reciprocal().reshape(-1, 1)
+    for running, own in zip((running_mean, running_var), (mean, var), strict=True):
+        kept = running.data.view(share.shape[0], -1)  # .data: as in F.batch_norm itself, no write that autograd counts
+        lanes = own.view(share.shape[0], -1)
+        if wide is running.dtype:
+            kept.lerp_(lanes, share)
+        else:
+            kept.copy_(torch.lerp(kept.to(wide), lanes.to(wide), share))
+    return out
 
 
 _WRAPPED: dict[Callable[..., Any], Op] = {}

@@ -4,7 +4,8 @@ Comes in: a ``Trace``, one of its frames, and which sizes were found to be free.
 with canonical arguments, in which every write has become a new value, every repeated pure computation is one node, basic indexing
 is a chain of ``select`` / ``slice_along`` / ``unsqueeze``, and constant sizes are numbers; or a ``Refusal``.
 
-This file walks the events; below it are, layer by layer, ``writes`` (in-place writes and views), ``indexing``, ``nodes``, ``free_sizes``.
+This file walks the events; below it are, layer by layer, ``updating`` (running statistics), ``writes`` (in-place writes and views),
+``indexing``, ``nodes``, ``free_sizes``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from fxfuse.trace import Event, Frame, Ref, Trace
 from .functional import drop_unused, op_of
 from .lifted import Lifted, Refused, SizeDependent, Sizes
 from .ops import op_name
-from .writes import SPLITS, Writes
+from .updates import arguments, writes
+from .updating import Updating, mark_unread
+from .writes import SPLITS
 
 _GETITEM = op_of(operator.getitem, "item")
 
@@ -50,7 +53,7 @@ def lift(trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> Li
     raise AssertionError("with every size fixed nothing depends on sizes")
 
 
-class _Lifter(Writes):
+class _Lifter(Updating):
     def run(self) -> Lifted:
         frame = self.frame
         if frame.poison:
@@ -73,13 +76,20 @@ class _Lifter(Writes):
                 continue
             self.place, self.at = event.place, event.frame
             self.path = self.trace.frames[event.frame].path if event.frame >= 0 else ""
-            if event.poison:
+            update = self.updates.get(index)
+            if update is not None:
+                self._update(event, update)
+            elif event.poison:
                 raise Refused(event.poison, event.place)
-            self._event(event)
+            else:
+                self._event(event)
             index += 1
+        self._late_counts()
+        self._check_order()
         outputs = [self._output(leaf) for leaf in frame.out]
         self.graph.output(outputs)
         drop_unused(self.graph)
+        mark_unread(self.graph)
         return Lifted(
             self.graph, frame, self.constants, self.checks, self.dynamic, place=frame.place, random=self.random, factories=self.factories,
             shapes={value: self.trace.values[value].shape for value in self.inputs}, sizes=self.sizes,
@@ -99,7 +109,8 @@ class _Lifter(Writes):
         self.place, self.path, self.at = called.place, called.path, called.parent
         prefix = f"{self.frame.path}." if self.frame.path else ""
         args, kwargs = torch.utils._pytree.tree_unflatten([self._argument(leaf) for leaf in called.leaves], called.in_spec)
-        written = {v for e in self.trace.events[called.start : called.end] for v in e.mutated}
+        written = {v for e in self.trace.events[called.start : called.end] for v in writes(e)}
+        self.changed_inside.update((self.trace.values[v].storage, called.path) for v in written)
         if any(v in self.env for v in written):
             raise Refused(f"{called.path or 'the model'} writes into a tensor that it was given", called.place)
         node = self.graph.call_module(called.path[len(prefix) :] if prefix else called.path, tuple(args), dict(kwargs))
@@ -125,6 +136,13 @@ class _Lifter(Writes):
 
     def _event(self, event: Event) -> None:
         name = op_name(event.func)
+        written = writes(event)
+        if written and not event.mutated:
+            raise Refused(f"changes {self.trace.values[written[0]].name or 'running statistics'} in forward ({name})", event.place)
+        if name in ("batch_norm", "instance_norm", "group_norm"):
+            given = arguments(event)
+            if isinstance(given.get("input"), Ref) and given.get("training", given.get("use_input_stats", True)):
+                self._more_than_one_value(name, given)
         if event.mutated:
             self._write_event(event, name)
             return

@@ -23,6 +23,7 @@ _SPLITTING = (torch.unflatten, torch.unsqueeze, torch.flatten, torch.squeeze)
 def tidy(graph: torch.fx.Graph) -> None:
     """Shorten chains of views, and write ReLU in place."""
     shorten_views(graph)
+    _drop_round_trips(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in _SPLITTING:
             continue
@@ -40,6 +41,18 @@ def tidy(graph: torch.fx.Graph) -> None:
             node.replace_all_uses_with(made)
     drop_unused(graph)
     _reuse_memory(graph)
+
+
+def _drop_round_trips(graph: torch.fx.Graph) -> None:
+    """Lanes taken out of a dim by one op, and merged into it again by the next."""
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target is not torch.flatten or any(user.op == "output" for user in node.users):
+            continue
+        parts: Any = node.args[0]
+        if parts.op != "call_function" or parts.target is not torch.unflatten or len(parts.args[2]) != 2:
+            continue
+        if node.args[1:] == (parts.args[1], parts.args[1] + 1):
+            node.replace_all_uses_with(parts.args[0])
 
 
 def _reuse_memory(graph: torch.fx.Graph) -> None:

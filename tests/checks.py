@@ -28,14 +28,16 @@ QUICK: dict[str, Any] = {"tune": False, "validate": False}
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model in float64, every parameter and floating buffer drawn anew: no two lanes alike, no bias zero."""
+    """The model in float64, every parameter and floating buffer drawn anew, counters too: no two lanes alike, no bias zero."""
     generator = torch.Generator().manual_seed(seed)
     model = model.double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.5)
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
+        for name, buffer in model.named_buffers():
+            if name.endswith("num_batches_tracked"):
+                buffer.copy_(torch.randint(9, (), generator=generator))
+            elif buffer.is_floating_point():
                 buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype) + 0.5)
     return model
 
@@ -74,13 +76,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def assert_close(actual: Tensor | None, expected: Tensor | None, what: str, rtol: float = RTOL) -> None:
-    """Same shape, dtype and numbers; None equals nothing but None."""
+def assert_close(actual: Tensor | None, expected: Tensor | None, what: str, rtol: float = RTOL, floor: float = 0.0) -> None:
+    """Same shape, dtype and numbers; None equals nothing but None. Differences up to ``floor`` are rounding."""
     if expected is None or actual is None:
         assert actual is expected, f"{what}: {'no gradient' if actual is None else 'a gradient'}, the original differs"
         return
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
+    if floor and actual.numel() and (actual - expected).abs().max().item() <= floor:
+        return
     error = relative_error(actual, expected)
     assert error <= rtol, f"{what}: relative error {error:.3g}, allowed {rtol:.3g}"
 
@@ -146,8 +150,10 @@ def assert_same_results(actual: Result, expected: Result, where: str, rtol: floa
     for index, (got, want) in enumerate(zip(actual.inputs, expected.inputs, strict=True)):
         assert_close(got, want, f"{where}: gradient of input {index}", rtol)
     assert list(actual.parameters) == list(expected.parameters), f"{where}: other parameter names"
+    # A bias in front of a BatchNorm has a gradient of zero but for rounding: of the largest gradient's, as everything here is float64.
+    largest = max((grad.abs().max().item() for grad in expected.parameters.values() if grad is not None and grad.numel()), default=0.0)
     for name, want in expected.parameters.items():
-        assert_close(actual.parameters[name], want, f"{where}: gradient of {name}", rtol)
+        assert_close(actual.parameters[name], want, f"{where}: gradient of {name}", rtol, floor=largest * 2.0**-47)
 
 
 @contextmanager
@@ -180,6 +186,16 @@ def assert_same_state(actual: dict[str, Tensor], expected: dict[str, Tensor], wh
         assert torch.equal(actual[name], tensor), f"{where}: {name} is not the same, bit for bit"
 
 
+def assert_same_buffers(actual: nn.Module, expected: nn.Module, where: str) -> None:
+    """Running statistics and counters by the original's names, saved or not; whole numbers exactly."""
+    got = {**dict(actual.named_buffers()), **fxfuse.original_state_dict(actual)}
+    for name, want in expected.named_buffers():
+        if want.is_floating_point():
+            assert_close(got[name], want, f"{where}: {name}")
+        else:
+            assert torch.equal(got[name], want), f"{where}: {name} is {got[name]}, expected {want}"
+
+
 def assert_equal_models(
     model: nn.Module, fused: nn.Module, trials: Sequence[tuple[Any, dict[str, Any]]], *, random_in_train: bool = False,
     rtol: float = RTOL, rtol_outputs: float | None = None, gradients: Callable[[nn.Module], dict[str, Tensor | None]] | None = None,
@@ -194,6 +210,7 @@ def assert_equal_models(
             where = f"{'train' if training else 'eval'} on {sizes}"
             expected = run(model, args, kwargs, own_gradients)
             assert_same_results(run(fused, args, kwargs, gradients), expected, where, rtol, rtol_outputs)
+            assert_same_buffers(fused, model, where)
     model.train()
     fused.train()
 
@@ -221,7 +238,8 @@ def assert_checkpoints_travel(model: nn.Module, fused: nn.Module, args: Any, kwa
 
 
 def assert_fused_equals(
-    model: nn.Module, x: Any, *, heavy: int | None = None, batches: Sequence[int] = (1, 4, 9), kwargs: dict[str, Any] | None = None,
+    model: nn.Module, x: Any, *, heavy: int | None = None, most_heavy: int | None = None, batches: Sequence[int] = (1, 4, 9),
+    kwargs: dict[str, Any] | None = None,
     make: Callable[[int], Any] | None = None, specialised: bool = False, random_in_train: bool = False, rtol_outputs: float | None = None,
     refused: str = "", **options: Any,
 ) -> nn.Module:
@@ -242,6 +260,7 @@ def assert_fused_equals(
     assert bool(report.refused) == bool(refused), f"refused:\n{report}"
     assert all(refused in str(r) for r in report.refused), f"refused:\n{report}"
 
+    assert_same_state(fxfuse.original_state_dict(fused), model.state_dict(), "as fused")
     trials = [(x, kwargs), (fresh(x, None, seed=3), kwargs)]
     for batch in batches:
         trials.append((make(batch) if make else fresh(x, batch, seed=4 + batch), fresh(kwargs, batch, seed=5 + batch)))
@@ -249,24 +268,27 @@ def assert_fused_equals(
 
     if not specialised:
         assert not fxfuse.report(fused).fallbacks, f"answered by the original's forward: {fxfuse.report(fused).fallbacks}"
-    if heavy is not None:
-        assert_heavy(fused, x, heavy, **kwargs)
+    if heavy is not None or most_heavy is not None:
+        assert_heavy(fused, x, heavy, most_heavy, **kwargs)
         args = as_args(x)
         before, after = (launches.count(lambda m=m: m(*args, **kwargs)) for m in (model.train(), fused.train()))
         assert after.total <= before.total, f"{after.total} launches in all, {before.total} before"
         # two lanes of one convolution may launch as many in all: the packing then saves parameter-carrying ones
         assert after.total < before.total or after.heavy < before.heavy, f"{after} launches as much as {before}"
     if rtol_outputs is None:
+        fxfuse.load_original_state_dict(fused, model.state_dict())  # running statistics differ in their last bits by now
         assert_checkpoints_travel(model, fused, *trials[1])
     return fused
 
 
-def assert_heavy(fused: nn.Module, x: Any, heavy: int, **kwargs: Any) -> None:
-    """One forward makes `heavy` parameter-carrying launches, in eval as in train mode."""
+def assert_heavy(fused: nn.Module, x: Any, heavy: int | None, most_heavy: int | None = None, **kwargs: Any) -> None:
+    """One forward makes `heavy` parameter-carrying launches, or `most_heavy` at most, in eval as in train mode."""
     for training in (False, True):
         fused.train(training)
         count = launches.count(lambda: fused(*as_args(x), **kwargs))
-        assert count.heavy == heavy, f"{count.heavy} heavy launches, expected {heavy}: {count.heavy_by_op}"
+        said = f"{count.heavy} heavy launches, expected {heavy if heavy is not None else most_heavy}: {count.heavy_by_op}"
+        assert heavy is None or count.heavy == heavy, said
+        assert most_heavy is None or count.heavy <= most_heavy, said
 
 
 @dataclass
@@ -296,7 +318,7 @@ def assert_case(case: Case) -> nn.Module:
     """The model fuses, is the original in everything (``assert_fused_equals``), and launches as little as the table says."""
     torch.manual_seed(0)
     model = randomized(case.model())
-    fused = assert_fused_equals(model, case.x, heavy=case.heavy, **{**QUICK, **case.options})
+    fused = assert_fused_equals(model, case.x, most_heavy=case.heavy, **{**QUICK, **case.options})
     args, kwargs = as_args(case.x), case.options.get("kwargs") or {}
     count = launches.count(lambda: fused.eval()(*args, **kwargs))
     assert count.total <= case.total, f"{count.total} launches, expected at most {case.total}: {count.total_by_op}"

@@ -6,10 +6,30 @@ Adding an op touches one file of this folder (and this list, where the file is n
 from __future__ import annotations
 
 from ..bundle import Bundle
-from . import conv, elementwise, joins, linear, matmul, norm, pad, prelu, random, reduce, shape, slicing
+from . import (
+    batch_norm,
+    conv,
+    elementwise,
+    group_norm,
+    joins,
+    layer_norm,
+    linear,
+    local_response_norm,
+    matmul,
+    pad,
+    prelu,
+    random,
+    reduce,
+    shape,
+    slicing,
+    state,
+)
 from .base import RULES, Rule
 
-FAMILIES = (conv, elementwise, joins, linear, matmul, norm, pad, prelu, random, reduce, shape, slicing)
+FAMILIES = (
+    *(batch_norm, conv, elementwise, group_norm, joins, layer_norm, linear, local_response_norm),
+    *(matmul, pad, prelu, random, reduce, shape, slicing, state),
+)
 
 
 def rule_of(bundle: Bundle) -> Rule | None:

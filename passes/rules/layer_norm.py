@@ -1,0 +1,36 @@
+"""LayerNorm and RMSNorm: over the lanes' last dims. Where lanes have their own scale and shift, those are applied after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..bundle import Bundle
+from ..emit import Emitter, Packed
+from .base import rank, rule
+from .elementwise import aligned
+
+
+@rule("layer_norm", "rms_norm", heavy=True)
+def _over_last_dims(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
+    value = emitter.operand(bundle, "input")
+    names = ("weight", "bias") if bundle.name == "layer_norm" else ("weight",)
+    given = {name: emitter.operand(bundle, name) for name in names}
+    affine = {name: v for name, v in given.items() if isinstance(v, Packed)}
+    shape, eps = emitter.operand(bundle, "normalized_shape"), emitter.operand(bundle, "eps")
+    function: Any = F.layer_norm if bundle.name == "layer_norm" else F.rms_norm
+    lane_rank = rank(bundle.members[0].args[0])
+    if value.dim is not None and value.dim > lane_rank - len(shape):
+        value = Packed(emitter.at(value, 0), 0)
+    if all(v.dim is None for v in affine.values()):
+        nodes = [v.node if isinstance(v, Packed) else None for v in given.values()]
+        return Packed(emitter.call(function, value.node, shape, *nodes, eps), value.dim), bundle.name
+    out = Packed(emitter.call(function, value.node, shape, *([None] * len(names)), eps), value.dim)
+    nodes, lane = aligned(emitter, [(out, lane_rank), *((v, len(shape)) for v in affine.values())], lane_rank)
+    if len(affine) == 2:
+        node = emitter.call(torch.addcmul, nodes[2], nodes[0], nodes[1])
+    else:
+        node = emitter.call(torch.mul if "weight" in affine else torch.add, nodes[0], nodes[1])
+    return Packed(node, lane), bundle.name

@@ -1,0 +1,50 @@
+"""Buffers that lanes update in place, packed: what the rules of running statistics share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..bundle import Bundle, Node
+from ..emit import CannotVectorize, Emitter, Packed
+from ..functional import slice_along
+from .base import rule
+
+
+def state(emitter: Emitter, bundle: Bundle, name: str) -> Node:
+    """The lanes' own buffers as one packed buffer (channels of all lanes in one dim), or a slice of it, that may be written in place."""
+    nodes = emitter.nodes(bundle, name)
+    assert nodes is not None
+    packed = emitter.weights(nodes, None, "cat" if nodes[0].meta["shape"] else "stack")
+    if packed is not None and _is_view(packed.node):
+        return packed.node
+    reasons = [emitter.packs.unpackable[str(n.target)] for n in nodes if str(n.target) in emitter.packs.unpackable]
+    why = reasons[0] if reasons else "it is no buffer of its own in each lane"
+    raise CannotVectorize(f"{nodes[0].meta.get('path') or bundle.name} updates its {name}, which cannot be packed: {why}")
+
+
+def _is_view(node: Node) -> bool:
+    """Does this read a packed buffer, or a run of lanes of it, without a copy?"""
+    while node.op != "get_attr":
+        if (node.target is slice_along and node.args[4] == 1) or node.target in (torch.unflatten, torch.flatten):
+            assert isinstance(node.args[0], Node)
+            node = node.args[0]
+        else:
+            return False
+    return True
+
+
+def update(emitter: Emitter, func: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
+    """A call that writes buffers: it stays in the graph whether or not its result is read."""
+    node = emitter.call(func, *args, **kwargs)
+    node.meta["update"] = True
+    return node
+
+
+@rule("add_", view=True)  # as little as a view: counters alone make no loop
+def _count(emitter: Emitter, bundle: Bundle) -> Packed:
+    if bundle.members[0].meta["shape"] != ():
+        raise CannotVectorize("a counter that is no single number")
+    return Packed(update(emitter, "add_", state(emitter, bundle, "input"), emitter.operand(bundle, "other")), 0)

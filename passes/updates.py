@@ -1,0 +1,165 @@
+"""Buffers that forward updates in a way that a graph can repeat: the running statistics and counters of normalization layers.
+
+Comes in: a ``Trace``. Goes out: which of its events are such updates (``updates_of``), and which values any event writes (``writes``):
+``F.batch_norm`` writes its running statistics without telling autograd, so that no version counter shows it.
+
+An update is repeated in place, once per call. A buffer that is also read by anything else is left to a call of the module that updates it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxfuse.trace import Event, Frame, Ref, Trace
+
+from .ops import canonical, op_name
+
+# Normalization that writes the running statistics it is given, where the argument named here is true.
+_TRAINING = {
+    "batch_norm": "training", "native_batch_norm": "training", "cudnn_batch_norm": "training", "instance_norm": "use_input_stats",
+}  # fmt: skip
+_STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One event to be repeated. ``touches``: the storages that it reads or writes, after which later ones of theirs have to come.
+
+    ``count``: a counter goes up. ``statistics``: a normalization updates its running statistics. ``cumulative``: one whose momentum is one
+    over ``counter``, which forward reads as a number. ``part``: that reading; nothing to repeat. ``discarded``: a normalization
+    whose statistics nobody can see afterwards.
+    """
+
+    kind: Literal["count", "statistics", "cumulative", "part", "discarded"]
+    touches: tuple[int, ...] = ()
+    counter: int = -1  # value
+
+
+def arguments(event: Event) -> dict[str, Any]:
+    """The arguments of an event by the names of its operator."""
+    op, args = canonical(event.func, event.args, event.kwargs)
+    return dict(zip(op.names, args, strict=True))
+
+
+def writes(event: Event) -> tuple[int, ...]:
+    """The values that an event writes, those included that no version counter shows."""
+    flag = _TRAINING.get(op_name(event.func))
+    if flag is None:
+        return event.mutated
+    given = arguments(event)
+    hidden = [given.get(name) for name in _STATISTICS] if given.get(flag) else []
+    return tuple(dict.fromkeys((*event.mutated, *(ref.value for ref in hidden if isinstance(ref, Ref)))))
+
+
+def updates_of(trace: Trace) -> dict[int, Update]:
+    """The updates among the events of a trace, by index; found once."""
+    if trace.updates is None:
+        trace.updates = _Finder(trace).found
+    return trace.updates
+
+
+class _Finder:
+    def __init__(self, trace: Trace) -> None:
+        self.trace, self.values = trace, trace.values
+        self.found: dict[int, Update] = {}
+        for index, event in enumerate(trace.events):
+            name = event.func.__name__
+            if (name in _TRAINING or name in ("add_", "__iadd__")) and not event.poison:
+                self._look(index, event, name)
+        if self.found:
+            self._drop_what_others_touch()
+
+    def _look(self, index: int, event: Event, name: str) -> None:
+        written = writes(event)
+        if not written:
+            return
+        if name in ("add_", "__iadd__"):
+            if self._counts(event):
+                self.found[index] = Update("count", (self._storage(written[0]),))
+            return
+        op, _ = canonical(event.func, event.args, event.kwargs)
+        given = arguments(event)
+        statistics = [given[n] for n in _STATISTICS if n in given]
+        if op.overload != "python" or not all(isinstance(s, Ref) for s in statistics) or set(written) != {s.value for s in statistics}:
+            return
+        origins = {self.values[value].origin for value in written}
+        touches = tuple(self._storage(value) for value in written)
+        if origins == {"attribute"}:
+            self.found[index] = Update("statistics", touches)
+            self._find_counter(index, event, touches)
+        elif origins == {"made"}:
+            self.found[index] = Update("discarded", touches)
+
+    def _counts(self, event: Event) -> bool:
+        """``buffer += 1`` for a whole number that a module holds."""
+        target = event.args[0]
+        if not isinstance(target, Ref) or len(event.args) != 2 or event.kwargs or type(event.args[1]) is not int:
+            return False
+        value = self.values[target.value]
+        tensor = value.tensor
+        whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+        return value.origin == "attribute" and whole and not isinstance(tensor, nn.Parameter) and event.mutated == (target.value,)
+
+    def _find_counter(self, index: int, event: Event, touches: tuple[int, ...]) -> None:
+        """``momentum=None``: torch's own BatchNorm has counted and read the counter in the two events before."""
+        frame = self.trace.frames[event.frame] if event.frame >= 0 else None
+        if frame is None or type(frame.module).forward is not _BatchNorm.forward or getattr(frame.module, "momentum", 0) is not None:
+            return
+        read, count = self.trace.events[index - 1], self.found.get(index - 2)
+        if index - 2 < frame.start or count is None or count.kind != "count" or read.func.__name__ != "__float__":
+            return
+        if read.args[0] != self.trace.events[index - 2].args[0] or self._called_again(frame):
+            return
+        self.found[index - 1] = Update("part", count.touches)
+        self.found[index] = Update("cumulative", (*touches, *count.touches), read.args[0].value)
+
+    def _called_again(self, frame: Frame) -> bool:
+        """Is one module called several times by one forward? Its calls come one after the other: nothing is gained by opening it."""
+        siblings = self.trace.frames[frame.parent].children if frame.parent >= 0 else []
+        return any(self.trace.frames[i].module is frame.module and i != frame.index for i in siblings)
+
+    def _storage(self, value: int) -> int:
+        return self.values[value].storage
+
+    def _drop_what_others_touch(self) -> None:
+        """Leave out updates of what any other event or result of a module reads: repeated in place, they could come too early or late."""
+        touched: dict[int, list[int]] = {}
+        for index, update in self.found.items():
+            for storage in update.touches:
+                touched.setdefault(storage, []).append(index)
+        dropped: set[int] = set()
+        names: dict[int, set[int]] = {}
+        for value, seen in enumerate(self.values):
+            if seen.origin == "attribute" and seen.storage in touched:
+                names.setdefault(seen.storage, set()).add(value)
+        dropped.update(index for storage, held in names.items() if len(held) > 1 for index in touched[storage])
+        for index, event in enumerate(self.trace.events):
+            own = self.found[index].touches if index in self.found else ()
+            for storage in self._storages((event.args, event.kwargs)):
+                if storage in touched and storage not in own:
+                    dropped.update(i for i in touched[storage] if self.found[i].kind != "discarded" or i < index)
+        for frame in self.trace.frames:
+            for storage in self._storages((frame.leaves, frame.out)):
+                dropped.update(touched.get(storage, ()))
+        while True:  # the parts of a cumulative average stand or fall together
+            gone = {storage for index in dropped for storage in self.found[index].touches}
+            more = {index for storage in gone for index in touched[storage]} - dropped
+            if not more:
+                break
+            dropped |= more
+        for index in dropped:
+            del self.found[index]
+
+    def _storages(self, tree: Any) -> list[int]:
+        if isinstance(tree, Ref):
+            return [self._storage(tree.value)]
+        if isinstance(tree, (tuple, list)):
+            return [storage for item in tree for storage in self._storages(item)]
+        if isinstance(tree, dict):
+            return self._storages(list(tree.values()))
+        return []

@@ -1,0 +1,111 @@
+"""Updates of running statistics, repeated in place.
+
+Comes in: the updates that ``passes.updates`` found in a trace. Goes out: ``Updating``, a layer of the lifter that writes each as a node
+with ``meta["update"]``; ``kwargs["after"]`` of such a node names what has to run before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx
+
+from fxfuse.graph import SizeCheck
+from fxfuse.trace import Event, Frame, Ref, Trace
+
+from .functional import cumulative_batch_norm, op_of
+from .lifted import Refused, Sizes
+from .ops import Op, canonical
+from .updates import Update, arguments, updates_of
+from .writes import Writes
+
+_CUMULATIVE = op_of(cumulative_batch_norm)
+
+
+class Updating(Writes):
+    """Writes updates of buffers."""
+
+    def __init__(self, trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> None:
+        super().__init__(trace, frame, sizes, opaque)
+        self.updates = updates_of(trace)
+        self.read_counters = {s for update in self.updates.values() if update.kind == "cumulative" for s in update.touches}
+        self.counts: dict[int, list[tuple[Event, Update]]] = {}  # by frame: counters that go up with the frame's statistics
+        self.last_update: dict[int, torch.fx.Node] = {}  # by storage
+        self.changed_inside: dict[int, str] = {}  # storages that closed modules write -> the module
+
+    def _update(self, event: Event, update: Update) -> None:
+        """Repeat an update in place. A counter that nobody reads goes up right after the statistics of its frame: with their lanes."""
+        if update.kind == "part":
+            return
+        if update.kind == "count":
+            if update.touches[0] in self.read_counters:
+                self._repeat(event, update, canonical(torch.Tensor.add_, event.args, {}), ())
+            else:
+                self.counts.setdefault(event.frame, []).append((event, update))
+            return
+        given = arguments(event)
+        if update.kind == "discarded":
+            op, _ = canonical(event.func, event.args, event.kwargs)
+            left = tuple(None if name in ("running_mean", "running_var") else value for name, value in given.items())
+            self._more_than_one_value(op.name, given)
+            self.env[event.out.value] = self._node(op, self._argument(left), event.out.value)
+            return
+        if update.kind == "cumulative":
+            op, args = _CUMULATIVE, tuple(given[n] if n != "counter" else Ref(update.counter) for n in _CUMULATIVE.names)
+        else:
+            op, args = canonical(event.func, event.args, event.kwargs)
+            op = replace(op, name=f"{op.name}_update")
+        self._more_than_one_value(event.func.__name__, given)
+        node = self._repeat(event, update, (op, args), ())
+        self.env[event.out.value] = node
+        for counted in self.counts.pop(event.frame, ()):
+            self._repeat(*counted, canonical(torch.Tensor.add_, counted[0].args, {}), (node,))
+
+    def _late_counts(self) -> None:
+        """Counters of frames without statistics in the graph."""
+        for event, update in [each for counts in self.counts.values() for each in counts]:
+            self._repeat(event, update, canonical(torch.Tensor.add_, event.args, {}), ())
+
+    def _repeat(self, event: Event, update: Update, call: tuple[Op, tuple[Any, ...]], after: tuple[torch.fx.Node, ...]) -> torch.fx.Node:
+        """The call as a node, after those that touch the same buffers before it."""
+        before = tuple(dict.fromkeys((*after, *(self.last_update[s] for s in update.touches if s in self.last_update))))
+        node = self.graph.call_function(call[0], self._argument(call[1]), {"after": before} if before else {})
+        self._describe(node, event.out.value)
+        node.meta["update"] = True
+        self.last_update.update(dict.fromkeys(update.touches, node))
+        return node
+
+    def _check_order(self) -> None:
+        """A buffer that a closed module writes and the graph reads: which of the two comes first is not kept."""
+        for value, node in self.env.items():
+            module = self.changed_inside.get(self.trace.values[value].storage)
+            if module is not None and isinstance(node, torch.fx.Node) and node.op == "get_attr":
+                raise Refused(f"reads {self.trace.values[value].name}, which {module} changes", self.frame.place)
+
+    def _more_than_one_value(self, name: str, given: dict[str, Any]) -> None:
+        """Statistics of a single value raise in the original: guard that a free size does not lead there."""
+        shape, value = self.trace.values[given["input"].value].shape, given["input"].value
+        if name == "group_norm":
+            fixed, dims = shape[1] // given["num_groups"], [0, *range(2, len(shape))]
+        else:
+            fixed, dims = 1, [*([0] if name == "batch_norm" else []), *range(2, len(shape))]
+        free = [dim for dim in dims if dim in self.dynamic.get(value, ())]
+        for dim in dims:
+            fixed *= 1 if dim in free else shape[dim]
+        most = max(free, key=lambda dim: shape[dim], default=None)
+        if fixed == 1 and most is not None and shape[most] > 1:
+            found = self._input_dim(value, most)
+            if found is not None:
+                self.checks.append(SizeCheck(*found, "!=", 1))
+
+
+def mark_unread(graph: torch.fx.Graph) -> None:
+    """Mark what is run for its updates only: no gradient reaches it, so that it must not share a pack with what has one."""
+    read: set[torch.fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in read:
+            read.update(node.all_input_nodes)
+        elif node.op == "call_function":
+            node.meta["unread"] = True
