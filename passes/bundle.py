@@ -30,6 +30,11 @@ MOST_MERGES = 16
 POSITIONS = {"select": ("index",), "slice_along": ("start", "stop"), "narrow": ("start",)}
 
 
+# Ops that look rows up in a table: lanes with tables of unequal row counts are one class, as one table with offsets can serve them. Only
+# the look-up itself is: what else reads such a table sees its shape. The padding row is each table's own.
+TABLES = frozenset({"embedding", "embedding_bag"})
+
+
 @dataclass
 class Bundle:
     """The same op in every lane: ``members[i]`` is lane i's node."""
@@ -134,6 +139,8 @@ def _mergeable(classes: list[Bundle], of: dict[Node, int], is_heavy: Callable[[B
         if bundle.op is not None and is_heavy(bundle):
             first = bundle.members[0]
             local = tuple(_local(arg) for arg in first.args)
+            if bundle.name in TABLES:
+                local = _look_up(first, local)
             facts = (first.meta.get("shape"), first.meta.get("dyn"), first.meta.get("dtype"), first.meta.get("device"))
             groups.setdefault((bundle.op, local, facts), []).append(bundle.index)
     candidates = [indices for indices in groups.values() if len(indices) > 1]
@@ -184,12 +191,26 @@ def _key(node: Node, of: dict[Node, int]) -> Any:
     args = tuple(
         None if name in erased else _freeze(arg, of) for name, arg in zip(node.target.names, node.args, strict=True)
     )  # fmt: skip
+    if node.target.name in TABLES:
+        args = _look_up(node, args)
     key = (node.target, args, facts)
     try:
         hash(key)
     except TypeError:
         return ("alone", id(node))
     return key
+
+
+def _look_up(node: Node, keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The keys of a look-up's arguments, but for what lanes need not agree in: the rows of a table that is held, and its padding row."""
+    assert isinstance(node.target, Op)
+    found: list[Any] = []
+    for name, arg, key in zip(node.target.names, node.args, keys, strict=True):
+        if name == "weight" and isinstance(arg, Node) and arg.op == "get_attr":
+            meta = arg.meta
+            key = ("table", meta["shape"][1:], meta["dtype"], meta["device"], meta.get("requires_grad"))
+        found.append(None if name == "padding_idx" else key)
+    return tuple(found)
 
 
 def _freeze(arg: Any, of: dict[Node, int]) -> Any:

@@ -276,8 +276,49 @@ class Emitter:
             self.packs.where.update((target, (recipe, lane)) for lane, target in enumerate(targets))
         return self._viewed(self.packed(recipe, meta), recipe, order, style)
 
+    def table(self, nodes: list[Node]) -> tuple[Node, list[int]] | str:
+        """The lanes' own tables as rows of one, ``[V0 + V1 + ..., *rest]``, and where each lane's rows begin; else why they cannot be.
+
+        Tables may differ in their number of rows, and one may serve several lanes.
+        """
+        targets = [str(node.target) for node in nodes]
+        distinct = list(dict(zip(targets, nodes, strict=True)).values())
+        names = tuple(dict.fromkeys(targets))
+        blocked = next((name for name in names if name in self.packs.unpackable), None)
+        if blocked is not None:
+            return f"{blocked} cannot be packed: {self.packs.unpackable[blocked]}"
+        if len({self.packs.kinds.get(name) for name in names}) > 1:
+            return f"{names[0]} is a {self.packs.kinds.get(names[0])}, others are not"
+        held = self.packs.where.get(names[0])
+        if held is None and not any(name in self.packs.where for name in names):
+            shapes = tuple(tuple(node.meta["shape"]) for node in distinct)
+            equal = len(set(shapes)) == 1
+            recipe = Recipe(
+                self.packs.name(names), names, shapes[0], tuple(range(len(shapes[0]))), "cat" if equal else "rows",
+                self.packs.kinds.get(names[0], "parameter"), bool(nodes[0].meta.get("requires_grad")), None if equal else shapes,
+            )  # fmt: skip
+            self.packs.recipes[names] = recipe
+            self.packs.where.update((name, (recipe, lane)) for lane, name in enumerate(names))
+            held = (recipe, 0)
+        places = [self.packs.where.get(name) for name in targets]
+        if held is None or any(place is None or place[0] is not held[0] for place in places):
+            other = next(name for name in names if name in self.packs.where)
+            return f"{other} is packed with other weights already"
+        recipe = held[0]
+        node = self.packed(recipe, nodes[0].meta)
+        if recipe.style == "stack":
+            if recipe.order != tuple(range(len(recipe.order))):
+                return f"{names[0]} is packed in another order already"
+            node = self.call(torch.flatten, node, 0, 1)
+            starts: tuple[int, ...] = tuple(range(0, recipe.shape[0] * len(recipe.members), recipe.shape[0]))
+        else:
+            starts = recipe.row_starts()
+        return node, [starts[place[1]] for place in places if place is not None]
+
     def packed(self, recipe: Recipe, meta: dict[str, Any]) -> Node:
         """The node that reads a packed tensor as it is stored."""
+        if recipe.style == "rows":
+            return self.attribute(recipe.name, self.stand_in((recipe.row_starts()[-1], *recipe.shape[1:]), None, meta["dtype"]))
         inner = [recipe.shape[d] for d in recipe.order]
         shape = [len(recipe.members), *inner]
         if recipe.style == "cat":
@@ -301,7 +342,7 @@ class Emitter:
         """Weights that another bundle has packed already: the same pack in another order, or part of it."""
         found = [self.packs.where.get(target) for target in targets]
         recipe = found[0][0] if found[0] is not None else None
-        if recipe is None or any(f is None or f[0] is not recipe for f in found):
+        if recipe is None or recipe.style == "rows" or any(f is None or f[0] is not recipe for f in found):
             return None
         whole = self._viewed(self.packed(recipe, nodes[0].meta), recipe, order, "stack")
         picked = self.pick(whole, len(recipe.members), [f[1] for f in found if f is not None])
