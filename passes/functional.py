@@ -63,20 +63,20 @@ def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     return value.to(slot.dtype).expand_as(slot)
 
 
-def bag_offsets(offsets: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Where the bags of all lanes begin in the lanes' indices laid end to end; ``[G, B]`` and ``[G, n]`` to ``[G * B]``.
+def bag_offsets(offsets: torch.Tensor, indices: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
+    """Where the bags of all lanes begin in the lanes' indices laid end to end: ``[G, B]`` and ``[G, n]`` to ``[G * B]``.
 
     Offsets that ``embedding_bag`` refuses of a lane alone are refused here (RuntimeError; on a GPU a device assert, without waiting for it):
-    in one long run they would point into another lane.
+    in one long run they would point into another lane. ``lane`` is ``[[0], [1], ...]``.
 
-    >>> bag_offsets(torch.tensor([[0, 2], [0, 1]]), torch.zeros(2, 3))
+    >>> bag_offsets(torch.tensor([[0, 2], [0, 1]]), torch.zeros(2, 3), torch.tensor([[0], [1]]))
     tensor([0, 2, 3, 4])
     """
-    lanes, length = indices.shape
+    length = indices.shape[1]
     if not offsets.is_meta and offsets.shape[1]:
-        fine = ((offsets >= 0) & (offsets <= length)).all() & (offsets[:, 0] == 0).all()
-        torch._assert_async(fine, f"the offsets of a lane's bags have to begin at 0 and stay below the {length} indices of the lane")
-    return (offsets + torch.arange(lanes, device=offsets.device).mul_(length).unsqueeze(1)).flatten()
+        inside = (offsets.clamp(0, length) == offsets).all()
+        torch._assert_async(inside > offsets[:, 0].any(), f"the bags of a lane have to begin at 0 and within its {length} indices")
+    return (offsets + lane * length).flatten()
 
 
 _WRAPPED: dict[Callable[..., Any], Op] = {}

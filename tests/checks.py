@@ -228,7 +228,8 @@ def assert_fused_equals(
     assert report.fused, f"nothing fused:\n{report}"
     assert not report.refused, f"refused:\n{report}"
 
-    trials = [(x, kwargs), (fresh(x, None, seed=3), kwargs)]
+    rows = next((leaf.shape[0] for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor)), 0)
+    trials = [(x, kwargs), (make(rows) if make else fresh(x, None, seed=3), kwargs)]
     for batch in batches:
         trials.append((make(batch) if make else fresh(x, batch, seed=4 + batch), fresh(kwargs, batch, seed=5 + batch)))
     assert_equal_models(model, fused, trials, random_in_train=random_in_train, rtol_outputs=rtol_outputs)

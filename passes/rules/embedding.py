@@ -93,7 +93,8 @@ def _embedding_bag(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
         return unfold(emitter, emitter.call(F.embedding_bag, bags, table, **rest), place, lanes), lowering
     # 1-D indices [G, n], bags that begin at [G, B]: one run of indices. With a last offset per lane that ends its last bag, what is
     # behind it is a bag of its own here, and dropped.
-    begins = emitter.call(bag_offsets, emitter.front(offsets, lanes), front.node)
+    lane = emitter.call(torch.unsqueeze, emitter.constant(list(range(lanes)), emitter.device(bundle.members)), 1)
+    begins = emitter.call(bag_offsets, emitter.front(offsets, lanes), front.node, lane)
     out = emitter.call(torch.unflatten, emitter.call(F.embedding_bag, bags, table, begins, **rest), 0, (lanes, -1))
     if given["include_last_offset"]:
         out = emitter.call(slice_along, out, 1, 0, -1, 1)
