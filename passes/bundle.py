@@ -19,6 +19,7 @@ import networkx as nx
 import torch
 import torch.fx
 
+from .numbers import loosened, numbers_of
 from .ops import Op
 
 Node = torch.fx.Node
@@ -91,13 +92,20 @@ def find_bundles(
     are merged: a loop that fills two buffers with equal Linears is one launch, at the price of joining their inputs.
     """
     merged: dict[Node, Node] = {}
-    classes, of = _classes(graph, merged)
+    loose: set[Node] = set()
+    classes, of = _classes(graph, merged, loose)
+    for _ in range(MOST_MERGES):
+        more = loosened(graph.nodes, of, loose, lambda node, of=of: _key(node, of, {node}))  # type: ignore[misc]
+        if not more:
+            break
+        loose |= more
+        classes, of = _classes(graph, merged, loose)
     for _ in range(MOST_MERGES if is_heavy is not None else 0):
         pair = _mergeable(classes, of, is_heavy) if is_heavy is not None else None
         if pair is None:
             break
         merged[pair[1]] = pair[0]
-        classes, of = _classes(graph, merged)
+        classes, of = _classes(graph, merged, loose)
     active = {
         b.index
         for b in classes
@@ -110,15 +118,16 @@ def find_bundles(
     return bundles
 
 
-def _classes(graph: torch.fx.Graph, merged: dict[Node, Node]) -> tuple[list[Bundle], dict[Node, int]]:
-    """Classes of equal nodes. ``merged`` sends the first member of a class to that of the class it is to join."""
+def _classes(graph: torch.fx.Graph, merged: dict[Node, Node], loose: set[Node]) -> tuple[list[Bundle], dict[Node, int]]:
+    """Classes of equal nodes. ``merged`` sends the first member of a class to that of the class it is to join; nodes in ``loose`` may
+    differ in their numbers."""
     classes: list[Bundle] = []
     of: dict[Node, int] = {}
     by_key: dict[Any, int] = {}
     for node in graph.nodes:
         if node.op == "output":
             continue
-        key = _key(node, of)
+        key = _key(node, of, loose)
         index = by_key.get(key)
         if index is None:
             index = of[merged[node]] if node in merged else len(classes)
@@ -178,7 +187,7 @@ def _is_size(bundle: Bundle) -> bool:
     return bundle.op is not None and bundle.op.name.startswith("size")
 
 
-def _key(node: Node, of: dict[Node, int]) -> Any:
+def _key(node: Node, of: dict[Node, int], loose: set[Node]) -> Any:
     meta = node.meta
     facts = (meta.get("shape"), meta.get("dyn"), meta.get("dtype"), meta.get("device"))
     if node.op == "placeholder":
@@ -188,6 +197,9 @@ def _key(node: Node, of: dict[Node, int]) -> Any:
     if node.op != "call_function" or not isinstance(node.target, Op):
         return ("alone", id(node))
     erased = POSITIONS.get(node.target.name, ())
+    if node in loose:
+        erased = numbers_of(node)
+        facts = (*facts, meta.get("place"))
     args = tuple(
         None if name in erased else _freeze(arg, of) for name, arg in zip(node.target.names, node.args, strict=True)
     )  # fmt: skip

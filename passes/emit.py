@@ -25,7 +25,7 @@ import torch.fx
 from fxfuse.graph import FusedOp, Recipe
 
 from .bundle import Bundle, Bundles
-from .functional import drop_unused, slice_along
+from .functional import drop_unused, numbers_like, slice_along
 from .lift import Lifted
 from .ops import Op
 from .tidy import tidy
@@ -178,9 +178,21 @@ class Emitter:
         first = given[0]
         if isinstance(first, Node):
             return self.fetch(given)
+        if type(first) in (int, float) and any(number != first for number in given):
+            return self.numbers(bundle, given)
         if isinstance(first, (tuple, list)) and any(isinstance(item, Node) for item in first):
             return type(first)(self.fetch([g[i] for g in given]) if isinstance(item, Node) else item for i, item in enumerate(first))
         return first
+
+    def numbers(self, bundle: Bundle, given: list[Any]) -> Packed:
+        """Numbers, one per lane, as a tensor ``[G]`` of the dtype of the op's tensors."""
+        like = next(node for node in bundle.members[0].all_input_nodes if node.meta.get("dtype") is not torch.bool)
+        if like.meta["dtype"] is torch.int64:
+            return Packed(self.constant(given, self.device(None)), 0)
+        column = bundle.members[0].args.index(like)
+        bits = torch.tensor(given, dtype=torch.float64).view(torch.int64).tolist()
+        operand = self.fetch([member.args[column] for member in bundle.members])  # type: ignore[misc]
+        return Packed(self.call(numbers_like, self.constant(bits, self.device(None)), operand.node), 0)
 
     def nodes(self, bundle: Bundle, name: str) -> list[Node] | None:
         """The lanes' own nodes for the tensor argument ``name``; None where it is not a tensor."""

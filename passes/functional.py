@@ -63,6 +63,15 @@ def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     return value.to(slot.dtype).expand_as(slot)
 
 
+def numbers_like(bits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Numbers of the dtype of ``like``. They are kept as the bits of float64, as integers, which a model's ``.half()`` leaves as they are.
+
+    >>> numbers_like(torch.tensor([0.1], dtype=torch.float64).view(torch.int64), torch.zeros(1))
+    tensor([0.1000])
+    """
+    return bits.view(torch.float64).to(like.dtype)
+
+
 def bag_offsets(offsets: torch.Tensor, indices: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
     """Where the bags of all lanes begin in the lanes' indices laid end to end: ``[G, B]`` and ``[G, n]`` to ``[G * B]``.
 

@@ -277,7 +277,8 @@ class _Lifter:
         if any(isinstance(a, torch.dtype) for a in canonical_args):
             self.factories = True
         value = out.value if isinstance(out, Ref) else None
-        if op.name == "add" and len(canonical_args) > 1 and type(canonical_args[1]) is int and canonical_args[1] == 0 and value is not None:
+        starts = func.__name__ == "__radd__"  # not ``y + i`` for i = 0, which is a lane like its neighbours
+        if op.name == "add" and starts and type(canonical_args[1]) is int and canonical_args[1] == 0 and value is not None:
             # ``sum(...)`` starts from 0; with numbers alone the dtype is that of the tensor (bool tensors excepted).
             (tensor,) = [a for a in canonical_args if isinstance(a, torch.fx.Node)][:1] or (None,)
             if tensor is not None and tensor.meta["dtype"] is self.trace.values[value].tensor.dtype:

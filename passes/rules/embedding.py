@@ -21,7 +21,7 @@ from ..bundle import Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
 from ..functional import bag_offsets, slice_along
 from ..ops import Op
-from .base import rank, rule
+from .base import rule
 from .fold import fold, unfold
 
 
