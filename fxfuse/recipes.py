@@ -102,7 +102,7 @@ def lane_views(recipe: Recipe, packed: Tensor) -> tuple[Tensor, ...]:
     """All members as views made by one ``unbind``: its backward is one ``stack``, where n ``select`` would each fill and add
     a zero tensor of the size of the whole pack."""
     if recipe.style == "rows":
-        return tuple(packed.split([recipe.member_shape(index)[0] for index in range(len(recipe.members))]))
+        return torch.split(packed, [recipe.member_shape(index)[0] for index in range(len(recipe.members))])
     # splitting a dim never copies, whatever the strides: view and unflatten agree
     lanes = packed.view(len(recipe.members), recipe.shape[recipe.order[0]], *packed.shape[1:]) if recipe.style == "cat" else packed
     stored = lanes.unbind(0)

@@ -199,13 +199,12 @@ def _key(node: Node, of: dict[Node, int], loose: set[Node]) -> Any:
     erased = POSITIONS.get(node.target.name, ())
     if node in loose:
         erased = numbers_of(node)
-        facts = (*facts, meta.get("place"))
     args = tuple(
         None if name in erased else _freeze(arg, of) for name, arg in zip(node.target.names, node.args, strict=True)
     )  # fmt: skip
     if node.target.name in TABLES:
         args = _look_up(node, args)
-    key = (node.target, args, facts)
+    key = (node.target, args, facts, meta.get("place") if node in loose else None)
     try:
         hash(key)
     except TypeError:

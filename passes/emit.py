@@ -160,12 +160,14 @@ class Emitter:
     def constant(self, values: list[int], device: torch.device) -> Node:
         """An index tensor held by the region."""
         tensor = torch.tensor(values, dtype=torch.int64, device=device)
-        for name, known in self.packs.constants.items():
-            if known.dtype is tensor.dtype and known.device == tensor.device and torch.equal(known, tensor):
-                return self.attribute(name, known)
-        name = f"{self.packs.holder}.index_{len(self.packs.constants)}"
-        self.packs.constants[name] = tensor
-        return self.attribute(name, tensor)
+        held = [(name, known) for name, known in self.packs.constants.items() if name not in self.lifted.constants]
+        alike = (n for n, known in held if known.dtype is tensor.dtype and known.device == tensor.device and torch.equal(known, tensor))
+        name = next(alike, f"{self.packs.holder}.index_{len(self.packs.constants)}")
+        self.packs.constants.setdefault(name, tensor)
+        node = self.attribute(name, tensor)
+        if self.real:  # rather than zeros, by which something may be divided
+            node.meta["val"] = tensor.cpu()
+        return node
 
     # -- operands -----------------------------------------------------------------------------------------------------------------
 
@@ -272,6 +274,8 @@ class Emitter:
         targets = tuple(str(node.target) for node in nodes)
         if any(node.op != "get_attr" for node in nodes) or any(t in self.packs.unpackable for t in targets):
             return None
+        if any(t in self.lifted.constants for t in targets):  # no module holds them
+            return None
         meta = nodes[0].meta
         shape = tuple(meta["shape"])
         order = tuple(range(len(shape))) if order is None else order
@@ -296,6 +300,8 @@ class Emitter:
         targets = [str(node.target) for node in nodes]
         distinct = list(dict(zip(targets, nodes, strict=True)).values())
         names = tuple(dict.fromkeys(targets))
+        if any(name in self.lifted.constants for name in names):
+            return "a table that no module of the model holds"
         blocked = next((name for name in names if name in self.packs.unpackable), None)
         if blocked is not None:
             return f"{blocked} cannot be packed: {self.packs.unpackable[blocked]}"

@@ -75,8 +75,8 @@ def numbers_like(bits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def bag_offsets(offsets: torch.Tensor, indices: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
     """Where the bags of all lanes begin in the lanes' indices laid end to end: ``[G, B]`` and ``[G, n]`` to ``[G * B]``.
 
-    Offsets that ``embedding_bag`` refuses of a lane alone are refused here (RuntimeError; on a GPU a device assert, without waiting for it):
-    in one long run they would point into another lane. ``lane`` is ``[[0], [1], ...]``.
+    Offsets that ``embedding_bag`` refuses of a lane alone are refused here (RuntimeError; on a GPU a device assert, not waited for): in
+    one long run they would point into another lane. ``lane`` is ``[[0], [1], ...]``.
 
     >>> bag_offsets(torch.tensor([[0, 2], [0, 1]]), torch.zeros(2, 3), torch.tensor([[0], [1]]))
     tensor([0, 2, 3, 4])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import checks
 import pytest
 import torch
 from torch import Tensor, nn
 
+import checks
 import fxfuse
 
 ROWS = (7, 3, 11, 5, 4, 9, 2, 6)  # unequal tables
@@ -261,7 +261,8 @@ def test_gradient_options(options: dict[str, object], sizes: tuple[int, ...]) ->
     x = indices(9, sizes).double()
     fused = fxfuse.optimize(model, x, objective="launches", strict=True)
     report = fxfuse.report(fused)
-    assert report.fused and not report.refused, str(report)
+    assert report.fused, str(report)
+    assert not report.refused, str(report)
     x = indices(30, sizes, seed=8).double()
     for each in (model, fused):
         each.zero_grad()
