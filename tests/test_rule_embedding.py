@@ -152,7 +152,7 @@ class Tied(nn.Module):
 def test_a_table_per_field(kind: type[Fields], sizes: tuple[int, ...]) -> None:
     model = checks.randomized(kind(sizes))
     fused = checks.assert_fused_equals(
-        model, indices(6, sizes).double(), heavy=2, make=lambda rows: indices(rows, sizes, seed=rows).double(), batches=(1, 4, 9)
+        model, indices(6, sizes).double(), heavy=2, make=lambda rows: indices(rows, sizes, seed=rows).double(), batches=(1, 9), **checks.QUICK
     )
     assert "one table and offsets" in str(fxfuse.report(fused).to_dict())
 
@@ -302,7 +302,7 @@ def test_counted_gradients_of_a_shared_table_are_refused() -> None:
 def test_bags_of_equal_length(mode: str, sizes: tuple[int, ...]) -> None:
     model = checks.randomized(Bags(sizes, mode=mode))
     checks.assert_fused_equals(
-        model, indices(5, sizes, 4), heavy=1, make=lambda rows: indices(rows, sizes, 4, seed=rows)
+        model, indices(5, sizes, 4), heavy=1, make=lambda rows: indices(rows, sizes, 4, seed=rows), batches=(9,), **checks.QUICK
     )
 
 
@@ -318,7 +318,7 @@ def test_bags_leave_each_tables_padding_out(mode: str, pads: tuple[int | None, .
     model = Bags()
     for i, pad in enumerate(pads):
         model.bags[i] = nn.EmbeddingBag(ROWS[i], 4, mode=mode, padding_idx=pad)
-    checks.assert_fused_equals(checks.randomized(model), indices(6, length=3), heavy=1)
+    checks.assert_fused_equals(checks.randomized(model), indices(6, length=3), heavy=1, batches=(9,), **checks.QUICK)
 
 
 OFFSETS = torch.tensor([[0, 2, 2, 6], [0, 1, 5, 6], [0, 0, 3, 6], [0, 6, 6, 6], [0, 1, 2, 6], [0, 3, 4, 6], [0, 5, 5, 6], [0, 2, 4, 6]])
@@ -333,7 +333,7 @@ def test_bags_by_offsets(mode: str, last: bool) -> None:
     def make(rows: int) -> tuple[Tensor, Tensor]:
         return torch.cat([OFFSETS, OFFSETS.roll(rows, 0)]), indices(6, sizes, seed=rows).T.contiguous()
 
-    checks.assert_fused_equals(model, make(1), heavy=1, batches=(), specialised=True, make=make)
+    checks.assert_fused_equals(model, make(1), heavy=1, batches=(), specialised=True, make=make, **checks.QUICK)
 
 
 @pytest.mark.parametrize("offsets", [[0, 7], [1, 2], [0, -1]])
