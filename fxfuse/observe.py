@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .collector import paused
 from .inputs import batch_size, other_variations, resample, vary
@@ -98,8 +96,12 @@ def _together(first: _Runs, others: list[_Runs]) -> list[Observation]:
     ]
 
 
-def _exact(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
+def reads_offsets(trace: Trace) -> bool:
+    """Does the model read where bags begin? These are in order: drawn anew by rows they mean nothing, though the model may take them."""
+    return any(
+        event.func.__name__ == "embedding_bag" and any(isinstance(given, Ref) for given in (*event.args[2:3], event.kwargs.get("offsets")))
+        for event in trace.events
+    )
 
 
 @dataclass(frozen=True)
@@ -150,14 +152,12 @@ class _Runs:
         return self._run("resized", *resample(self.args, self.kwargs, batch=second_batch(self.size), seed=1))
 
     def same_size(self) -> Trace:
-        """Other data; of integers that the model does not take in another order (offsets of bags, one table's indices per row) the same."""
-        other = self._run("same size", *resample(self.args, self.kwargs, batch=None, seed=2))
-        if other.failure and any(_exact(leaf) for leaf in tree_leaves((self.args, self.kwargs))):
-            leaves, spec = tree_flatten(resample(self.args, self.kwargs, batch=None, seed=2))
-            given = tree_leaves((self.args, self.kwargs))
-            kept = [old if _exact(old) else new for old, new in zip(given, leaves, strict=True)]
-            return self._run("same integers", *tree_unflatten(kept, spec))
-        return other
+        """Other data. Integers stay as they are where the model does not take their rows in another order."""
+        if not reads_offsets(self.example()):
+            other = self._run("same size", *resample(self.args, self.kwargs, batch=None, seed=2))
+            if not other.failure:
+                return other
+        return self._run("same integers", *resample(self.args, self.kwargs, batch=None, seed=2, keep_integers=True))
 
     def other(self) -> Trace:
         """As different from the example as it can be."""

@@ -213,13 +213,19 @@ def _key(node: Node, of: dict[Node, int], loose: set[Node]) -> Any:
 
 
 def _look_up(node: Node, keys: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The keys of a look-up's arguments, but for what lanes need not agree in: the rows of a table that is held, and its padding row."""
+    """The keys of a look-up's arguments, but for what lanes need not agree in: the rows of a table that is held, and its padding row.
+
+    Nor, where offsets say which of them are a bag, in how many indices they are given.
+    """
     assert isinstance(node.target, Op)
     found: list[Any] = []
+    offsets = node.args[node.target.names.index("offsets")] if "offsets" in node.target.names else None
     for name, arg, key in zip(node.target.names, node.args, keys, strict=True):
         if name == "weight" and isinstance(arg, Node) and arg.op == "get_attr":
             meta = arg.meta
             key = ("table", meta["shape"][1:], meta["dtype"], meta["device"], meta.get("requires_grad"))
+        if name == "input" and offsets is not None and isinstance(arg, Node) and arg.op == "placeholder":
+            key = ("indices", arg.meta["dtype"], arg.meta["device"])
         found.append(None if name == "padding_idx" else key)
     return tuple(found)
 

@@ -12,6 +12,7 @@ the embedding is wide.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from ..bundle import Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
-from ..functional import bag_offsets, slice_along
+from ..functional import bag_offsets, ragged_bags
 from ..ops import Op
 from .base import rule
 from .fold import fold, unfold
@@ -63,16 +64,30 @@ def _embedding_bag(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
     assert op is not None
     if "mode" not in op.names or isinstance(emitter.operand(bundle, "mode"), int):
         raise CannotVectorize("torch.embedding_bag returns more than the bags; F.embedding_bag is covered")
-    given = {name: emitter.operand(bundle, name) for name in op.names if name not in ("weight", "padding_idx")}
+    ragged = len({(node.meta["shape"], node.meta["dyn"]) for node in _lane_indices(bundle, "input")}) > 1
+    left_out = ("weight", "padding_idx", *(["input"] if ragged else []))
+    given = {name: emitter.operand(bundle, name) for name in op.names if name not in left_out}
     if given["max_norm"] is not None:
         raise CannotVectorize("embedding_bag with max_norm writes its weights in forward")
     frequency, sparse = bool(given["scale_grad_by_freq"]), bool(given["sparse"])
-    index, weights, offsets = given["input"], given["per_sample_weights"], given["offsets"]
+    weights, offsets = given["per_sample_weights"], given["offsets"]
     nodes = emitter.nodes(bundle, "weight")
     assert nodes is not None
     lanes = len(bundle.members)
     padding = _padding(bundle, nodes, counts_back=True)
     pad: int | None
+    rest: dict[str, Any]
+    if offsets is not None and given["include_last_offset"]:
+        # In float64 they are in the last bag, in float32 a sum leaves them out, and a mean counts them without adding them.
+        raise CannotVectorize("embedding_bag with include_last_offset: torch's kernels disagree on indices behind the last offset")
+    if ragged:
+        if weights is not None or frequency or any(p is not None for p in padding) or all(node is nodes[0] for node in nodes):
+            raise CannotVectorize("embedding_bag: unequal numbers of indices with weights, padding, counted gradients or one shared table")
+        table, starts = _own_tables(emitter, bundle, nodes, frequency, sparse)
+        rows, begins = _ragged(emitter, bundle, offsets, starts, [int(node.meta["shape"][0]) for node in nodes])
+        rest = {"mode": given["mode"], "sparse": sparse}
+        return _by_offsets(emitter, bundle, rows, table, begins, rest), "one table and offsets, indices end to end"
+    index: Packed = given["input"]
     if all(node is nodes[0] for node in nodes):
         if len(set(padding)) > 1:
             raise CannotVectorize("embedding_bag: lanes share a table but not its padding row")
@@ -91,14 +106,27 @@ def _embedding_bag(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
         rest["per_sample_weights"] = emitter.call(torch.flatten, emitter.at(weights, place), 0, 1)
     if offsets is None:  # [G, B, L]
         return unfold(emitter, emitter.call(F.embedding_bag, bags, table, **rest), place, lanes), lowering
-    # 1-D indices [G, n], bags that begin at [G, B]: one run of indices. With a last offset per lane that ends its last bag, what is
-    # behind it is a bag of its own here, and dropped.
+    # 1-D indices [G, n], bags that begin at [G, B]: one run of indices.
     lane = emitter.call(torch.unsqueeze, emitter.constant(list(range(lanes)), emitter.device(bundle.members)), 1)
     begins = emitter.call(bag_offsets, emitter.front(offsets, lanes), front.node, lane)
-    out = emitter.call(torch.unflatten, emitter.call(F.embedding_bag, bags, table, begins, **rest), 0, (lanes, -1))
-    if given["include_last_offset"]:
-        out = emitter.call(slice_along, out, 1, 0, -1, 1)
-    return Packed(out, 0), lowering
+    return _by_offsets(emitter, bundle, bags, table, begins, rest), lowering
+
+
+def _by_offsets(emitter: Emitter, bundle: Bundle, rows: Node, table: Node, begins: Node, rest: dict[str, Any]) -> Packed:
+    """One run of rows of the table, the bags of all lanes in it."""
+    out = emitter.call(torch.unflatten, emitter.call(F.embedding_bag, rows, table, begins, **rest), 0, (len(bundle.members), -1))
+    return Packed(out, 0)
+
+
+def _ragged(emitter: Emitter, bundle: Bundle, offsets: Packed, starts: list[int], sizes: list[int]) -> tuple[Node, Node]:
+    """The rows and where the bags begin, of lanes with unequal numbers of indices."""
+    device = emitter.device(bundle.members)
+    last = [start + size - 1 for start, size in zip(starts, sizes, strict=True)]
+    indices = [emitter.single(node) for node in _lane_indices(bundle, "input")]
+    both = emitter.call(
+        ragged_bags, indices, emitter.front(offsets, len(bundle.members)), emitter.constant(starts, device), emitter.constant(last, device)
+    )
+    return emitter.call(operator.getitem, both, 0), emitter.call(operator.getitem, both, 1)
 
 
 def _lane_indices(bundle: Bundle, name: str) -> list[Node]:
