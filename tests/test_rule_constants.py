@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ import fxfuse
 LANES = 5
 SCALES = [0.1, 2.0, 0.5, 0.5, -3.0]
 POWERS = [1, 2, 3, 0.5, 2]
-STEPS = [3, 1, 4, 2, 6]
+NUMPY = np.linspace(0.1, 0.9, LANES)
+NUMPY32 = NUMPY.astype(np.float32)
 
 
 class Lanes(nn.Module):
@@ -57,6 +59,7 @@ NUMBERS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "a mask of its own": lambda y, i: y.masked_fill(y < 0.1 * i, SCALES[i]),
     "the same mask, other numbers": lambda y, i: torch.where(y > 0, y, SCALES[i]),
     "lerp": lambda y, i: torch.lerp(y, y.tanh(), 0.1 * i),
+    "numbers of numpy": lambda y, i: y * NUMPY[i] + NUMPY32[i],
     "two of them on one line": lambda y, i: y * SCALES[i] + (y * 2).tanh() * POWERS[i],
     "one after another": lambda y, i: ((y * SCALES[i]).tanh() / (i + 1) + i) * POWERS[i],
     "the same in all": lambda y, i: y * 2 - y * 3,
