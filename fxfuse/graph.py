@@ -11,6 +11,7 @@ is a lane set that stays as it is, with the reason.
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -49,14 +50,15 @@ class Recipe:
     Let ``m_i`` be the tensor named ``members[i]``. Then ``packed = stack([m_i.permute(order) for i])``, and where
     ``style == "cat"`` the first two dims are flattened into one (``[G, s0, ...] -> [G*s0, ...]``). Zero-dimensional members
     stack to ``[G]``. Where lanes spell one map in different shapes (a Linear's ``[M, K]``, a pointwise convolution's ``[M, K, 1]``),
-    ``own_shapes`` says each member's own, and members are reshaped to ``shape`` first. All names are relative to the region.
+    ``own_shapes`` says each member's own, and members are reshaped to ``shape`` first. ``style == "rows"`` concatenates members whose
+    dim 0 differs (embedding tables), as they are; ``shape`` is then the first one's. All names are relative to the region.
     """
 
     name: str  # of the packed tensor: "packed.nets.0.weight"
     members: tuple[str, ...]  # of the originals, in lane order: ("nets.0.0.weight", "nets.1.0.weight", ...)
     shape: tuple[int, ...]  # of one member, as the original has it
     order: tuple[int, ...]  # permutation of a member's dims as it is stored; identity is (0, 1, ...)
-    style: Literal["stack", "cat"]
+    style: Literal["stack", "cat", "rows"]
     kind: Literal["parameter", "buffer"] = "parameter"
     requires_grad: bool = True
     own_shapes: tuple[tuple[int, ...], ...] | None = None  # of each member, where they are not all ``shape``
@@ -64,6 +66,12 @@ class Recipe:
     def member_shape(self, index: int) -> tuple[int, ...]:
         """The shape of member ``index`` in the original."""
         return self.shape if self.own_shapes is None else self.own_shapes[index]
+
+    def row_starts(self) -> tuple[int, ...]:
+        """Where each member of ``cat`` or ``rows`` begins along the pack's dim 0, and where the last one ends."""
+        if self.style == "cat":
+            return tuple(index * self.shape[self.order[0]] for index in range(len(self.members) + 1))
+        return (0, *itertools.accumulate(self.member_shape(index)[0] for index in range(len(self.members))))
 
 
 @dataclass(frozen=True)

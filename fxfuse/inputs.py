@@ -82,15 +82,17 @@ def wider(dtype: torch.dtype, floating: torch.dtype) -> torch.dtype:
     return floating if dtype.is_floating_point else dtype
 
 
-def resample(args: Any, kwargs: Any = None, *, batch: int | None = None, seed: int = 0) -> tuple[Any, dict[str, Any]]:
+def resample(
+    args: Any, kwargs: Any = None, *, batch: int | None = None, seed: int = 0, keep_integers: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """Arguments like the example's with other data and ``batch`` rows (``None``: as many as before).
 
     Every tensor whose dim 0 equals ``batch_size`` is resampled, all by the same rows, so that a row of several tensors stays
     together: integers and booleans take the drawn rows; floating and complex tensors a convex mixture of two drawn rows, which
     stays inside the example's hull, yet differs from every row of it. With one row, or none shared, they are scaled by 0.5 to
     1 instead. Integer tensors without the batch dim are kept. Dtype, device, ``requires_grad``, memory format, expanded
-    dims, and which leaves are the same tensor stay as they were. Returns ``(args, kwargs)``. Raises ``ValueError`` for a negative
-    ``batch``, or for rows asked of an example that has none.
+    dims, and which leaves are the same tensor stay as they were. ``keep_integers``: so do all integers and booleans. Returns
+    ``(args, kwargs)``. Raises ``ValueError`` for a negative ``batch``, or for rows asked of an example that has none.
 
     >>> (x, i), _ = resample((torch.eye(4), torch.arange(4)), {}, batch=6, seed=1)
     >>> x.shape, i.shape, bool((x.sum(1) - 1).abs().max() < 1e-6), bool((x.gather(1, i[:, None]) >= 0.2).all())
@@ -104,6 +106,8 @@ def resample(args: Any, kwargs: Any = None, *, batch: int | None = None, seed: i
     draw = _Draw.make(rows, rows if batch is None else batch, seed)
 
     def fresh(tensor: Tensor) -> Tensor:
+        if keep_integers and not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor.clone()
         return _finish(_resampled(tensor, draw), tensor.requires_grad)
 
     return _mapped((args, dict(kwargs or {})), fresh)

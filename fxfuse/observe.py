@@ -16,7 +16,7 @@ from torch import nn
 
 from .collector import paused
 from .inputs import batch_size, other_variations, resample, vary
-from .trace import Frame, Trace
+from .trace import Frame, Ref, Trace
 from .tracer import record
 from .unify import Mismatch, Unifier, interchangeable
 
@@ -96,6 +96,14 @@ def _together(first: _Runs, others: list[_Runs]) -> list[Observation]:
     ]
 
 
+def reads_offsets(trace: Trace) -> bool:
+    """Does the model read where bags begin? These are in order: drawn anew by rows they mean nothing, though the model may take them."""
+    return any(
+        event.func.__name__ == "embedding_bag" and any(isinstance(given, Ref) for given in (*event.args[2:3], event.kwargs.get("offsets")))
+        for event in trace.events
+    )
+
+
 @dataclass(frozen=True)
 class _Mode:
     """``train()`` or ``eval()``, as the model's own method does it, and then the flags, where they are neither."""
@@ -144,8 +152,12 @@ class _Runs:
         return self._run("resized", *resample(self.args, self.kwargs, batch=second_batch(self.size), seed=1))
 
     def same_size(self) -> Trace:
-        """Other data."""
-        return self._run("same size", *resample(self.args, self.kwargs, batch=None, seed=2))
+        """Other data. Integers stay as they are where the model does not take their rows in another order."""
+        if not reads_offsets(self.example()):
+            other = self._run("same size", *resample(self.args, self.kwargs, batch=None, seed=2))
+            if not other.failure:
+                return other
+        return self._run("same integers", *resample(self.args, self.kwargs, batch=None, seed=2, keep_integers=True))
 
     def other(self) -> Trace:
         """As different from the example as it can be."""

@@ -27,7 +27,7 @@ from .graph import Program, Refusal, RegionPlan
 from .inputs import resample
 from .launches import count
 from .lengths import tracked_len
-from .observe import Observation, observe_modes
+from .observe import Observation, observe_modes, reads_offsets
 from .options import Options, make_inputs, make_options
 from .passes.emit import Packs
 from .passes.program import fits, make_program, resolve_packed
@@ -194,6 +194,7 @@ class _Pipeline:
             self.args, self.kwargs = tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
         self.work = model
         self.chosen: dict[str, Chosen] = {}  # by region path
+        self.keep_integers = False  # fresh inputs are made with the example's own integers
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -224,6 +225,7 @@ class _Pipeline:
             with tracked_len(self.work):
                 observations = self._observe()
         first = observations[0]
+        self.keep_integers = reads_offsets(first.trace)
         if first.failure:
             return self._unchanged(inplace, Refusal(f"the forward raises {first.failure}"))
         with self.stage("find lanes"):
@@ -436,6 +438,8 @@ class _Pipeline:
         with self.stage("validate"):
             example = (self.args, self.kwargs)
             examples = [example, *other_examples(example)[:3]]
+            if self.keep_integers:
+                examples = [example, *(resample(*example, seed=seed, keep_integers=True) for seed in (1, 2))]
             outcome = compare(original, result, examples, must_run=1)
             self.report.validation = outcome
             if outcome.ok:

@@ -39,6 +39,8 @@ def packed_shape(recipe: Recipe) -> tuple[int, ...]:
     (10, 3)
     """
     lanes, stored = len(recipe.members), stored_shape(recipe)
+    if recipe.style == "rows":
+        return (recipe.row_starts()[-1], *stored[1:])
     return (lanes * stored[0], *stored[1:]) if recipe.style == "cat" else (lanes, *stored)
 
 
@@ -48,8 +50,14 @@ def check(recipe: Recipe) -> None:
         raise FxfuseError(f"the recipe of {recipe.name} has no members")
     if sorted(recipe.order) != list(range(len(recipe.shape))):
         raise FxfuseError(f"the recipe of {recipe.name} orders dims {recipe.order}, its members have shape {recipe.shape}")
-    if recipe.style == "cat" and not recipe.shape:
+    if recipe.style != "stack" and not recipe.shape:
         raise FxfuseError(f"the recipe of {recipe.name} concatenates members without dims; these can only be stacked")
+    if recipe.style == "rows":
+        own = recipe.own_shapes
+        if own is None or len(own) != len(recipe.members) or any(shape[1:] != recipe.shape[1:] for shape in own):
+            raise FxfuseError(f"the recipe of {recipe.name} concatenates rows: it needs each member's shape, equal but for dim 0")
+        if recipe.order != tuple(range(len(recipe.shape))):
+            raise FxfuseError(f"the recipe of {recipe.name} concatenates rows: its members cannot be permuted")
 
 
 def pack(recipe: Recipe, tensors: Sequence[Tensor]) -> Tensor:
@@ -67,6 +75,8 @@ def pack(recipe: Recipe, tensors: Sequence[Tensor]) -> Tensor:
     for index, (name, tensor) in enumerate(zip(recipe.members, tensors, strict=True)):
         if tuple(tensor.shape) != recipe.member_shape(index):
             raise FxfuseError(f"{name} has shape {tuple(tensor.shape)}, its recipe says {recipe.member_shape(index)}")
+    if recipe.style == "rows":
+        return torch.cat(list(tensors))
     if recipe.own_shapes is not None:
         tensors = [tensor.reshape(recipe.shape) for tensor in tensors]
     identity = recipe.order == tuple(range(len(recipe.shape)))
@@ -75,7 +85,10 @@ def pack(recipe: Recipe, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def lane_view(recipe: Recipe, packed: Tensor, index: int) -> Tensor:
-    """Member ``index`` as a view of the packed tensor, in the original's shape; differentiable."""
+    """Member ``index`` as a view of the packed tensor, in the original's shape; differentiable. Of a sparse tensor (a gradient) a copy."""
+    if recipe.style == "rows" or (packed.is_sparse and recipe.style == "cat"):
+        start, stop = recipe.row_starts()[index : index + 2]
+        return torch.narrow_copy(packed, 0, start, stop - start) if packed.is_sparse else packed.narrow(0, start, stop - start)
     if recipe.style == "cat":
         rows = recipe.shape[recipe.order[0]]
         stored = packed.narrow(0, index * rows, rows)
@@ -88,6 +101,8 @@ def lane_view(recipe: Recipe, packed: Tensor, index: int) -> Tensor:
 def lane_views(recipe: Recipe, packed: Tensor) -> tuple[Tensor, ...]:
     """All members as views made by one ``unbind``: its backward is one ``stack``, where n ``select`` would each fill and add
     a zero tensor of the size of the whole pack."""
+    if recipe.style == "rows":
+        return torch.split(packed, [recipe.member_shape(index)[0] for index in range(len(recipe.members))])
     # splitting a dim never copies, whatever the strides: view and unflatten agree
     lanes = packed.view(len(recipe.members), recipe.shape[recipe.order[0]], *packed.shape[1:]) if recipe.style == "cat" else packed
     stored = lanes.unbind(0)

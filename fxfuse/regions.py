@@ -24,6 +24,7 @@ from .passes.vectorize import Prepared, prepare
 from .trace import Frame
 from .tracer import has_hooks
 
+RENORMS = "max_norm renormalizes"
 SINGLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -45,6 +46,8 @@ def closed_frames(observation: Observation) -> frozenset[int]:
             continue
         changed = next((held[trace.values[v].storage] for v in writes(event) if trace.values[v].storage in held), None)
         poison = event.poison or (f"changes {changed} in forward" if changed is not None else "")
+        if changed is not None and event.func.__name__ in ("embedding", "embedding_bag"):
+            poison = f"{RENORMS} {changed} in forward"
         if poison and event.frame >= 0:
             frame = trace.frames[event.frame]
             if not frame.poison:
@@ -125,6 +128,7 @@ class RegionFinder:
                 return
             for child in inner:
                 self.visit(child)
+        self._refuse_closed(frame, RENORMS)
         for child in self._closed_below(frame):
             self.visit(child)
 
@@ -137,12 +141,17 @@ class RegionFinder:
         if frame.children or not type(frame.module).__module__.startswith("torch."):
             self.refusals.append(Refusal(reason, place, frame.path))
 
-    def _refuse_closed(self, region: Frame) -> None:
-        """Modules inside a region that stay calls: one sentence for all that do so for one reason at one line."""
+    def _refuse_closed(self, region: Frame, only: str = "") -> None:
+        """Modules inside a region that stay calls: one sentence for all that do so for one reason at one line.
+
+        ``only``: how the reasons begin that are to be told.
+        """
         groups: dict[tuple[str, Place | None], list[Frame]] = {}
         for index in self._closed_below(region):
             closed = self.observation.trace.frames[index]
             reason = closed.poison or "it has hooks, which only a call of the module itself runs"
+            if not reason.startswith(only):
+                continue
             groups.setdefault((reason.replace(f"{closed.path}.", "its "), closed.place), []).append(closed)
         for (reason, place), frames in groups.items():
             others = f" (and {len(frames) - 1} others)" if len(frames) > 1 else ""

@@ -19,6 +19,7 @@ import networkx as nx
 import torch
 import torch.fx
 
+from .numbers import loosened, numbers_of
 from .ops import Op
 
 Node = torch.fx.Node
@@ -31,6 +32,11 @@ FACTS = ("shape", "dyn", "dtype", "device", "unread")
 
 # Which argument of a slicing op is the lane's position, and may differ from lane to lane.
 POSITIONS = {"select": ("index",), "slice_along": ("start", "stop"), "pick_along": ("positions",)}
+
+
+# Ops that look rows up in a table: lanes with tables of unequal row counts are one class, as one table with offsets can serve them. Only
+# the look-up itself is: what else reads such a table sees its shape. The padding row is each table's own.
+TABLES = frozenset({"embedding", "embedding_bag"})
 
 
 @dataclass
@@ -96,13 +102,20 @@ def find_bundles(
     are merged: a loop that fills two buffers with equal Linears is one launch, at the price of joining their inputs.
     """
     merged: dict[Node, Node] = {}
-    classes, of = _classes(graph, merged)
+    loose: set[Node] = set()
+    classes, of = _classes(graph, merged, loose)
+    for _ in range(MOST_MERGES):
+        more = loosened(graph.nodes, of, loose, lambda node, of=of: _key(node, of, {node}))  # type: ignore[misc]
+        if not more:
+            break
+        loose |= more
+        classes, of = _classes(graph, merged, loose)
     for _ in range(MOST_MERGES if is_heavy is not None else 0):
         pair = _mergeable(classes, of, is_heavy) if is_heavy is not None else None
         if pair is None:
             break
         merged[pair[1]] = pair[0]
-        classes, of = _classes(graph, merged)
+        classes, of = _classes(graph, merged, loose)
     active = {
         b.index
         for b in classes
@@ -115,15 +128,16 @@ def find_bundles(
     return bundles
 
 
-def _classes(graph: torch.fx.Graph, merged: dict[Node, Node]) -> tuple[list[Bundle], dict[Node, int]]:
-    """Classes of equal nodes. ``merged`` sends the first member of a class to that of the class it is to join."""
+def _classes(graph: torch.fx.Graph, merged: dict[Node, Node], loose: set[Node]) -> tuple[list[Bundle], dict[Node, int]]:
+    """Classes of equal nodes. ``merged`` sends the first member of a class to that of the class it is to join; nodes in ``loose`` may
+    differ in their numbers."""
     classes: list[Bundle] = []
     of: dict[Node, int] = {}
     by_key: dict[Any, int] = {}
     for node in graph.nodes:
         if node.op == "output":
             continue
-        key = _key(node, of)
+        key = _key(node, of, loose)
         index = by_key.get(key)
         if index is None:
             index = of[merged[node]] if node in merged else len(classes)
@@ -145,6 +159,8 @@ def _mergeable(classes: list[Bundle], of: dict[Node, int], is_heavy: Callable[[B
             first = bundle.members[0]
             local = tuple(_local(arg) for arg in first.args)
             facts = tuple(first.meta.get(name) for name in FACTS)
+            if bundle.name in TABLES:
+                local = _look_up(first, local)
             groups.setdefault((bundle.op, local, facts), []).append(bundle.index)
     candidates = [indices for indices in groups.values() if len(indices) > 1]
     if not candidates:
@@ -181,7 +197,7 @@ def _is_size(bundle: Bundle) -> bool:
     return bundle.op is not None and bundle.op.name.startswith("size")
 
 
-def _key(node: Node, of: dict[Node, int]) -> Any:
+def _key(node: Node, of: dict[Node, int], loose: set[Node]) -> Any:
     meta = node.meta
     facts = tuple(meta.get(name) for name in FACTS)
     if node.op == "placeholder":
@@ -191,15 +207,37 @@ def _key(node: Node, of: dict[Node, int]) -> Any:
     if node.op != "call_function" or not isinstance(node.target, Op):
         return ("alone", id(node))
     erased = POSITIONS.get(node.target.name, ())
+    if node in loose:
+        erased = numbers_of(node)
     args = tuple(
         None if name in erased else _freeze(arg, of) for name, arg in zip(node.target.names, node.args, strict=True)
     )  # fmt: skip
-    key = (node.target, args, facts, _freeze(node.kwargs, of))
+    if node.target.name in TABLES:
+        args = _look_up(node, args)
+    key = (node.target, args, facts, _freeze(node.kwargs, of), meta.get("place") if node in loose else None)
     try:
         hash(key)
     except TypeError:
         return ("alone", id(node))
     return key
+
+
+def _look_up(node: Node, keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The keys of a look-up's arguments, but for what lanes need not agree in: the rows of a table that is held, and its padding row.
+
+    Nor, where offsets say which of them are a bag, in how many indices they are given.
+    """
+    assert isinstance(node.target, Op)
+    found: list[Any] = []
+    offsets = node.args[node.target.names.index("offsets")] if "offsets" in node.target.names else None
+    for name, arg, key in zip(node.target.names, node.args, keys, strict=True):
+        if name == "weight" and isinstance(arg, Node) and arg.op == "get_attr":
+            meta = arg.meta
+            key = ("table", meta["shape"][1:], meta["dtype"], meta["device"], meta.get("requires_grad"))
+        if name == "input" and offsets is not None and isinstance(arg, Node) and arg.op == "placeholder":
+            key = ("indices", arg.meta["dtype"], arg.meta["device"])
+        found.append(None if name == "padding_idx" else key)
+    return tuple(found)
 
 
 def _freeze(arg: Any, of: dict[Node, int]) -> Any:

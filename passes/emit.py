@@ -25,7 +25,7 @@ import torch.fx
 from fxfuse.graph import FusedOp, Recipe
 
 from .bundle import Bundle, Bundles
-from .functional import drop_unused, slice_along
+from .functional import drop_unused, numbers_like, slice_along
 from .lifted import Lifted
 from .ops import Op
 from .tidy import tidy
@@ -162,12 +162,14 @@ class Emitter:
     def constant(self, values: list[int], device: torch.device) -> Node:
         """An index tensor held by the region."""
         tensor = torch.tensor(values, dtype=torch.int64, device=device)
-        for name, known in self.packs.constants.items():
-            if known.dtype is tensor.dtype and known.device == tensor.device and torch.equal(known, tensor):
-                return self.attribute(name, known)
-        name = f"{self.packs.holder}.index_{len(self.packs.constants)}"
-        self.packs.constants[name] = tensor
-        return self.attribute(name, tensor)
+        held = [(name, known) for name, known in self.packs.constants.items() if name not in self.lifted.constants]
+        alike = (n for n, known in held if known.dtype is tensor.dtype and known.device == tensor.device and torch.equal(known, tensor))
+        name = next(alike, f"{self.packs.holder}.index_{len(self.packs.constants)}")
+        self.packs.constants.setdefault(name, tensor)
+        node = self.attribute(name, tensor)
+        if self.real:  # rather than zeros, by which something may be divided
+            node.meta["val"] = tensor.cpu()
+        return node
 
     # -- operands -----------------------------------------------------------------------------------------------------------------
 
@@ -180,9 +182,21 @@ class Emitter:
         first = given[0]
         if isinstance(first, Node):
             return self.fetch(given)
+        if type(first) in (int, float) and any(number != first for number in given):
+            return self.numbers(bundle, given)
         if isinstance(first, (tuple, list)) and any(isinstance(item, Node) for item in first):
             return type(first)(self.fetch([g[i] for g in given]) if isinstance(item, Node) else item for i, item in enumerate(first))
         return first
+
+    def numbers(self, bundle: Bundle, given: list[Any]) -> Packed:
+        """Numbers, one per lane, as a tensor ``[G]`` of the dtype of the op's tensors."""
+        like = next(node for node in bundle.members[0].all_input_nodes if node.meta.get("dtype") is not torch.bool)
+        if like.meta["dtype"] is torch.int64:
+            return Packed(self.constant(given, self.device(None)), 0)
+        column = bundle.members[0].args.index(like)
+        bits = torch.tensor(given, dtype=torch.float64).view(torch.int64).tolist()
+        operand = self.fetch([member.args[column] for member in bundle.members])  # type: ignore[misc]
+        return Packed(self.call(numbers_like, self.constant(bits, self.device(None)), operand.node), 0)
 
     def nodes(self, bundle: Bundle, name: str) -> list[Node] | None:
         """The lanes' own nodes for the tensor argument ``name``; None where it is not a tensor."""
@@ -269,6 +283,8 @@ class Emitter:
         targets = tuple(str(node.target) for node in nodes)
         if any(node.op != "get_attr" for node in nodes) or any(t in self.packs.unpackable for t in targets):
             return None
+        if any(t in self.lifted.constants for t in targets):  # no module holds them
+            return None
         meta = nodes[0].meta
         shape = tuple(meta["shape"])
         order = tuple(range(len(shape))) if order is None else order
@@ -287,8 +303,51 @@ class Emitter:
             self.packs.where.update((target, (recipe, lane)) for lane, target in enumerate(targets))
         return self._viewed(self.packed(recipe, meta), recipe, order, style)
 
+    def table(self, nodes: list[Node]) -> tuple[Node, list[int]] | str:
+        """The lanes' own tables as rows of one, ``[V0 + V1 + ..., *rest]``, and where each lane's rows begin; else why they cannot be.
+
+        Tables may differ in their number of rows, and one may serve several lanes.
+        """
+        targets = [str(node.target) for node in nodes]
+        distinct = list(dict(zip(targets, nodes, strict=True)).values())
+        names = tuple(dict.fromkeys(targets))
+        if any(name in self.lifted.constants for name in names):
+            return "a table that no module of the model holds"
+        blocked = next((name for name in names if name in self.packs.unpackable), None)
+        if blocked is not None:
+            return f"{blocked} cannot be packed: {self.packs.unpackable[blocked]}"
+        if len({self.packs.kinds.get(name) for name in names}) > 1:
+            return f"{names[0]} is a {self.packs.kinds.get(names[0])}, others are not"
+        held = self.packs.where.get(names[0])
+        if held is None and not any(name in self.packs.where for name in names):
+            shapes = tuple(tuple(node.meta["shape"]) for node in distinct)
+            equal = len(set(shapes)) == 1
+            recipe = Recipe(
+                self.packs.name(names), names, shapes[0], tuple(range(len(shapes[0]))), "cat" if equal else "rows",
+                self.packs.kinds.get(names[0], "parameter"), bool(nodes[0].meta.get("requires_grad")), None if equal else shapes,
+            )  # fmt: skip
+            self.packs.recipes[names] = recipe
+            self.packs.where.update((name, (recipe, lane)) for lane, name in enumerate(names))
+            held = (recipe, 0)
+        places = [self.packs.where.get(name) for name in targets]
+        if held is None or any(place is None or place[0] is not held[0] for place in places):
+            other = next(name for name in names if name in self.packs.where)
+            return f"{other} is packed with other weights already"
+        recipe = held[0]
+        node = self.packed(recipe, nodes[0].meta)
+        if recipe.style == "stack":
+            if recipe.order != tuple(range(len(recipe.order))):
+                return f"{names[0]} is packed in another order already"
+            node = self.call(torch.flatten, node, 0, 1)
+            starts: tuple[int, ...] = tuple(range(0, recipe.shape[0] * len(recipe.members), recipe.shape[0]))
+        else:
+            starts = recipe.row_starts()
+        return node, [starts[place[1]] for place in places if place is not None]
+
     def packed(self, recipe: Recipe, meta: dict[str, Any]) -> Node:
         """The node that reads a packed tensor as it is stored."""
+        if recipe.style == "rows":
+            return self.attribute(recipe.name, self.stand_in((recipe.row_starts()[-1], *recipe.shape[1:]), None, meta["dtype"]))
         inner = [recipe.shape[d] for d in recipe.order]
         shape = [len(recipe.members), *inner]
         if recipe.style == "cat":
@@ -322,7 +381,7 @@ class Emitter:
         """Weights that another bundle has packed already: the same pack in another order, or part of it."""
         found = [self.packs.where.get(target) for target in targets]
         recipe = found[0][0] if found[0] is not None else None
-        if recipe is None or any(f is None or f[0] is not recipe for f in found):
+        if recipe is None or recipe.style == "rows" or any(f is None or f[0] is not recipe for f in found):
             return None
         whole = self._viewed(self.packed(recipe, nodes[0].meta), recipe, order, "stack")
         picked = self.pick(whole, len(recipe.members), [f[1] for f in found if f is not None])

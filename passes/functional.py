@@ -131,6 +131,50 @@ def cumulative_batch_norm(
         else:
             kept.copy_(torch.lerp(kept.to(wide), lanes.to(wide), share))
     return out
+def numbers_like(bits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Numbers of the dtype of ``like``. They are kept as the bits of float64, as integers, which a model's ``.half()`` leaves as they are.
+
+    >>> numbers_like(torch.tensor([0.1], dtype=torch.float64).view(torch.int64), torch.zeros(1))
+    tensor([0.1000])
+    """
+    return bits.view(torch.float64).to(like.dtype)
+
+
+def bag_offsets(offsets: torch.Tensor, indices: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
+    """Where the bags of all lanes begin in the lanes' indices laid end to end: ``[G, B]`` and ``[G, n]`` to ``[G * B]``.
+
+    Offsets that ``embedding_bag`` refuses of a lane alone are refused here (RuntimeError; on a GPU a device assert, not waited for): in
+    one long run they would point into another lane. ``lane`` is ``[[0], [1], ...]``.
+
+    >>> bag_offsets(torch.tensor([[0, 2], [0, 1]]), torch.zeros(2, 3), torch.tensor([[0], [1]]))
+    tensor([0, 2, 3, 4])
+    """
+    length = indices.shape[1]
+    if not offsets.is_meta and offsets.shape[1]:
+        inside = (offsets.clamp(0, length) == offsets).all()
+        torch._assert_async(inside > offsets[:, 0].any(), f"the bags of a lane have to begin at 0 and within its {length} indices")
+    return (offsets + lane * length).flatten()
+
+
+def ragged_bags(
+    indices: list[torch.Tensor], offsets: torch.Tensor, starts: torch.Tensor, last: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lanes with unequal numbers of indices, laid end to end: the rows that they mean in one table, and where all bags begin.
+
+    Lane i's rows are ``starts[i]`` to ``last[i]``; an index outside becomes -1, which every look-up refuses. ``offsets``: ``[G, B]``.
+
+    >>> ragged_bags([torch.tensor([0, 1]), torch.tensor([2])], torch.tensor([[0, 1], [0, 1]]), torch.tensor([0, 5]), torch.tensor([4, 9]))
+    (tensor([0, 1, 7]), tensor([0, 1, 2, 3]))
+    """
+    lengths = torch.tensor([index.shape[0] for index in indices], device=offsets.device)
+    total = sum(index.shape[0] for index in indices)
+    first, limit = (torch.repeat_interleave(each, lengths, output_size=total) for each in (starts, last))
+    rows = torch.cat(indices) + first
+    if not offsets.is_meta and offsets.shape[1]:
+        inside = ((offsets >= 0) & (offsets <= lengths.unsqueeze(1))).all()
+        torch._assert_async(inside > offsets[:, 0].any(), "the bags of a lane have to begin at 0 and within the indices of the lane")
+    begins = offsets + (lengths.cumsum(0) - lengths).unsqueeze(1)
+    return rows.masked_fill(rows != rows.clamp(first, limit), -1), begins.flatten()
 
 
 _WRAPPED: dict[Callable[..., Any], Op] = {}

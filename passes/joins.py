@@ -91,6 +91,7 @@ def _replace(graph: torch.fx.Graph, node: Node, op: Op, args: tuple[Any, ...]) -
 
 # An operation on two tensors of one shape, and the op that stands for a chain of it.
 CHAINS = {"add": SUM_OF, "sub": SUM_OF, "mul": PROD_OF, "minimum": MIN_OF, "maximum": MAX_OF, "min": MIN_OF, "max": MAX_OF}
+_STARTS = {SUM_OF: ("add", 0), PROD_OF: ("mul", 1)}
 _NEUTRAL = {SUM_OF: ("zeros", "new_zeros", "zeros_like"), PROD_OF: ("ones", "new_ones", "ones_like")}
 
 
@@ -131,13 +132,14 @@ def _collect(graph: torch.fx.Graph, node: Node) -> None:
             push(term, positive)
         else:
             (terms if positive else less).append(term)
-    kept = [term for term in terms if not _is_neutral(term, chain)]
+    started = _started(terms, chain)
+    kept = [term for term in started if not _is_neutral(term, chain)]
     if len(less) == 1 and len(terms) > 1:  # the additions before it are a chain of their own
         return
-    if len(terms) + len(less) == 2 and len(kept) == len(terms):
+    if len(terms) + len(less) == 2 and kept == terms:
         return
     with graph.inserting_before(node):
-        result = _one(graph, node, chain, kept or terms[:1])
+        result = _one(graph, node, chain, kept or started[:1])
         if less:
             result = graph.call_function(SUB, (result, _one(graph, node, chain, less), 1))
             _copy_meta(result, node)
@@ -150,6 +152,17 @@ def _one(graph: torch.fx.Graph, node: Node, chain: Op, terms: list[Node]) -> Nod
     made = graph.call_function(chain, (terms,))
     _copy_meta(made, node)
     return made
+
+
+def _started(terms: list[Node], chain: Op) -> list[Node]:
+    """``sum`` starts from 0 and ``math.prod`` from 1: without that. Where every term has a number it is a lane's own, as in ``y_i + i``."""
+    name, number = _STARTS.get(chain, ("", 0))
+    first = terms[0]
+    if not name or not is_op(first, name) or len(terms) < 2 or (is_op(terms[1], name) and not isinstance(argument(terms[1], "other"), Node)):
+        return terms
+    given, value = argument(first, "other"), argument(first, "input")
+    same = isinstance(value, Node) and all(value.meta.get(fact) == first.meta[fact] for fact in ("shape", "dyn", "dtype"))
+    return [value, *terms[1:]] if type(given) in (int, float) and given == number and same else terms
 
 
 def _is_neutral(node: Any, chain: Op) -> bool:

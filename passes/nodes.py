@@ -25,7 +25,6 @@ _DIMS_OF_INPUT = frozenset(
 )
 _DIMS_OF_RESULT = frozenset({"cat", "stack", "unsqueeze"})
 _DIM_ARGS = frozenset({"dim", "dim0", "dim1", "dims", "start_dim", "end_dim", "source", "destination", "axis"})
-_NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
 
 
 class Nodes(FreeSizes):
@@ -75,8 +74,6 @@ class Nodes(FreeSizes):
         if any(isinstance(a, torch.dtype) for a in canonical_args):
             self.factories = True
         value = out.value if isinstance(out, Ref) else None
-        if value is not None and self._neutral(op, canonical_args, value):
-            return canonical_args[0]
         if shape is None or op.name.startswith("new_"):
             device_dtype = dict(zip(op.names, canonical_args, strict=True))
             if op.name.startswith("new_"):
@@ -95,13 +92,6 @@ class Nodes(FreeSizes):
         if op.name == "squeeze" and shape is not None:
             op, canonical_args = self._squeeze(op, canonical_args, shape)
         return self._node(op, canonical_args, value)
-
-    def _neutral(self, op: Op, args: tuple[Any, ...], value: int) -> bool:
-        """``sum(...)`` starts from 0, ``math.prod`` from 1: where the result has the tensor's own dtype, it is the tensor."""
-        number = args[1] if len(args) > 1 and op.name in _NEUTRAL else None
-        if type(number) not in (int, float) or number != _NEUTRAL[op.name] or not isinstance(args[0], torch.fx.Node):
-            return False
-        return args[0].meta.get("dtype") is self.trace.values[value].tensor.dtype
 
     def _without_empty(self, args: tuple[Any, ...], value: int) -> tuple[Any, ...]:
         """``cat([torch.tensor([]), x], 1)``: tensors of shape (0,) are left out of a ``cat`` of any rank, except for their dtype."""

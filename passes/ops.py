@@ -19,7 +19,8 @@ import torch
 # Elementwise functions of torch.nn.functional, and dunders of Tensor, that no operator schema of that name describes.
 _POINTWISE_WITHOUT_SCHEMA = frozenset(
     "softsign tanhshrink logsigmoid log_sigmoid hardswish __rdiv__ __rpow__ __rfloordiv__ floor_divide "
-    "float double half bfloat16".split()
+    "float double half bfloat16 long int short char byte bool cfloat cdouble where complex polar real imag conj "
+    "resolve_conj get_real get_imag".split()
 )
 _DUNDERS = {
     "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub", "__mul__": "mul", "__rmul__": "mul", "__truediv__": "div",

@@ -16,6 +16,7 @@ from fxfuse.graph import Guard, Program, Recipe, SizeCheck, TensorGuard
 from fxfuse.trace import Frame, Ref, Trace
 
 from .emit import Packs
+from .functional import slice_along
 from .lifted import Lifted
 
 
@@ -98,6 +99,9 @@ def resolve_packed(graph: torch.fx.Graph, packs: Packs) -> None:
 
 def _member(graph: torch.fx.Graph, recipe: Recipe, lane: int) -> torch.fx.Node:
     made = graph.create_node("get_attr", recipe.name)  # get_attr() looks for it in a module that a trial run has left behind
+    if recipe.style == "rows":
+        start, stop = recipe.row_starts()[lane : lane + 2]
+        return graph.call_function(slice_along, (made, 0, start, stop, 1))
     if recipe.style == "cat":
         made = graph.call_function(torch.unflatten, (made, 0, (len(recipe.members), -1)))
     made = graph.call_function(torch.select, (made, 0, lane))

@@ -135,7 +135,10 @@ def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer
     """Emit the rewritten graph; ``packs`` is extended only where that succeeds. None where nothing is left to fuse."""
     while prepared.worthwhile:
         attempt = copy.copy(packs)
-        attempt.recipes, attempt.where, attempt.constants = dict(packs.recipes), dict(packs.where), dict(packs.constants)
+        attempt.recipes, attempt.where = dict(packs.recipes), dict(packs.where)
+        attempt.constants = {**packs.constants, **prepared.lifted.constants}
+        if any(attempt.constants[name] is not tensor for name, tensor in packs.constants.items()):
+            return None  # another mode's program calls another tensor by this name
         emitter = Emitter(prepared.lifted, prepared.bundles, attempt, _rule, lowering, prefer, prepared.single)
         try:
             graph = emitter.run()

@@ -66,6 +66,8 @@ class Writes(Indexing):
             return slice(self._argument(tree.start), self._argument(tree.stop), self._argument(tree.step))
         if isinstance(tree, tuple):  # torch.Size, named tuples
             return tuple([self._argument(item) for item in tree])
+        if kind.__module__ == "numpy" and getattr(tree, "shape", None) == ():  # np.float64(0.3), which code cannot spell
+            return tree.item()
         return tree
 
     def _root(self, value: int) -> int:

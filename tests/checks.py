@@ -261,7 +261,8 @@ def assert_fused_equals(
     assert all(refused in str(r) for r in report.refused), f"refused:\n{report}"
 
     assert_same_state(fxfuse.original_state_dict(fused), model.state_dict(), "as fused")
-    trials = [(x, kwargs), (fresh(x, None, seed=3), kwargs)]
+    rows = next((leaf.shape[0] for leaf in tree_flatten(x)[0] if isinstance(leaf, Tensor)), 0)
+    trials = [(x, kwargs), (make(rows) if make else fresh(x, None, seed=3), kwargs)]
     for batch in batches:
         trials.append((make(batch) if make else fresh(x, batch, seed=4 + batch), fresh(kwargs, batch, seed=5 + batch)))
     assert_equal_models(model, fused, trials, random_in_train=random_in_train, rtol_outputs=rtol_outputs)

@@ -8,9 +8,12 @@ from __future__ import annotations
 from ..bundle import Bundle
 from . import (
     batch_norm,
+    bilinear,
     conv,
     elementwise,
+    embedding,
     group_norm,
+    indexing,
     joins,
     layer_norm,
     linear,
@@ -27,8 +30,8 @@ from . import (
 from .base import RULES, Rule
 
 FAMILIES = (
-    *(batch_norm, conv, elementwise, group_norm, joins, layer_norm, linear, local_response_norm),
-    *(matmul, pad, prelu, random, reduce, shape, slicing, state),
+    *(batch_norm, bilinear, conv, elementwise, embedding, group_norm, indexing, joins, layer_norm, linear),
+    *(local_response_norm, matmul, pad, prelu, random, reduce, shape, slicing, state),
 )
 
 

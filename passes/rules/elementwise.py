@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..bundle import Bundle
+from ..bundle import Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
 from .base import Rule, rank, rule
 
@@ -39,7 +39,13 @@ def pointwise(emitter: Emitter, bundle: Bundle) -> Packed:
     op = bundle.op
     assert op is not None
     operands = [(name, emitter.operand(bundle, name)) for name in op.names]
-    nodes: dict[str, Any] = {name: bundle.members[0].args[op.names.index(name)] for name, value in operands if isinstance(value, Packed)}
+    column = dict(zip(op.names, bundle.members[0].args, strict=True))
+    per_lane = {name for name, value in operands if isinstance(value, Packed) and not isinstance(column[name], Node)}
+    if op.name == "clamp" and per_lane:  # takes two numbers or two tensors
+        lanes = len(bundle.members)
+        operands = [(n, emitter.numbers(bundle, [v] * lanes) if type(v) in (int, float) else v) for n, v in operands]
+        per_lane.update(name for name, value in operands if name != "input" and value is not None)
+    nodes: dict[str, Any] = {name: column[name] for name, value in operands if isinstance(value, Packed) and name not in per_lane}
     sizes = {name for name, node in nodes.items() if node.meta.get("shape") is None}  # numbers: x / x.shape[0]
     if any(name in sizes and value.dim is not None for name, value in operands):
         raise CannotVectorize(f"{bundle.name} uses sizes that differ from lane to lane")
@@ -47,17 +53,22 @@ def pointwise(emitter: Emitter, bundle: Bundle) -> Packed:
     nodes = {name: node for name, node in nodes.items() if name not in sizes}
     if any(isinstance(value, (list, tuple)) and any(isinstance(v, Packed) for v in value) for _, value in operands):
         raise CannotVectorize(f"{bundle.name} takes a list of tensors")
-    tensors = [(value, rank(nodes[name])) for name, value in operands if isinstance(value, Packed)]
+    tensors = [(value, rank(nodes[name])) for name, value in operands if name in nodes]
     dtypes = {node.meta["dtype"] for node in nodes.values()}
     if len(dtypes) > 1 and any(r == 0 for _, r in tensors):
         raise CannotVectorize(f"{bundle.name} mixes dtypes with zero-dimensional tensors, whose promotion packing would change")
+    lane: int | None
     if all(value.dim is None for value, _ in tensors):
-        made, lane = [value.node for value, _ in tensors], None
+        made, lane = [value.node for value, _ in tensors], 0 if per_lane else None
     else:
         made, lane = aligned(emitter, tensors, rank(bundle.members[0]))
     iterator = iter(made)
-    args = tuple(next(iterator) if isinstance(value, Packed) else value for _, value in operands)
-    return Packed(emitter.respell(op, args), lane)
+    args = [next(iterator) if name in nodes else value for name, value in operands]
+    for position, (name, value) in enumerate(operands):
+        if name in per_lane:
+            behind = rank(bundle.members[0]) - (lane or 0)
+            args[position] = emitter.call(torch.reshape, value.node, (-1, *([1] * behind))) if behind else value.node
+    return Packed(emitter.respell(op, tuple(args)), lane)
 
 
 POINTWISE = Rule(("*",), pointwise, lowering="pointwise")
