@@ -6,10 +6,12 @@ Adding an op touches one file of this folder (and this list, where the file is n
 from __future__ import annotations
 
 from ..bundle import Bundle
-from . import conv, elementwise, joins, linear, matmul, norm, pad, prelu, random, reduce, shape, slicing
+from . import along, batch, conv, elementwise, fft, joins, leading, linear, loss, matmul, norm, pad, prelu, random, reduce, shape, slicing
 from .base import RULES, Rule
 
-FAMILIES = (conv, elementwise, joins, linear, matmul, norm, pad, prelu, random, reduce, shape, slicing)
+FAMILIES = (
+    along, batch, conv, elementwise, fft, joins, leading, linear, loss, matmul, norm, pad, prelu, random, reduce, shape, slicing,
+)  # fmt: skip
 
 
 def rule_of(bundle: Bundle) -> Rule | None:
