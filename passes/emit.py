@@ -118,9 +118,10 @@ class Emitter:
         values, keywords = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with torch.no_grad():
             node.meta["val"] = function(*values, **keywords)
-        return self._placed(node)
+        return self.placed(node)
 
-    def _placed(self, node: Node) -> Node:
+    def placed(self, node: Node) -> Node:
+        """``node`` with the source line on whose behalf it is written."""
         if self.source is not None:
             node.meta["place"] = self.source.meta.get("place")
             place = node.meta["place"]
@@ -362,7 +363,7 @@ class Emitter:
             assert isinstance(node.target, Op), node
             made = self.spell(node.target, args)
         self._value(node, made, args)
-        self._placed(made)
+        self.placed(made)
         self.source = previous
         return made
 
@@ -402,7 +403,7 @@ class Emitter:
         values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
         with torch.no_grad():
             node.meta["val"] = op(*values)
-        return self._placed(node)
+        return self.placed(node)
 
     # -- the walk -----------------------------------------------------------------------------------------------------------------
 

@@ -233,6 +233,8 @@ def _match(
         given = dict(keywords)
         if "out" in names or len(positional) > len([a for a in arguments if not a.kwarg_only]) or not set(given) <= set(names):
             continue
+        if not set(given).isdisjoint(names[: len(positional)]):  # x.var(-1, unbiased=False) is not var(unbiased)
+            continue
         taken = dict(zip(names, positional, strict=False)) | given
         required = {n for n, a in zip(names, arguments, strict=True) if not a.has_default_value()}
         if not required <= set(taken) or not all(_fits(kind, types[n]) for n, kind in taken.items()):

@@ -47,14 +47,16 @@ def pointwise(emitter: Emitter, bundle: Bundle) -> Packed:
     nodes = {name: node for name, node in nodes.items() if name not in sizes}
     if any(isinstance(value, (list, tuple)) and any(isinstance(v, Packed) for v in value) for _, value in operands):
         raise CannotVectorize(f"{bundle.name} takes a list of tensors")
-    tensors = [(value, rank(nodes[name])) for name, value in operands if isinstance(value, Packed)]
-    dtypes = {node.meta["dtype"] for node in nodes.values()}
-    if len(dtypes) > 1 and any(r == 0 for _, r in tensors):
+    tensor_operands = [(value, rank(nodes[name])) for name, value in operands if isinstance(value, Packed)]
+    promoted = {name: node for name, node in nodes.items() if name not in ("condition", "mask")}
+    dtypes = {node.meta["dtype"] for node in promoted.values()}
+    # A zero-dimensional tensor counts less in promotion: one that all lanes share stays as it is.
+    if len(dtypes) > 1 and any(rank(node) == 0 and value.dim is not None for (value, _), node in zip(tensor_operands, nodes.values(), strict=True)):
         raise CannotVectorize(f"{bundle.name} mixes dtypes with zero-dimensional tensors, whose promotion packing would change")
-    if all(value.dim is None for value, _ in tensors):
-        made, lane = [value.node for value, _ in tensors], None
+    if all(value.dim is None for value, _ in tensor_operands) and not op.random:
+        made, lane = [value.node for value, _ in tensor_operands], None
     else:
-        made, lane = aligned(emitter, tensors, rank(bundle.members[0]))
+        made, lane = aligned(emitter, tensor_operands, rank(bundle.members[0]))
     iterator = iter(made)
     args = tuple(next(iterator) if isinstance(value, Packed) else value for _, value in operands)
     return Packed(emitter.respell(op, args), lane)

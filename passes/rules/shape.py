@@ -188,6 +188,20 @@ def _padded(emitter: Emitter, bundle: Bundle, value: Packed, to_rank: int) -> An
     return node
 
 
+@rule("fliplr", "flipud", lowering="along a dim")
+def _flip_named(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    return Packed(emitter.call(torch.flip, value.node, (physical(1 if bundle.name == "fliplr" else 0, value.dim),)), value.dim)
+
+
+@rule("trace", lowering="reduction")
+def _trace(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    if value.dim is None:
+        return _same(emitter, bundle, value)
+    return Packed(emitter.call(torch.sum, emitter.call(torch.diagonal, emitter.at(value, 0), 0, 1, 2), 1), 0)
+
+
 @rule("hstack", "vstack", "dstack", "column_stack", "row_stack", lowering="join")
 def _stacked(emitter: Emitter, bundle: Bundle) -> Packed:
     """numpy's names for ``cat``, spelled as one."""
