@@ -66,7 +66,7 @@ def _respelled_on_meta(emitter: Emitter, op: Op, args: tuple[Any, ...]) -> Node:
 @rule(
     "tril", "triu", "diag_embed", "pixel_shuffle", "pixel_unshuffle", "rot90", "cosine_similarity", "pairwise_distance", "cdist", "linalg_cross",
     "linalg_det", "linalg_slogdet", "linalg_inv", "inverse", "linalg_cholesky", "linalg_matrix_power", "linalg_pinv", "linalg_qr", "linalg_eigh",
-    "linalg_eigvalsh", "linalg_svd", "linalg_svdvals", "linalg_matrix_exp", "matrix_exp", "linalg_matrix_norm", "logdet", "slogdet", "det",
+    "linalg_eigvalsh", "linalg_svd", "linalg_svdvals", "linalg_matrix_norm", "logdet", "slogdet", "det",
     lowering="lanes in front",
 )  # fmt: skip
 def _leading(emitter: Emitter, bundle: Bundle) -> Packed:
@@ -76,6 +76,11 @@ def _leading(emitter: Emitter, bundle: Bundle) -> Packed:
 @rule("view_as_complex", view=True)
 def _view_as_complex(emitter: Emitter, bundle: Bundle) -> Packed:
     return leading(emitter, bundle, contiguous=True)  # real and imaginary part must be neighbours in memory, at every call
+
+
+@rule("matrix_exp", "linalg_matrix_exp", lowering="lanes in front")
+def _matrix_exp(emitter: Emitter, bundle: Bundle) -> Packed:
+    return leading(emitter, bundle, contiguous=True)
 
 
 @rule("cross", lowering="lanes in front")

@@ -79,6 +79,11 @@ def _added(emitter: Emitter, bundle: Bundle) -> Packed:
     alpha, beta = emitter.operand(bundle, "alpha"), emitter.operand(bundle, "beta")
     if isinstance(alpha, Packed) or isinstance(beta, Packed):
         raise CannotVectorize(f"{bundle.name} with sizes as factors")
+    given: Packed = emitter.operand(bundle, "input")
+    if bundle.name in ("addmm", "baddbmm") and first.dim is not None and second.dim is not None and beta != 0:
+        fused = _in_one(emitter, bundle, given, first, second, beta, alpha)
+        if fused is not None:
+            return fused
     if bundle.name == "addr":
         out = _outer_product(emitter, bundle, first, second)
     else:
@@ -90,13 +95,26 @@ def _added(emitter: Emitter, bundle: Bundle) -> Packed:
     if beta == 0:
         return Packed(emitter.call(torch.mul, out.node, alpha), out.dim)
     out_rank = rank(bundle.members[0])
-    given: Packed = emitter.operand(bundle, "input")
     if given.dim is None and out.dim is None:
         nodes, lane = [out.node, given.node], None
     else:
         nodes, lane = aligned(emitter, [(out, out_rank), (given, rank(args[0]))], out_rank)
     added = nodes[1] if beta == 1 else emitter.call(torch.mul, nodes[1], beta)
     return Packed(emitter.call(torch.add, added, nodes[0], alpha=alpha) if alpha != 1 else emitter.call(torch.add, *nodes), lane)
+
+
+def _in_one(emitter: Emitter, bundle: Bundle, given: Packed, left: Packed, right: Packed, beta: Any, alpha: Any) -> Packed | None:
+    """``baddbmm`` of all lanes; where the lanes are batches already, their batch dims are put together."""
+    lanes, own = len(bundle.members), rank(bundle.members[0].args[0])
+    added, a, b = (emitter.front(value, lanes) for value in (given, left, right))
+    if bundle.name == "baddbmm":
+        if own != 3 or bundle.members[0].args[0].meta["shape"][0] != bundle.members[0].meta["shape"][0]:  # type: ignore[union-attr]
+            return None
+        added, a, b = (emitter.call(torch.flatten, node, 0, 1) for node in (added, a, b))
+    for _ in range(2 - own if bundle.name == "addmm" else 0):
+        added = emitter.call(torch.unsqueeze, added, 1)
+    out = emitter.call(torch.baddbmm, added, a, b, beta=beta, alpha=alpha)
+    return Packed(emitter.call(torch.unflatten, out, 0, (lanes, -1)) if bundle.name == "baddbmm" else out, 0)
 
 
 def _outer_product(emitter: Emitter, bundle: Bundle, left: Packed, right: Packed) -> Packed:

@@ -70,6 +70,14 @@ def _reshape(emitter: Emitter, bundle: Bundle) -> Packed:
     return Packed(emitter.call("reshape", emitter.front(value, lanes), (lanes, *sizes)), 0)
 
 
+@rule("ravel", view=True)
+def _ravel(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    if value.dim is None:
+        return _same(emitter, bundle, value)
+    return Packed(emitter.call("reshape", emitter.front(value, len(bundle.members)), (len(bundle.members), -1)), 0)
+
+
 @rule("flatten", view=True)
 def _flatten(emitter: Emitter, bundle: Bundle) -> Packed:
     value = _input(emitter, bundle)
@@ -218,9 +226,9 @@ def _stacked(emitter: Emitter, bundle: Bundle) -> Packed:
     return Packed(emitter.call(torch.cat, nodes, dim + 1), 0)
 
 
-@rule("new_zeros", "new_ones", "new_full", "new_empty", lowering="one for all lanes")
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty", "arange", "eye", lowering="one for all lanes")
 def _new(emitter: Emitter, bundle: Bundle) -> Packed:
-    """A tensor of the lane's dtype and device, with numbers that are the same in every lane."""
+    """A new tensor, with numbers that are the same in every lane."""
     assert bundle.op is not None
     args = tensors(emitter, bundle)
     if any(isinstance(value, Packed) for name, value in args.items() if name != "input"):
