@@ -34,8 +34,8 @@ def _channel_dropout(emitter: Emitter, bundle: Bundle) -> Packed:
         return value
     if value.dim is None:
         value = Packed(emitter.front(value, len(bundle.members)), 0)
-    batched = len(bundle.members[0].meta["shape"]) > {"dropout1d": 2, "dropout2d": 3, "dropout3d": 4}.get(bundle.name, 1)
-    if not batched:
+    # dropout2d takes three dims for [N, C, L]; the others take one dim less for one sample.
+    if len(bundle.members[0].meta["shape"]) == {"dropout1d": 2, "dropout3d": 4}.get(bundle.name):
         return Packed(emitter.respell(op, (emitter.at(value, 0), *bundle.members[0].args[1:])), 0)
     node, place = fold(emitter, value)
     return unfold(emitter, emitter.respell(op, (node, *bundle.members[0].args[1:])), place, len(bundle.members))
