@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import checks
@@ -65,9 +66,9 @@ def test_every_lane_has_masks_of_its_own(name: str, shared: bool) -> None:
     kept = out != 0
     scale = torch.stack([w.detach() for w in model.weights]).view(-1, *[1] * len(shape)) if shared else 1.0
     assert torch.allclose(out, torch.where(kept, x / (1 - P) * scale, torch.zeros(())), rtol=1e-12, atol=0)
-    whole = kept.flatten(1 + own)  # a channel is kept or dropped as a whole
-    assert torch.equal(whole.all(-1), whole.any(-1)) if kept.dim() > 1 + own else True
-    masks = kept.flatten(1 + own)[..., 0].flatten(1).double() if kept.dim() > 1 + own else kept.flatten(1).double()
+    channels = kept.reshape(LANES, math.prod(shape[:own]), -1)
+    assert torch.equal(channels.all(-1), channels.any(-1)), "a channel is kept or dropped as a whole"
+    masks = channels[..., 0].double()
     entries = masks.shape[1]
     assert ((masks.mean(1) - (1 - P)).abs() < 5 * (P * (1 - P) / entries) ** 0.5).all(), masks.mean(1)
     correlation = torch.corrcoef(masks) - torch.eye(LANES, dtype=masks.dtype)
