@@ -118,10 +118,9 @@ class Emitter:
         values, keywords = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with torch.no_grad():
             node.meta["val"] = function(*values, **keywords)
-        return self.placed(node)
+        return self._placed(node)
 
-    def placed(self, node: Node) -> Node:
-        """``node`` with the source line on whose behalf it is written."""
+    def _placed(self, node: Node) -> Node:
         if self.source is not None:
             node.meta["place"] = self.source.meta.get("place")
             place = node.meta["place"]
@@ -363,7 +362,7 @@ class Emitter:
             assert isinstance(node.target, Op), node
             made = self.spell(node.target, args)
         self._value(node, made, args)
-        self.placed(made)
+        self._placed(made)
         self.source = previous
         return made
 
@@ -397,13 +396,14 @@ class Emitter:
             return self.graph.call_method(_TENSOR_METHODS[op.func], positional, keywords)
         return self.graph.call_function(op.func, positional, keywords)
 
-    def respell(self, op: Op, args: tuple[Any, ...]) -> Node:
-        """A canonical call on packed operands, with its ``meta["val"]``."""
+    def respell(self, op: Op, args: tuple[Any, ...], zeros: bool = True) -> Node:
+        """A canonical call on packed operands, with its ``meta["val"]``. ``zeros``: the op takes a tensor of zeros (no inverse does)."""
         node = self.spell(op, args)
-        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"] if zeros else n.meta["val"].to("meta"))
         with torch.no_grad():
-            node.meta["val"] = op(*values)
-        return self.placed(node)
+            made = op(*values)
+            node.meta["val"] = made if zeros else self.stand_in(made.shape, made.stride(), made.dtype)
+        return self._placed(node)
 
     # -- the walk -----------------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 ``assert_ops_fuse(ops, shape, layout)`` builds a model whose lanes call every op of a table, each op on its own, fuses it, and asserts that
 the numbers are the original's and that the launches do not grow with the lanes. Layouts: ``own`` (each lane its input and a Linear: lanes
-in front), ``shared`` (one input for all, a wide Linear: lanes last), ``slices`` (nothing between the slice and the op: lanes in the middle).
+in front), ``shared`` (one input for all, a wide Linear: lanes last), ``slices`` (the op on a slice: lanes in the middle).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import checks
 import torch
 from torch import Tensor, nn
 
+import checks
 import fxfuse
 from fxfuse import launches
 

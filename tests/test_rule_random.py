@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import checks
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checks
 import fxfuse
 
 LANES, P = 6, 0.3
@@ -44,11 +44,16 @@ class Always(nn.Module):
 
 
 DROPS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  # shape of a lane; how many dims a mask has of its own
-    "Dropout": (lambda: nn.Dropout(P), (40, 50), 2), "functional": (Functional, (40, 50), 2), "Dropout 4d": (lambda: nn.Dropout(P), (20, 10, 3, 3), 4),
-    "Dropout1d": (lambda: nn.Dropout1d(P), (40, 50, 3), 2), "Dropout1d unbatched": (lambda: nn.Dropout1d(P), (2000, 3), 1),
-    "Dropout2d": (lambda: nn.Dropout2d(P), (40, 50, 2, 2), 2), "Dropout3d": (lambda: nn.Dropout3d(P), (40, 50, 2, 1, 2), 2),
-    "Dropout3d unbatched": (lambda: nn.Dropout3d(P), (2000, 2, 1, 2), 1), "Dropout2d of 3 dims": (lambda: nn.Dropout2d(P), (40, 50, 3), 2),
-}  # fmt: skip
+    "Dropout": (lambda: nn.Dropout(P), (40, 50), 2),
+    "functional": (Functional, (40, 50), 2),
+    "Dropout 4d": (lambda: nn.Dropout(P), (20, 10, 3, 3), 4),
+    "Dropout1d": (lambda: nn.Dropout1d(P), (40, 50, 3), 2),
+    "Dropout1d unbatched": (lambda: nn.Dropout1d(P), (2000, 3), 1),
+    "Dropout2d": (lambda: nn.Dropout2d(P), (40, 50, 2, 2), 2),
+    "Dropout3d": (lambda: nn.Dropout3d(P), (40, 50, 2, 1, 2), 2),
+    "Dropout3d unbatched": (lambda: nn.Dropout3d(P), (2000, 2, 1, 2), 1),
+    "Dropout2d of 3 dims": (lambda: nn.Dropout2d(P), (40, 50, 3), 2),
+}
 
 
 @pytest.mark.filterwarnings("ignore:dropout2d")
@@ -85,7 +90,8 @@ def test_dropout_in_eval_stays() -> None:
     fused = fxfuse.optimize(model, x, objective="launches", **checks.QUICK)
     fused.eval()
     rate = (fused(x) == 0).double().flatten(1).mean(1)
-    assert ((rate - P).abs() < 0.08).all() and rate.std() > 0, rate
+    assert ((rate - P).abs() < 0.08).all(), rate
+    assert rate.std() > 0
 
 
 @pytest.mark.parametrize("kind", [nn.AlphaDropout, nn.FeatureAlphaDropout])
@@ -97,7 +103,8 @@ def test_alpha_dropout(kind: type[nn.Module]) -> None:
     weights = torch.stack([w.detach() for w in model.weights]).view(-1, 1, 1, 1)
     torch.manual_seed(0)
     out, loop = fused(x).detach() / weights, model(x).detach() / weights
-    assert ((out.mean((1, 2, 3)) - loop.mean()).abs() < 0.15).all() and ((out.std((1, 2, 3)) - loop.std()).abs() < 0.15).all()
+    assert ((out.mean((1, 2, 3)) - loop.mean()).abs() < 0.15).all()
+    assert ((out.std((1, 2, 3)) - loop.std()).abs() < 0.15).all()
     dropped = out == out.flatten(1).mode(1).values.view(-1, 1, 1, 1)  # what is dropped has one value
     rate = dropped.double().mean((1, 2, 3))
     assert ((rate - P).abs() < 0.06).all(), rate
@@ -128,9 +135,11 @@ class Sampled(nn.Module):
 
 
 NOISES: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
-    "randn_like": (torch.randn_like, 0.0, 1.0), "rand_like": (torch.rand_like, 0.5, 12**-0.5), "randn": (lambda h: torch.randn(h.shape, dtype=h.dtype), 0.0, 1.0),
+    "randn_like": (torch.randn_like, 0.0, 1.0),
+    "rand_like": (torch.rand_like, 0.5, 12**-0.5),
+    "randn": (lambda h: torch.randn(h.shape, dtype=h.dtype), 0.0, 1.0),
     "rand": (lambda h: torch.rand(h.size(0), 2, dtype=h.dtype), 0.5, 12**-0.5),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NOISES)
@@ -143,7 +152,8 @@ def test_random_tensors(name: str) -> None:
     means = torch.stack([layer(x) for layer in model.layers])
     assert torch.allclose(out - drawn, means, atol=1e-12)
     flat = drawn.detach().flatten(1)
-    assert ((flat.mean(1) - mean).abs() < 0.2).all() and ((flat.std(1) - std).abs() < 0.2).all()
+    assert ((flat.mean(1) - mean).abs() < 0.2).all()
+    assert ((flat.std(1) - std).abs() < 0.2).all()
     assert (torch.corrcoef(flat) - torch.eye(LANES, dtype=flat.dtype)).abs().max() < 0.2, "lanes share their numbers"
 
 
@@ -154,7 +164,9 @@ def test_gumbel_softmax_is_drawn_per_lane_and_per_call() -> None:
             self.layers = nn.ModuleList(nn.Linear(3, 4) for _ in range(LANES))
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([F.gumbel_softmax(h, tau=0.5, hard=True) - F.gumbel_softmax(h, tau=0.5) for h in (layer(x) for layer in self.layers)])
+            return torch.stack(
+                [F.gumbel_softmax(h, tau=0.5, hard=True) - F.gumbel_softmax(h, tau=0.5) for h in (layer(x) for layer in self.layers)]
+            )
 
     model = checks.randomized(Gates())
     x = checks.randn(50, 3)
@@ -162,5 +174,6 @@ def test_gumbel_softmax_is_drawn_per_lane_and_per_call() -> None:
     assert not fxfuse.report(fused).refused
     torch.manual_seed(0)
     out = fused(x)
-    assert out.sum(-1).abs().max() < 1e-12 and out.abs().max() > 0.5, "both calls drew the same numbers"
+    assert out.sum(-1).abs().max() < 1e-12
+    assert out.abs().max() > 0.5, "both calls drew the same numbers"
     assert len({tuple(row) for row in (out > 0).flatten(1).tolist()}) == LANES

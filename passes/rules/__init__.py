@@ -6,11 +6,32 @@ Adding an op touches one file of this folder (and this list, where the file is n
 from __future__ import annotations
 
 from ..bundle import Bundle
-from . import along, batch, conv, elementwise, fft, joins, leading, linear, loss, matmul, norm, pad, prelu, random, reduce, shape, slicing
+from . import (
+    along,
+    batch,
+    conv,
+    elementwise,
+    factories,
+    fft,
+    items,
+    joins,
+    leading,
+    linear,
+    loss,
+    matmul,
+    norm,
+    pad,
+    prelu,
+    random,
+    reduce,
+    shape,
+    slicing,
+)
 from .base import RULES, Rule
 
 FAMILIES = (
-    along, batch, conv, elementwise, fft, joins, leading, linear, loss, matmul, norm, pad, prelu, random, reduce, shape, slicing,
+    along, batch, conv, elementwise, factories, fft, items, joins, leading, linear, loss, matmul, norm, pad, prelu, random, reduce,
+    shape, slicing,
 )  # fmt: skip
 
 

@@ -30,11 +30,13 @@ def counted(dims: Any, lane_rank: int, lane: int | None) -> Any:
     return physical(dims % lane_rank, lane)
 
 
-@rule(
-    "softmax", "log_softmax", "softmin", "gumbel_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort", "topk",
-    "msort", "normalize", "glu", "diff", "flip", "roll", "repeat_interleave",
+_ALONG = rule(
+    "softmax", "log_softmax", "softmin", "gumbel_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort",
+    "topk", "msort", "normalize", "glu", "diff", "flip", "roll", "repeat_interleave",
     lowering="along a dim",
 )  # fmt: skip
+
+
 def along(emitter: Emitter, bundle: Bundle) -> Packed:
     """The op itself, its dims counted past the lane axis."""
     op = bundle.op
@@ -63,6 +65,9 @@ def along(emitter: Emitter, bundle: Bundle) -> Packed:
         return _as_rows(emitter, bundle, value, args)
     args[first], args[at] = value.node, counted(dims, lane_rank, value.dim)
     return Packed(emitter.respell(op, unpacked(args)), value.dim)
+
+
+_ALONG(along)
 
 
 def _as_rows(emitter: Emitter, bundle: Bundle, value: Packed, args: dict[str, Any]) -> Packed:

@@ -68,7 +68,7 @@ def _fractional_pool(emitter: Emitter, bundle: Bundle) -> Packed:
     raise CannotVectorize(f"{bundle.name} draws its own windows for every sample of the batch")
 
 
-@rule("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "channel_shuffle", "local_response_norm", lowering="fold into batch")
+@rule("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "channel_shuffle", lowering="fold into batch")
 def _resize(emitter: Emitter, bundle: Bundle) -> Packed:
     return in_batch(emitter, bundle, None)
 

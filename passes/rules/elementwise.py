@@ -51,7 +51,7 @@ def pointwise(emitter: Emitter, bundle: Bundle) -> Packed:
     promoted = {name: node for name, node in nodes.items() if name not in ("condition", "mask")}
     dtypes = {node.meta["dtype"] for node in promoted.values()}
     # A zero-dimensional tensor counts less in promotion: one that all lanes share stays as it is.
-    if len(dtypes) > 1 and any(rank(node) == 0 and value.dim is not None for (value, _), node in zip(tensor_operands, nodes.values(), strict=True)):
+    if len(dtypes) > 1 and any(r == 0 and value.dim is not None for value, r in tensor_operands):
         raise CannotVectorize(f"{bundle.name} mixes dtypes with zero-dimensional tensors, whose promotion packing would change")
     if all(value.dim is None for value, _ in tensor_operands) and not op.random:
         made, lane = [value.node for value, _ in tensor_operands], None

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.fx
 
-from ..bundle import Bundle, Node
+from ..bundle import Bundle
 from ..emit import CannotVectorize, Emitter, Packed
-from ..ops import Op
 from .base import rank, rule, shared, tensors, unpacked
 
-_DIMS = ("dim", "dim1", "dim2", "dims", "start_dim")
+_DIMS = ("dim", "dim1", "dim2", "dims")
+# Shapes are found by running an op on zeros, which these do not take.
+_NOT_OF_ZEROS = frozenset("linalg_inv inverse linalg_cholesky linalg_solve linalg_matrix_power linalg_pinv".split())
 
 
 def _past_lanes(dims: Any) -> Any:
@@ -40,33 +40,14 @@ def leading(emitter: Emitter, bundle: Bundle, contiguous: bool = False) -> Packe
             node = emitter.call(torch.unsqueeze, node, 1)
         args[name] = emitter.call("contiguous", node) if contiguous else node
     args.update((name, _past_lanes(args[name])) for name in _DIMS if name in args)
-    if bundle.name in _NOT_OF_ZEROS:
-        return Packed(_respelled_on_meta(emitter, op, tuple(args.values())), 0)
-    return Packed(emitter.respell(op, tuple(args.values())), 0)
-
-
-# Shapes are found by running an op on zeros, which these do not take: they are run on meta tensors.
-_NOT_OF_ZEROS = frozenset("linalg_inv inverse linalg_cholesky linalg_solve linalg_matrix_power linalg_pinv".split())
-
-
-def _respelled_on_meta(emitter: Emitter, op: Op, args: tuple[Any, ...]) -> Node:
-    node = emitter.spell(op, args)
-
-    def meta(operand: Node) -> torch.Tensor:
-        value = operand.meta["val"]
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-
-    with torch.no_grad():
-        made = op(*torch.fx.node.map_arg(args, meta))  # type: ignore[arg-type]
-    node.meta["val"] = emitter.stand_in(made.shape, made.stride(), made.dtype)
-    return emitter.placed(node)
+    return Packed(emitter.respell(op, tuple(args.values()), zeros=bundle.name not in _NOT_OF_ZEROS), 0)
 
 
 @rule("diagonal", "view_as_real", "adjoint", "mH", "H", view=True)
 @rule(
-    "tril", "triu", "diag_embed", "pixel_shuffle", "pixel_unshuffle", "rot90", "cosine_similarity", "pairwise_distance", "cdist", "linalg_cross",
-    "linalg_det", "linalg_slogdet", "linalg_inv", "inverse", "linalg_cholesky", "linalg_matrix_power", "linalg_pinv", "linalg_qr", "linalg_eigh",
-    "linalg_eigvalsh", "linalg_svd", "linalg_svdvals", "linalg_matrix_norm", "logdet", "slogdet", "det",
+    "tril", "triu", "diag_embed", "pixel_shuffle", "pixel_unshuffle", "rot90", "cosine_similarity", "pairwise_distance", "cdist",
+    "linalg_cross", "linalg_det", "linalg_slogdet", "linalg_inv", "inverse", "linalg_cholesky", "linalg_matrix_power", "linalg_pinv",
+    "linalg_qr", "linalg_eigh", "linalg_eigvalsh", "linalg_svd", "linalg_svdvals", "linalg_matrix_norm", "logdet", "slogdet", "det",
     lowering="lanes in front",
 )  # fmt: skip
 def _leading(emitter: Emitter, bundle: Bundle) -> Packed:

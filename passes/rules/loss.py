@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..bundle import Bundle
@@ -19,7 +21,7 @@ def _loss(emitter: Emitter, bundle: Bundle) -> Packed:
     op = bundle.op
     assert op is not None
     args = tensors(emitter, bundle)
-    column = dict(zip(op.names, bundle.members[0].args, strict=True))
+    column: dict[str, Any] = dict(zip(op.names, bundle.members[0].args, strict=True))
     packed = {name: value for name, value in args.items() if isinstance(value, Packed)}
     ranks = {name: rank(column[name]) for name in packed}
     reduction = args.get("reduction")

@@ -166,19 +166,6 @@ def _tensordot(emitter: Emitter, bundle: Bundle) -> Packed:
     return _contraction(emitter, ["".join(term) for term in terms], out, [left, right])
 
 
-@rule("bilinear", heavy=True, lowering="einsum")
-def _bilinear(emitter: Emitter, bundle: Bundle) -> Packed:
-    left, right, weight, bias = (emitter.operand(bundle, name) for name in ("input1", "input2", "weight", "bias"))
-    out = _contraction(emitter, ["...i", "oij", "...j"], "...o", [left, weight, right])
-    if bias is None:
-        return out
-    out_rank = rank(bundle.members[0])
-    if out.dim is None and bias.dim is None:
-        return Packed(emitter.call(torch.add, out.node, bias.node), None)
-    nodes, lane = aligned(emitter, [(out, out_rank), (bias, 1)], out_rank)
-    return Packed(emitter.call(torch.add, *nodes), lane)
-
-
 @rule("einsum", heavy=True, lowering="einsum")
 def _einsum(emitter: Emitter, bundle: Bundle) -> Packed:
     equation = str(emitter.operand(bundle, "equation")).replace(" ", "")

@@ -45,8 +45,8 @@ def _operands(emitter: Emitter, bundle: Bundle) -> tuple[Packed, dict[str, Any],
 
 
 @rule(
-    "sum", "mean", "amax", "amin", "prod", "var", "std", "logsumexp", "all", "any", "nansum", "nanmean", "count_nonzero", "var_mean", "std_mean",
-    "linalg_vector_norm",
+    "sum", "mean", "amax", "amin", "prod", "var", "std", "logsumexp", "all", "any", "nansum", "nanmean", "count_nonzero", "var_mean",
+    "std_mean", "linalg_vector_norm",
     lowering="reduction",
 )  # fmt: skip
 def _reduce(emitter: Emitter, bundle: Bundle) -> Packed:
@@ -80,7 +80,7 @@ def _reduce(emitter: Emitter, bundle: Bundle) -> Packed:
 
 @rule("max", "min", lowering="reduction")
 def _extreme(emitter: Emitter, bundle: Bundle) -> Packed:
-    """``max(x)`` is ``amax`` over all dims, which shares its gradient among equal elements as ``max`` does; ``max(x, y)`` is elementwise."""
+    """``max(x)`` is ``amax`` over all dims, which shares its gradient among equal elements as it does; ``max(x, y)`` is elementwise."""
     assert bundle.op is not None
     if "other" in bundle.op.names:
         from .elementwise import pointwise
@@ -97,7 +97,6 @@ def _extreme(emitter: Emitter, bundle: Bundle) -> Packed:
     return Packed(emitter.call(torch.amax if bundle.name == "max" else torch.amin, value.node, at), lane_after(value, at, False))
 
 
-@rule("median", "nanmedian", "mode", "kthvalue", "argmax", "argmin", "aminmax", "quantile", "nanquantile", lowering="reduction")
 def _with_indices(emitter: Emitter, bundle: Bundle) -> Packed:
     """Reductions along one dim; without it, ``argmax`` and the like take all of a lane's elements as one row."""
     op = bundle.op
@@ -126,6 +125,11 @@ def _with_indices(emitter: Emitter, bundle: Bundle) -> Packed:
     if isinstance(questions, Packed):
         lane += len(questions.node.meta["val"].shape)  # one result per question, in front
     return Packed(emitter.respell(op, unpacked(args)), lane)
+
+
+rule(
+    "median", "nanmedian", "mode", "kthvalue", "argmax", "argmin", "aminmax", "quantile", "nanquantile", lowering="reduction"
+)(_with_indices)  # fmt: skip
 
 
 @rule("norm", "linalg_norm", lowering="reduction")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 
 from ..bundle import Bundle
 from ..emit import CannotVectorize, Emitter, Packed
-from .base import numbers, physical, rank, rule, sizes_of, tensors, unpacked
+from .base import numbers, physical, rank, rule, sizes_of
 
 
 def _input(emitter: Emitter, bundle: Bundle) -> Packed:
@@ -36,14 +35,6 @@ def _size_arithmetic(emitter: Emitter, bundle: Bundle) -> Packed:
     assert bundle.op is not None
     args = [numbers(emitter.operand(bundle, name)) for name in bundle.op.names]
     return Packed(emitter.call(bundle.op.func, *args), None)
-
-
-@rule("item", view=True)
-def _item(emitter: Emitter, bundle: Bundle) -> Packed:
-    """One of the tensors that an op returned: ``values, indices = x.max(1)``."""
-    node, dim = emitter.operand(bundle, "a")
-    at = emitter.operand(bundle, "b")
-    return Packed(node.args[0][at] if node.target is tuple else emitter.call(operator.getitem, node, at), dim)
 
 
 @rule("view_as", "reshape_as", view=True)
@@ -224,13 +215,3 @@ def _stacked(emitter: Emitter, bundle: Bundle) -> Packed:
         raise CannotVectorize(f"{bundle.name} of tensors of fewer than {least} dims")
     dim = {"vstack": 0, "row_stack": 0, "dstack": 2}.get(bundle.name, 1 if max(ranks) > 1 else 0)
     return Packed(emitter.call(torch.cat, nodes, dim + 1), 0)
-
-
-@rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty", "arange", "eye", lowering="one for all lanes")
-def _new(emitter: Emitter, bundle: Bundle) -> Packed:
-    """A new tensor, with numbers that are the same in every lane."""
-    assert bundle.op is not None
-    args = tensors(emitter, bundle)
-    if any(isinstance(value, Packed) for name, value in args.items() if name != "input"):
-        raise CannotVectorize(f"{bundle.name} takes its numbers from a tensor")
-    return Packed(emitter.respell(bundle.op, unpacked(args)), None)
