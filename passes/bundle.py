@@ -120,8 +120,10 @@ def find_bundles(
         b.index
         for b in classes
         if len(b.members) >= min_lanes
-        and (_is_size(b) or (b.op is not None and b.members[0].meta.get("shape") is not None and vectorizable(b)))
+        and (_is_size(b) or (b.op is not None and (b.members[0].meta.get("shape") is not None or _is_tuple(b)) and vectorizable(b)))
     }
+    # A piece of a tuple is one for all lanes only where the tuple is.
+    active -= {b.index for b in classes if b.name == "item" and not b.operands & active}
     bundles = Bundles(classes, of, active, {})
     _drop_idle_views(bundles, is_view)
     _order(bundles)
@@ -195,6 +197,11 @@ def _local(arg: Any) -> Any:
 
 def _is_size(bundle: Bundle) -> bool:
     return bundle.op is not None and bundle.op.name.startswith("size")
+
+
+def _is_tuple(bundle: Bundle) -> bool:
+    """True for ops that return several tensors, which the graph takes apart by ``item``."""
+    return any(isinstance(user.target, Op) and user.target.name == "item" for user in bundle.members[0].users)
 
 
 def _key(node: Node, of: dict[Node, int], loose: set[Node]) -> Any:

@@ -413,6 +413,17 @@ class Emitter:
         """A slice of a tensor that is no lane itself: slicing it again is free, taking it out of a pack may not be."""
         return bundle.name in ("select", "slice_along") and self.bundles.bundle(node.all_input_nodes[0]) is None
 
+    def _piece(self, node: Node) -> Any:
+        """A lane's piece of a packed tuple, where no bundle takes that piece for all lanes; None for any other node."""
+        if not (isinstance(node.target, Op) and node.target.name == "item"):
+            return None
+        bundle = self.bundles.bundle(node.all_input_nodes[0])
+        if bundle is None or bundle.index not in self.values:
+            return None
+        value, dim = self.values[bundle.index]
+        piece = self.call(operator.getitem, value, node.args[1])
+        return piece if dim is None else self.call(torch.select, piece, dim, self.bundles.position[node.all_input_nodes[0]])
+
     def _lane(self, bundle: Bundle, node: Node) -> Any:
         value, dim = self.values[bundle.index]
         if dim is None:
@@ -467,12 +478,13 @@ class Emitter:
             return self.graph.call_method(_TENSOR_METHODS[op.func], positional, keywords)
         return self.graph.call_function(op.func, positional, keywords)
 
-    def respell(self, op: Op, args: tuple[Any, ...]) -> Node:
-        """A canonical call on packed operands, with its ``meta["val"]``."""
+    def respell(self, op: Op, args: tuple[Any, ...], zeros: bool = True) -> Node:
+        """A canonical call on packed operands, with its ``meta["val"]``. ``zeros``: the op takes a tensor of zeros (no inverse does)."""
         node = self.spell(op, args)
-        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"] if zeros else n.meta["val"].to("meta"))
         with torch.no_grad():
-            node.meta["val"] = op(*values)
+            made = op(*values)
+            node.meta["val"] = made if zeros else self.stand_in(made.shape, made.stride(), made.dtype)
         return self._placed(node)
 
     # -- the walk -----------------------------------------------------------------------------------------------------------------
@@ -572,6 +584,8 @@ class Emitter:
 
         self.source = node
         made = join(self, node)
+        if made is None:
+            made = self._piece(node)
         if made is None and self.singles_too:
             made = respelled(self, node)
             if made is not None:

@@ -157,8 +157,9 @@ def _one(graph: torch.fx.Graph, node: Node, chain: Op, terms: list[Node]) -> Nod
 def _started(terms: list[Node], chain: Op) -> list[Node]:
     """``sum`` starts from 0 and ``math.prod`` from 1: without that. Where every term has a number it is a lane's own, as in ``y_i + i``."""
     name, number = _STARTS.get(chain, ("", 0))
-    first = terms[0]
-    if not name or not is_op(first, name) or len(terms) < 2 or (is_op(terms[1], name) and not isinstance(argument(terms[1], "other"), Node)):
+    first, second = terms[0], terms[1] if len(terms) > 1 else None
+    own = second is not None and is_op(second, name) and not isinstance(argument(second, "other"), Node)
+    if not is_op(first, name) or second is None or own:
         return terms
     given, value = argument(first, "other"), argument(first, "input")
     same = isinstance(value, Node) and all(value.meta.get(fact) == first.meta[fact] for fact in ("shape", "dyn", "dtype"))

@@ -22,6 +22,10 @@ _POINTWISE_WITHOUT_SCHEMA = frozenset(
     "float double half bfloat16 long int short char byte bool cfloat cdouble where complex polar real imag conj "
     "resolve_conj get_real get_imag".split()
 )
+_RANDOM_WITHOUT_SCHEMA = frozenset(
+    "dropout1d dropout2d dropout3d feature_alpha_dropout gumbel_softmax fractional_max_pool2d fractional_max_pool3d "
+    "fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices".split()
+)
 _DUNDERS = {
     "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub", "__mul__": "mul", "__rmul__": "mul", "__truediv__": "div",
     "__div__": "div", "__matmul__": "matmul", "__pow__": "pow", "__neg__": "neg", "__abs__": "abs", "__floordiv__": "floor_divide",
@@ -119,7 +123,8 @@ def _signature(func: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any
     if not inspect.isfunction(func):
         return None
     try:
-        signature = inspect.signature(func)
+        # F.max_pool2d takes *args: it picks one of two functions by return_indices, whose parameters are the same.
+        signature = inspect.signature(getattr(torch.nn.functional, f"{func.__name__}_with_indices", func))
     except (TypeError, ValueError):
         return None
     kinds = {p.kind for p in signature.parameters.values()}
@@ -155,7 +160,7 @@ def _tags(name: str) -> tuple[bool, bool]:
     """(elementwise, random) of an operator by name, over all its overloads."""
     packet = getattr(torch.ops.aten, name, None)
     if packet is None:
-        return False, name in ("dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout")
+        return False, name in _RANDOM_WITHOUT_SCHEMA
     tags = [set(getattr(packet, o).tags) for o in packet.overloads()]
     return any(torch.Tag.pointwise in t for t in tags), any(torch.Tag.nondeterministic_seeded in t for t in tags)
 
@@ -228,6 +233,8 @@ def _match(
         types = {n: str(a.type) for n, a in zip(names, arguments, strict=True)}
         given = dict(keywords)
         if "out" in names or len(positional) > len([a for a in arguments if not a.kwarg_only]) or not set(given) <= set(names):
+            continue
+        if not set(given).isdisjoint(names[: len(positional)]):  # x.var(-1, unbiased=False) is not var(unbiased)
             continue
         taken = dict(zip(names, positional, strict=False)) | given
         required = {n for n, a in zip(names, arguments, strict=True) if not a.has_default_value()}

@@ -71,6 +71,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest number expected; 0 where both are all zero, nan where either holds one."""
     if expected.numel() == 0:
         return 0.0
+    if expected.is_complex():
+        actual, expected = torch.view_as_real(actual.resolve_conj()), torch.view_as_real(expected.resolve_conj())
     difference = (actual.double() - expected.double()).abs().max().item()
     scale = expected.double().abs().max().item()
     return difference / scale if scale else difference

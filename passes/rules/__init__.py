@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from ..bundle import Bundle
 from . import (
+    along,
+    batch,
     batch_norm,
     bilinear,
     conv,
     elementwise,
     embedding,
+    factories,
+    fft,
     group_norm,
     indexing,
+    items,
     joins,
     layer_norm,
+    leading,
     linear,
     local_response_norm,
+    loss,
     matmul,
     pad,
     prelu,
@@ -30,8 +37,9 @@ from . import (
 from .base import RULES, Rule
 
 FAMILIES = (
-    *(batch_norm, bilinear, conv, elementwise, embedding, group_norm, indexing, joins, layer_norm, linear),
-    *(local_response_norm, matmul, pad, prelu, random, reduce, shape, slicing, state),
+    *(along, batch, batch_norm, bilinear, conv, elementwise, embedding, factories, fft, group_norm, indexing),
+    *(items, joins, layer_norm, leading, linear, local_response_norm, loss, matmul, pad, prelu, random, reduce),
+    *(shape, slicing, state),
 )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..bundle import Bundle
+from ..bundle import Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
 
 Vectorize = Callable[[Emitter, Bundle], "Packed | tuple[Packed, str]"]
@@ -74,6 +74,39 @@ def rank(node: Any) -> int:
 def physical(dim: int, lane: int | None) -> int:
     """Where a lane's dimension ``dim`` is in a packed value whose lane axis is at ``lane``."""
     return dim if lane is None or dim < lane else dim + 1
+
+
+def numbers(arg: Any) -> Any:
+    """Sizes in an argument: each must be the same in every lane."""
+    if isinstance(arg, Packed):
+        if arg.dim is not None:
+            raise CannotVectorize("lanes use sizes that differ")
+        return arg.node
+    return type(arg)(numbers(a) for a in arg) if type(arg) in (tuple, list) else arg
+
+
+def sizes_of(emitter: Emitter, value: Packed, lane: Node) -> tuple[Any, ...]:
+    """A lane's own sizes: numbers where they are fixed, read from the packed ``value`` where they are free."""
+    shape, free = lane.meta["shape"], lane.meta["dyn"]
+    return tuple(emitter.call("size", value.node, physical(d, value.dim)) if d in free else int(n) for d, n in enumerate(shape))
+
+
+def tensors(emitter: Emitter, bundle: Bundle) -> dict[str, Any]:
+    """All arguments by name: ``Packed`` where they are tensors, anything else as ``numbers`` gives it."""
+    assert bundle.op is not None
+    column = dict(zip(bundle.op.names, bundle.members[0].args, strict=True))
+    given = {name: emitter.operand(bundle, name) for name in bundle.op.names}
+    return {name: value if is_tensor(column[name]) else numbers(value) for name, value in given.items()}
+
+
+def is_tensor(arg: Any) -> bool:
+    """True for a node that holds a tensor, rather than a number."""
+    return isinstance(arg, Node) and arg.meta.get("shape") is not None
+
+
+def unpacked(args: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments as nodes, for a call in which no layout matters."""
+    return tuple(value.node if isinstance(value, Packed) else value for value in args.values())
 
 
 def shared(*values: Any) -> bool:

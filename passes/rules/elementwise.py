@@ -8,7 +8,7 @@ import torch
 
 from ..bundle import Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
-from .base import Rule, rank, rule
+from .base import Rule, rank, rule, shared, tensors, unpacked
 
 
 def aligned(emitter: Emitter, operands: list[tuple[Packed, int]], out_rank: int) -> tuple[list[Any], int]:
@@ -53,15 +53,17 @@ def pointwise(emitter: Emitter, bundle: Bundle) -> Packed:
     nodes = {name: node for name, node in nodes.items() if name not in sizes}
     if any(isinstance(value, (list, tuple)) and any(isinstance(v, Packed) for v in value) for _, value in operands):
         raise CannotVectorize(f"{bundle.name} takes a list of tensors")
-    tensors = [(value, rank(nodes[name])) for name, value in operands if name in nodes]
-    dtypes = {node.meta["dtype"] for node in nodes.values()}
-    if len(dtypes) > 1 and any(r == 0 for _, r in tensors):
+    tensor_operands = [(value, rank(nodes[name])) for name, value in operands if name in nodes]
+    promoted = {name: node for name, node in nodes.items() if name not in ("condition", "mask")}
+    dtypes = {node.meta["dtype"] for node in promoted.values()}
+    # A zero-dimensional tensor counts less in promotion: one that all lanes share stays as it is.
+    if len(dtypes) > 1 and any(r == 0 and value.dim is not None for value, r in tensor_operands):
         raise CannotVectorize(f"{bundle.name} mixes dtypes with zero-dimensional tensors, whose promotion packing would change")
     lane: int | None
-    if all(value.dim is None for value, _ in tensors):
-        made, lane = [value.node for value, _ in tensors], 0 if per_lane else None
+    if all(value.dim is None for value, _ in tensor_operands) and not op.random:
+        made, lane = [value.node for value, _ in tensor_operands], 0 if per_lane else None
     else:
-        made, lane = aligned(emitter, tensors, rank(bundle.members[0]))
+        made, lane = aligned(emitter, tensor_operands, rank(bundle.members[0]))
     iterator = iter(made)
     args = [next(iterator) if name in nodes else value for name, value in operands]
     for position, (name, value) in enumerate(operands):
@@ -74,17 +76,41 @@ def pointwise(emitter: Emitter, bundle: Bundle) -> Packed:
 POINTWISE = Rule(("*",), pointwise, lowering="pointwise")
 
 
-@rule("clone", "detach", "zeros_like", "ones_like", "full_like", "to", "type_as", lowering="pointwise")
+# Elementwise by what they do, though no schema says so: Python functions, and overloads and compositions without the tag.
+rule(
+    "where", "threshold", "_threshold", "isclose", "complex", "polar", "long", "int", "short", "bool", "char", "byte", "cfloat", "cdouble",
+    "special_expit", "special_exp2", "special_expm1", "special_erf", "special_erfc", "special_erfinv", "special_gammaln", "special_digamma",
+    "special_logit", "special_log1p", "special_sinc", "special_round", "special_xlogy", "special_psi", "special_i0", "special_multigammaln",
+    "imag", "conj", "conj_physical", "resolve_conj", "real", "get_real", "get_imag",
+    lowering="pointwise",
+)(pointwise)  # fmt: skip
+
+
+@rule("clone", "detach", "zeros_like", "ones_like", "full_like", "to", "type", "type_as", lowering="pointwise")
 def _same_shape(emitter: Emitter, bundle: Bundle) -> Packed:
     op = bundle.op
     assert op is not None
-    if bundle.name == "type_as":
-        raise CannotVectorize("type_as takes its dtype from another tensor")
-    value = emitter.operand(bundle, "input")
-    rest = tuple(emitter.operand(bundle, name) for name in op.names[1:])
-    if any(isinstance(r, Packed) for r in rest):
-        raise CannotVectorize(f"{bundle.name} takes its dtype from another tensor")
-    return Packed(emitter.respell(op, (value.node, *rest)), value.dim)
+    args = tensors(emitter, bundle)
+    # A second tensor is there for its dtype and device alone.
+    lanes = {name: value for name, value in args.items() if isinstance(value, Packed)}
+    unknown = sorted(set(lanes) - {"input", "other"})
+    if unknown:
+        raise CannotVectorize(f"{bundle.name} reads {unknown[0]} from a tensor")
+    return Packed(emitter.respell(op, unpacked(args)), lanes["input"].dim)
+
+
+@rule("bucketize", "searchsorted", lowering="pointwise")
+def _searched(emitter: Emitter, bundle: Bundle) -> Packed:
+    """Each number's place among boundaries that all lanes share."""
+    assert bundle.op is not None
+    args = tensors(emitter, bundle)
+    at, table = ("input", "boundaries") if bundle.name == "bucketize" else ("input", "sorted_sequence")
+    if not isinstance(args[at], Packed):
+        raise CannotVectorize(f"{bundle.name} of one number")
+    others = [value for name, value in args.items() if isinstance(value, Packed) and name != at]
+    if not shared(*others) or rank(bundle.members[0].args[bundle.op.names.index(table)]) != 1:
+        raise CannotVectorize(f"{bundle.name} with boundaries that differ from lane to lane or row to row")
+    return Packed(emitter.respell(bundle.op, unpacked(args)), args[at].dim)
 
 
 @rule("contiguous", view=True)

@@ -13,6 +13,7 @@ import torch
 from ..bundle import Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
 from .base import rank, rule
+from .elementwise import aligned
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot", heavy=True, lowering="matmul")
@@ -60,19 +61,109 @@ def product(emitter: Emitter, bundle: Bundle, left: Packed, right: Packed, left_
     return Packed(out, 0)
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm", heavy=True, lowering="matmul")
-def _added(emitter: Emitter, bundle: Bundle) -> Packed:
+@rule("vdot", heavy=True, lowering="matmul")
+def _vdot(emitter: Emitter, bundle: Bundle) -> Packed:
     assert bundle.op is not None
-    if bundle.name == "addbmm" or emitter.operand(bundle, "beta") != 1 or emitter.operand(bundle, "alpha") != 1:
-        raise CannotVectorize(f"{bundle.name} with beta or alpha")
-    first, second = bundle.op.names[1:3]
-    args = bundle.members[0].args
-    out = product(emitter, bundle, emitter.operand(bundle, first), emitter.operand(bundle, second), args[1], args[2])
-    from .elementwise import aligned
+    left, right = (emitter.operand(bundle, name) for name in bundle.op.names)
+    if bundle.members[0].meta["dtype"].is_complex:
+        left = Packed(emitter.call(torch.conj, left.node), left.dim)
+    return product(emitter, bundle, left, right, *bundle.members[0].args)
 
+
+@rule("addmm", "baddbmm", "addmv", "addbmm", "addr", heavy=True, lowering="matmul")
+def _added(emitter: Emitter, bundle: Bundle) -> Packed:
+    """``beta * input + alpha * product``; with ``beta`` 0 the input counts for nothing, whatever it holds."""
+    assert bundle.op is not None
+    args = bundle.members[0].args
+    first, second = (emitter.operand(bundle, name) for name in bundle.op.names[1:3])
+    alpha, beta = emitter.operand(bundle, "alpha"), emitter.operand(bundle, "beta")
+    if isinstance(alpha, Packed) or isinstance(beta, Packed):
+        raise CannotVectorize(f"{bundle.name} with sizes as factors")
+    given: Packed = emitter.operand(bundle, "input")
+    if bundle.name in ("addmm", "baddbmm") and first.dim is not None and second.dim is not None and beta != 0:
+        fused = _in_one(emitter, bundle, given, first, second, beta, alpha)
+        if fused is not None:
+            return fused
+    if bundle.name == "addr":
+        out = _outer_product(emitter, bundle, first, second)
+    else:
+        out = product(emitter, bundle, first, second, args[1], args[2])
+    if bundle.name == "addbmm" and out.dim is not None:
+        out = Packed(emitter.call(torch.sum, out.node, 1), 0)
+    elif bundle.name == "addbmm":
+        out = Packed(emitter.call(torch.sum, out.node, 0), None)
+    if beta == 0:
+        return Packed(emitter.call(torch.mul, out.node, alpha), out.dim)
     out_rank = rank(bundle.members[0])
-    nodes, lane = aligned(emitter, [(out, out_rank), (emitter.operand(bundle, "input"), rank(args[0]))], out_rank)
-    return Packed(emitter.call(torch.add, *nodes), lane)
+    if given.dim is None and out.dim is None:
+        nodes, lane = [out.node, given.node], None
+    else:
+        nodes, lane = aligned(emitter, [(out, out_rank), (given, rank(args[0]))], out_rank)
+    added = nodes[1] if beta == 1 else emitter.call(torch.mul, nodes[1], beta)
+    return Packed(emitter.call(torch.add, added, nodes[0], alpha=alpha) if alpha != 1 else emitter.call(torch.add, *nodes), lane)
+
+
+def _in_one(emitter: Emitter, bundle: Bundle, given: Packed, left: Packed, right: Packed, beta: Any, alpha: Any) -> Packed | None:
+    """``baddbmm`` of all lanes; where the lanes are batches already, their batch dims are put together."""
+    lanes, own = len(bundle.members), rank(bundle.members[0].args[0])
+    added, a, b = (emitter.front(value, lanes) for value in (given, left, right))
+    if bundle.name == "baddbmm":
+        if own != 3 or bundle.members[0].args[0].meta["shape"][0] != bundle.members[0].meta["shape"][0]:  # type: ignore[union-attr]
+            return None
+        added, a, b = (emitter.call(torch.flatten, node, 0, 1) for node in (added, a, b))
+    for _ in range(2 - own if bundle.name == "addmm" else 0):
+        added = emitter.call(torch.unsqueeze, added, 1)
+    out = emitter.call(torch.baddbmm, added, a, b, beta=beta, alpha=alpha)
+    return Packed(emitter.call(torch.unflatten, out, 0, (lanes, -1)) if bundle.name == "baddbmm" else out, 0)
+
+
+def _outer_product(emitter: Emitter, bundle: Bundle, left: Packed, right: Packed) -> Packed:
+    lanes = len(bundle.members)
+    if left.dim is None and right.dim is None:
+        return Packed(emitter.call(torch.outer, left.node, right.node), None)
+    column = emitter.call(torch.unsqueeze, emitter.front(left, lanes), 2)
+    return Packed(emitter.call(torch.mul, column, emitter.call(torch.unsqueeze, emitter.front(right, lanes), 1)), 0)
+
+
+@rule("outer", "ger", heavy=True, lowering="matmul")
+def _outer(emitter: Emitter, bundle: Bundle) -> Packed:
+    left, right = (emitter.operand(bundle, name) for name in ("input", "vec2"))
+    return _outer_product(emitter, bundle, left, right)
+
+
+def _contraction(emitter: Emitter, terms: list[str], out: str, values: list[Packed]) -> Packed:
+    """The einsum of ``terms``, with a letter for the lanes where an operand has them."""
+    letter = next(c for c in string.ascii_letters if all(c not in term for term in (*terms, out)))
+    if all(value.dim is None for value in values):
+        return Packed(emitter.call(torch.einsum, f"{','.join(terms)}->{out}", *[value.node for value in values]), None)
+    nodes = [value.node if value.dim is None else emitter.at(value, 0) for value in values]
+    marked = [term if value.dim is None else letter + term for term, value in zip(terms, values, strict=True)]
+    return Packed(emitter.call(torch.einsum, f"{','.join(marked)}->{letter}{out}", *nodes), 0)
+
+
+@rule("tensordot", "inner", heavy=True, lowering="einsum")
+def _tensordot(emitter: Emitter, bundle: Bundle) -> Packed:
+    assert bundle.op is not None
+    left, right = (emitter.operand(bundle, name) for name in bundle.op.names[:2])
+    left_rank, right_rank = (rank(node) for node in bundle.members[0].args[:2])
+    if bundle.name == "inner":
+        if not left_rank or not right_rank:
+            raise CannotVectorize("inner of a single number")
+        pairs = [(left_rank - 1, right_rank - 1)]
+    else:
+        dims = emitter.operand(bundle, "dims")
+        if isinstance(dims, Packed) or emitter.operand(bundle, "out") is not None:
+            raise CannotVectorize("tensordot with a tensor of dims")
+        lists = (range(left_rank - dims, left_rank), range(dims)) if isinstance(dims, int) else dims
+        first, second = ((d,) if isinstance(d, int) else d for d in lists)
+        pairs = [(a % left_rank, b % right_rank) for a, b in zip(first, second, strict=True)]
+    letters = iter(string.ascii_lowercase)
+    terms = [[next(letters) for _ in range(r)] for r in (left_rank, right_rank)]
+    for a, b in pairs:
+        terms[1][b] = terms[0][a]
+    gone = {terms[0][a] for a, _ in pairs}
+    out = "".join(c for c in (*terms[0], *terms[1]) if c not in gone)
+    return _contraction(emitter, ["".join(term) for term in terms], out, [left, right])
 
 
 @rule("einsum", heavy=True, lowering="einsum")

@@ -8,7 +8,7 @@ import torch
 
 from ..bundle import Bundle
 from ..emit import CannotVectorize, Emitter, Packed
-from .base import physical, rank, rule
+from .base import numbers, physical, rank, rule, sizes_of
 
 
 def _input(emitter: Emitter, bundle: Bundle) -> Packed:
@@ -24,15 +24,6 @@ def _same(emitter: Emitter, bundle: Bundle, value: Packed) -> Packed:
     return Packed(emitter.respell(bundle.op, (value.node, *(numbers(a) for a in args))), None)
 
 
-def numbers(arg: Any) -> Any:
-    """Sizes in an argument: each must be the same in every lane."""
-    if isinstance(arg, Packed):
-        if arg.dim is not None:
-            raise CannotVectorize("lanes use sizes that differ")
-        return arg.node
-    return type(arg)(numbers(a) for a in arg) if type(arg) in (tuple, list) else arg
-
-
 @rule("size", view=True)
 def _size(emitter: Emitter, bundle: Bundle) -> Packed:
     value = _input(emitter, bundle)
@@ -46,11 +37,21 @@ def _size_arithmetic(emitter: Emitter, bundle: Bundle) -> Packed:
     return Packed(emitter.call(bundle.op.func, *args), None)
 
 
-@rule("view", "reshape", "view_as", "reshape_as", view=True)
+@rule("view_as", "reshape_as", view=True)
+def _reshape_as(emitter: Emitter, bundle: Bundle) -> Packed:
+    value, other = _input(emitter, bundle), emitter.operand(bundle, "other")
+    if value.dim is None and other.dim is None:
+        return _same(emitter, bundle, value)
+    lanes = len(bundle.members)
+    sizes = sizes_of(emitter, other, bundle.members[0].args[1])  # type: ignore[arg-type]
+    return Packed(emitter.call("reshape", emitter.front(value, lanes), (lanes, *sizes)), 0)
+
+
+@rule("view", "reshape", view=True)
 def _reshape(emitter: Emitter, bundle: Bundle) -> Packed:
-    if bundle.name.endswith("_as"):
-        raise CannotVectorize(f"{bundle.name} takes its shape from another tensor")
     value = _input(emitter, bundle)
+    if bundle.members[0].meta["dtype"] is not bundle.members[0].args[0].meta["dtype"]:  # type: ignore[union-attr]
+        raise CannotVectorize("a view as another dtype")
     if value.dim is None:
         return _same(emitter, bundle, value)
     assert bundle.op is not None
@@ -58,6 +59,14 @@ def _reshape(emitter: Emitter, bundle: Bundle) -> Packed:
     sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
     lanes = len(bundle.members)
     return Packed(emitter.call("reshape", emitter.front(value, lanes), (lanes, *sizes)), 0)
+
+
+@rule("ravel", view=True)
+def _ravel(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    if value.dim is None:
+        return _same(emitter, bundle, value)
+    return Packed(emitter.call("reshape", emitter.front(value, len(bundle.members)), (len(bundle.members), -1)), 0)
 
 
 @rule("flatten", view=True)
@@ -158,13 +167,15 @@ def _expand(emitter: Emitter, bundle: Bundle) -> Packed:
     return Packed(emitter.call("expand", _padded(emitter, bundle, value, len(sizes)), (-1, *sizes)), 0)
 
 
-@rule("repeat", lowering="repeat")
+@rule("repeat", "tile", lowering="repeat")
 def _repeat(emitter: Emitter, bundle: Bundle) -> Packed:
     value = _input(emitter, bundle)
     if value.dim is None:
         return _same(emitter, bundle, value)
-    times = numbers(emitter.operand(bundle, "repeats"))
+    times = numbers(emitter.operand(bundle, "repeats" if bundle.name == "repeat" else "dims"))
     times = tuple(times) if isinstance(times, (tuple, list)) else (times,)
+    if bundle.name == "tile":
+        times = (1,) * (rank(bundle.members[0].args[0]) - len(times)) + times
     return Packed(emitter.call("repeat", _padded(emitter, bundle, value, len(times)), (1, *times)), 0)
 
 
@@ -176,9 +187,31 @@ def _padded(emitter: Emitter, bundle: Bundle, value: Packed, to_rank: int) -> An
     return node
 
 
-@rule("flip", lowering="flip")
-def _flip(emitter: Emitter, bundle: Bundle) -> Packed:
+@rule("fliplr", "flipud", lowering="along a dim")
+def _flip_named(emitter: Emitter, bundle: Bundle) -> Packed:
     value = _input(emitter, bundle)
-    dims = emitter.operand(bundle, "dims")
-    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
-    return Packed(emitter.call(torch.flip, value.node, tuple(physical(d, value.dim) for d in dims)), value.dim)
+    return Packed(emitter.call(torch.flip, value.node, (physical(1 if bundle.name == "fliplr" else 0, value.dim),)), value.dim)
+
+
+@rule("trace", lowering="reduction")
+def _trace(emitter: Emitter, bundle: Bundle) -> Packed:
+    value = _input(emitter, bundle)
+    if value.dim is None:
+        return _same(emitter, bundle, value)
+    return Packed(emitter.call(torch.sum, emitter.call(torch.diagonal, emitter.at(value, 0), 0, 1, 2), 1), 0)
+
+
+@rule("hstack", "vstack", "dstack", "column_stack", "row_stack", lowering="join")
+def _stacked(emitter: Emitter, bundle: Bundle) -> Packed:
+    """numpy's names for ``cat``, spelled as one."""
+    given: list[Any] = [emitter.operand(bundle, "tensors")[i] for i in range(len(bundle.members[0].args[0]))]  # type: ignore[arg-type]
+    ranks = [rank(node) for node in bundle.members[0].args[0]]  # type: ignore[union-attr]
+    lanes = len(bundle.members)
+    nodes = [emitter.front(value, lanes) for value in given]
+    least = {"hstack": 1, "vstack": 2, "row_stack": 2, "dstack": 3, "column_stack": 2}[bundle.name]
+    if bundle.name in ("vstack", "row_stack"):  # [N] is a row
+        nodes = [emitter.call("reshape", n, (lanes, 1, -1)) if r < 2 else n for n, r in zip(nodes, ranks, strict=True)]
+    elif min(ranks) < least:
+        raise CannotVectorize(f"{bundle.name} of tensors of fewer than {least} dims")
+    dim = {"vstack": 0, "row_stack": 0, "dstack": 2}.get(bundle.name, 1 if max(ranks) > 1 else 0)
+    return Packed(emitter.call(torch.cat, nodes, dim + 1), 0)
