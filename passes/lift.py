@@ -388,11 +388,17 @@ class _Lifter:
             if self._free(right):
                 left, right, op = right, left, mirrored[op]
             if self._free(right) or not isinstance(left, SizeOf):
-                if isinstance(left, SizeOf) and left == right:
+                if isinstance(left, SizeOf) and (left == right or self._one_size(left, right)):
                     continue
                 raise SizeDependent("forward compares sizes", place)
             bound = right if isinstance(right, int) else self._argument(right)
             self._check_value(left.value, left.dim, signs[op][0 if comparison.result else 1], bound)
+
+    def _one_size(self, left: SizeOf, right: Any) -> bool:
+        """Two dims that have one free size, by whatever name: the guard holds them equal."""
+        if not isinstance(right, SizeOf) or self.trace.values[left.value].shape[left.dim] != self.trace.values[right.value].shape[right.dim]:
+            return False
+        return any(left.dim in dims.get(left.value, ()) and right.dim in dims.get(right.value, ()) for dims in self.sizes)
 
     def _free(self, expr: Any) -> bool:
         if isinstance(expr, SizeOf):
