@@ -100,6 +100,7 @@ class Emitter:
         self.singles: dict[Node, Any] = {}
         self.values: dict[int, Packed] = {}
         self.pieces: dict[int, Node] = {}
+        self.picked: dict[tuple[Node, int, tuple[int, ...]], Node] = {}
         self.attributes: dict[str, Node] = {}
         self.choices: dict[Any, tuple[str, ...]] = {}
         self.ops: list[FusedOp] = []
@@ -239,7 +240,10 @@ class Emitter:
             sizes[dim] = count // total
             expanded = self.call("expand", self.call(torch.unsqueeze, node, dim), *sizes)
             return Packed(self.call(torch.flatten, expanded, dim, dim + 1), dim)
-        return Packed(self.call(torch.index_select, node, dim, self.constant(positions, self.device(nodes=None))), dim)
+        key = (node, dim, tuple(positions))
+        if key not in self.picked:
+            self.picked[key] = self.call(torch.index_select, node, dim, self.constant(positions, self.device(nodes=None)))
+        return Packed(self.picked[key], dim)
 
     def device(self, nodes: Iterable[Node] | None) -> torch.device:
         """The device the region was recorded on."""

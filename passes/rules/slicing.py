@@ -36,7 +36,8 @@ def _slices(emitter: Emitter, bundle: Bundle) -> Packed:
     # K tensors, N slices each: lanes in the order (tensor, slice), as the bundle has them.
     if outer.dim is None:
         raise CannotVectorize("equal tensors are sliced as if they were different")
-    outer_dim = outer.dim if outer.dim < inner_dim else outer.dim + 1
+    # A slice leaves its width behind its position, as a new dim; a selected position is where the dim was.
+    outer_dim = outer.dim if outer.dim < inner_dim or bundle.name == "select" else outer.dim + 1
     moved = emitter.call(torch.movedim, node, (outer_dim, inner_dim), (0, 1))
     return Packed(emitter.call(torch.flatten, moved, 0, 1), 0)
 
