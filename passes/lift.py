@@ -23,6 +23,7 @@ from fxfuse.trace import Event, Frame, Ref, Trace
 
 from .functional import as_slot, drop_unused, index_write, op_of, slice_along
 from .ops import Op, canonical, op_name
+from .size_source import size_source
 
 _SELECT = canonical(torch.select, (torch.empty(0), 0, 0), {})[0]
 _UNSQUEEZE = canonical(torch.unsqueeze, (torch.empty(0), 0), {})[0]
@@ -392,6 +393,11 @@ class _Lifter:
                     continue
                 raise SizeDependent("forward compares sizes", place)
             bound = right if isinstance(right, int) else self._argument(right)
+            value, dim, factor = size_source(self.trace, left.value, left.dim) if op in ("eq", "ne") else (left.value, left.dim, 1)
+            if factor != 1:
+                if bound % factor == 0:  # else no size at all makes them equal
+                    self._check_value(value, dim, signs[op][0 if comparison.result else 1], bound // factor)
+                continue
             self._check_value(left.value, left.dim, signs[op][0 if comparison.result else 1], bound)
 
     def _one_size(self, left: SizeOf, right: Any) -> bool:

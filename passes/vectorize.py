@@ -90,6 +90,7 @@ def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer
     while prepared.worthwhile:
         attempt = copy.copy(packs)
         attempt.recipes, attempt.where, attempt.constants = dict(packs.recipes), dict(packs.where), dict(packs.constants)
+        _take_constants(prepared.lifted, attempt)
         emitter = Emitter(prepared.lifted, prepared.bundles, attempt, _rule, lowering, prefer, prepared.single)
         try:
             graph = emitter.run()
@@ -104,6 +105,20 @@ def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer
         factored = [FusedOp(op, count, "one map of the summed input", place) for op, count, place in prepared.factored]
         return Vectorized(graph, attempt, factored + emitter.ops, emitter.choices)
     return None
+
+
+def _take_constants(lifted: Lifted, packs: Packs) -> None:
+    """Tensors that the graph reads and no module holds, under names that no other program of the region has for another tensor."""
+    for name, tensor in list(lifted.constants.items()):
+        free = name
+        while packs.constants.get(free, tensor) is not tensor:
+            free += "_"
+        if free != name:
+            lifted.constants[free] = lifted.constants.pop(name)
+            for node in lifted.graph.nodes:
+                if node.op == "get_attr" and node.target == name:
+                    node.target = free
+        packs.constants[free] = tensor
 
 
 def _rule(bundle: Bundle) -> Any:

@@ -46,7 +46,7 @@ def _attention(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
             mask = _over_batch(emitter, mask, sizes) if fold else mask
     out = emitter.call(F.scaled_dot_product_attention, *operands, mask, *rest, **keywords)
     if fold:
-        out = emitter.call(torch.unflatten, out, 0, (lanes, *sizes[: wide - 3]))
+        out = emitter.call(torch.unflatten, out, 0, (lanes, *sizes))
     return Packed(out, 0), "lanes in the batch"
 
 
@@ -76,6 +76,5 @@ def _size(emitter: Emitter, node: Node, dim: int, own: Node) -> Any:
 
 def _over_batch(emitter: Emitter, mask: Node, sizes: list[Any]) -> Node:
     """A mask ``[G, n, ..., h, L, S]``, whose batch dims may be 1, for each entry of the folded batch."""
-    batch = len(sizes) - 1
-    expanded = emitter.call("expand", mask, -1, *sizes[:batch], *([-1] * 3))
-    return emitter.call(torch.flatten, expanded, 0, batch)
+    expanded = emitter.call("expand", mask, -1, *sizes, -1, -1, -1)
+    return emitter.call(torch.flatten, expanded, 0, len(sizes))
