@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten
 
 from .determinism import preserved_state
 from .graph import Place
-from .opened import OPENED
+from .opened import opened
 from .sizes import SizeOf, TracedInt
 from .trace import Event, Frame, Ref, Trace, Value
 
@@ -52,7 +52,8 @@ _ACTIONS: dict[str, str] = {
         "_unique _unique2 unique_dim __dlpack__ bincount histc cpu_numpy".split(),
         "read",
     ),
-    "multi_head_attention_forward": "open", "size": "size", "numel": "numel", "nelement": "numel", "__iter__": "iterate", "__set__": "set", "backward": "backward",
+    "multi_head_attention_forward": "open",
+    "size": "size", "numel": "numel", "nelement": "numel", "__iter__": "iterate", "__set__": "set", "backward": "backward",
 }  # fmt: skip
 # Of the same name as a property and as a method: only the property is a plain fact.
 _PROPERTIES = _ACTIONS | {"shape": "shape"}
@@ -215,10 +216,11 @@ class Recorder(TorchFunctionMode):
         if action == "size":
             return self.size(func, args, kwargs)
         if action == "open":
-            if func not in OPENED:
+            open_function = opened(func, args, kwargs)
+            if open_function is None:
                 return self.call(func, args, kwargs, name)
             with self:  # the mode is off here: with it on again, each step is a call of its own
-                return OPENED[func](*args, **kwargs)
+                return open_function(*args, **kwargs)
         if action == "numel":
             return self.numel(args[0])
         if action == "read":

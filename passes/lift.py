@@ -402,7 +402,8 @@ class _Lifter:
 
     def _one_size(self, left: SizeOf, right: Any) -> bool:
         """Two dims that have one free size, by whatever name: the guard holds them equal."""
-        if not isinstance(right, SizeOf) or self.trace.values[left.value].shape[left.dim] != self.trace.values[right.value].shape[right.dim]:
+        values = self.trace.values
+        if not isinstance(right, SizeOf) or values[left.value].shape[left.dim] != values[right.value].shape[right.dim]:
             return False
         return any(left.dim in dims.get(left.value, ()) and right.dim in dims.get(right.value, ()) for dims in self.sizes)
 

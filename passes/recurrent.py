@@ -1,8 +1,8 @@
 """Recurrences of many lanes at once: what the recurrent rules write into graphs.
 
-Comes in: per lane (axis 0 of everything) what the input adds to the gates, for all time steps, and the state before the first. Goes out: the
-states after every step. One batched product and a few elementwise ops per step, whatever the number of lanes. Weights come
-transposed, ``[G, H, gates * H]``; gates in torch's order.
+Comes in: per lane (axis 0 of everything) what the input adds to the gates, for all time steps, and the state before the first. Goes out:
+the states after every step. One batched product and a few elementwise ops per step, whatever the number of lanes. Weights come
+transposed, ``[G, H, gates * H]``; gates in torch's order; ``gates`` over time as ``[G, T, N, gates * H]``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def rnn_step(gates: Tensor, h: Tensor, weight: Tensor, relu: bool) -> Tensor:
 def lstm_over_time(
     gates: Tensor, h: Tensor, c: Tensor, weight: Tensor, projection: Tensor | None, backwards: bool, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All steps of one LSTM layer in one direction: outputs with time at ``dim``, and the last ``h`` and ``c``. ``gates``: ``[G, T, N, 4 * H]``."""
+    """All steps of one LSTM layer in one direction: outputs with time at ``dim``, and the last ``h`` and ``c``."""
     outputs: list[Tensor] = []
     for step in _steps(gates, backwards):
         h, c = lstm_step(step, h, c, weight, projection)

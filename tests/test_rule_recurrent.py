@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import checks
 import pytest
 import torch
 from torch import Tensor, nn
 
+import checks
 import fxfuse
 from fxfuse.passes import recurrent
 
@@ -45,15 +45,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_input_for_all(kind: str, options: dict[str, Any]) -> None:
-    model = checks.randomized(Causality(kind, **options))
+@pytest.mark.parametrize(("kind", "options"), [(k, o) for k in KINDS for o in OPTIONS if k in ("lstm", "gru") or o == "everything"])
+def test_one_input_for_all(kind: str, options: str) -> None:
+    model = checks.randomized(Causality(kind, **OPTIONS[options]))
     fused = checks.assert_fused_equals(model, checks.randn(3, 4, 2), batches=(1,), **checks.QUICK)
     assert any(op.op in ("lstm", "gru", "rnn_tanh", "rnn_relu") for op in fxfuse.report(fused).fused[0].ops)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}], ids=["plain", "all"])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True, "num_layers": 2, "bidirectional": True}], ids=["plain", "deep"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])
+def test_one_wide_product_for_one_input(kind: str, options: dict[str, Any]) -> None:
+    model = checks.randomized(Causality(kind, **options))
+    fused = checks.assert_fused_equals(model, checks.randn(3, 4, 2), batches=(1,), objective="time", **checks.QUICK)
+    assert "wide_linear, one recurrence" in [op.lowering for op in fxfuse.report(fused).fused[0].ops]
+
+
+@pytest.mark.parametrize("options", [{}, {**OPTIONS["everything"], "bias": False}], ids=["plain", "all"])
 def test_projections(options: dict[str, Any]) -> None:
     model = checks.randomized(Causality("lstm", proj_size=3, **options))
     checks.assert_fused_equals(model, checks.randn(4, 5, 2), batches=(1, 3), **checks.QUICK)
@@ -77,7 +84,7 @@ class OwnInputs(nn.Module):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["plain", "deep"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])
 def test_own_inputs_and_last_states(kind: str, options: dict[str, Any]) -> None:
     model = checks.randomized(OwnInputs(kind, **options))
     checks.assert_fused_equals(model, checks.randn(4, 3, 6), batches=(1,), **checks.QUICK)
@@ -176,8 +183,7 @@ class OneForAll(nn.Module):
         return torch.stack([out for out, _ in results]), torch.stack(states, 1)
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "batch_first"), [("lstm", True), ("lstm", False), ("gru", True), ("tanh", False)])
 def test_one_network_on_many_inputs(kind: str, batch_first: bool) -> None:
     model = checks.randomized(OneForAll(kind, batch_first))
     fused = checks.assert_fused_equals(model, checks.randn(4, 3, 3), batches=(1,), specialised=True, **checks.QUICK)
@@ -238,11 +244,13 @@ class GivenCells(nn.Module):
         return found
 
 
+@pytest.mark.parametrize("objective", ["time", "launches"])  # of the forms that a rule has: its first choice, or the batched products
 @pytest.mark.parametrize(("shared_input", "shared_cell"), [(True, False), (False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
-def test_cells_with_states(cell: Any, shared_input: bool, shared_cell: bool) -> None:
+def test_cells_with_states(cell: Any, shared_input: bool, shared_cell: bool, objective: str) -> None:
     model = checks.randomized(GivenCells(cell, shared_input, shared_cell))
-    checks.assert_fused_equals(model, (checks.randn(4, 3, 3), checks.randn(4, 3, 4, seed=2)), batches=(1, 5), **checks.QUICK)
+    x = checks.randn(4, 3, 3), checks.randn(4, 3, 4, seed=2)
+    checks.assert_fused_equals(model, x, batches=(1,), objective=objective, **checks.QUICK)
 
 
 class Unbatched(nn.Module):

@@ -6,10 +6,29 @@ Adding an op touches one file of this folder (and this list, where the file is n
 from __future__ import annotations
 
 from ..bundle import Bundle
-from . import attention, conv, elementwise, factories, items, joins, linear, matmul, norm, pad, prelu, random, recurrent, reduce, shape, slicing
+from . import (
+    attention,
+    conv,
+    elementwise,
+    factories,
+    items,
+    joins,
+    linear,
+    matmul,
+    norm,
+    pad,
+    prelu,
+    random,
+    recurrent,
+    reduce,
+    shape,
+    slicing,
+)
 from .base import RULES, Rule
 
-FAMILIES = (attention, conv, elementwise, factories, items, joins, linear, matmul, norm, pad, prelu, random, recurrent, reduce, shape, slicing)
+FAMILIES = (
+    attention, conv, elementwise, factories, items, joins, linear, matmul, norm, pad, prelu, random, recurrent, reduce, shape, slicing,
+)
 
 
 def rule_of(bundle: Bundle) -> Rule | None:

@@ -214,7 +214,8 @@ def _cell(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
     states = _states(emitter, bundle)
     weights = [emitter.nodes(bundle, name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
     input_weight, hidden_weight, input_bias, hidden_bias = weights
-    assert input_weight is not None and hidden_weight is not None
+    assert input_weight is not None
+    assert hidden_weight is not None
     if all(nodes is None or all(node is nodes[0] for node in nodes) for nodes in weights):
         return _folded_cell(emitter, bundle, x, states, [None if nodes is None else emitter.single(nodes[0]) for nodes in weights]), FOLDED
     bias = bias_of(emitter, input_bias, hidden_bias if kind != "gru_cell" else None, lanes)
