@@ -1,4 +1,7 @@
-"""Tensors made from numbers (``torch.zeros(x.shape[0], 5)``): the same in every lane, so one for all of them."""
+"""Tensors made from numbers (``torch.zeros(x.shape[0], 5)``): the same in every lane, so one for all of them.
+
+They count as launching nothing: a free size, which each lane may read elsewhere, is not to be given up for the sake of one fill.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from .base import rule
 from .shape import numbers
 
 
-@rule("zeros", "ones", "full", "arange", "eye", lowering="one for all lanes")
+@rule("zeros", "ones", "full", "arange", "eye", view=True)
 def _factory(emitter: Emitter, bundle: Bundle) -> Packed:
     op = bundle.op
     assert op is not None
