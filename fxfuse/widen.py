@@ -1,8 +1,8 @@
 """A recorded program that follows a model to float64: for the comparison there.
 
-Comes in: the graph of a program, in which ``torch.zeros(n, dtype=x.dtype)`` has become a number of the recorded dtype. Goes out: a copy that makes
-float64 where the making is exact either way: zeros, ones, infinities and other fills that no dtype rounds, and casts of masks and integers.
-The same call with a dtype that forward itself spells out gives the same values then.
+Comes in: the graph of a program, in which ``torch.zeros(n, dtype=x.dtype)`` names the dtype of the recording. Goes out: a copy that makes
+float64 where the making is exact either way: zeros, ones, infinities and other fills that no dtype rounds, and casts of masks and
+integers. A call whose dtype forward itself spells out gives the same values then.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def saved_launches(bundles: Bundles, component: set[int]) -> int:
         lanes = len(bundle.members)
         if not is_view(bundle):
             saved += lanes - 1
-        if bundle.name in ("select", "slice_along"):
+        if bundle.name in ("select", "slice_along", "size"):
             continue
         for column in _columns(bundle):
             if all(n is column[0] for n in column) or all(n.op == "get_attr" for n in column):

@@ -60,6 +60,31 @@ def test_one_wide_product_for_one_input(kind: str, options: dict[str, Any]) -> N
     assert "wide_linear, one recurrence" in [op.lowering for op in fxfuse.report(fused).fused[0].ops]
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_calls_that_stay_calls_between_packed_neighbours(kind: str) -> None:
+    """Torch's LSTM in float32 is one launch: written out it would be more, but its heads are packed all the same."""
+    torch.manual_seed(0)
+    model = Causality(kind, num_layers=2, bidirectional=True)
+    fused = fxfuse.optimize(model, torch.randn(3, 4, 2), objective="launches")
+    lowerings = {op.op: op.lowering for op in fxfuse.report(fused).fused[0].ops}
+    assert lowerings["linear"] == "baddbmm"
+    if torch.backends.mkldnn.is_available() and kind == "lstm":
+        assert lowerings["lstm"] == "lane by lane"
+    doubled, wanted = fused.double(), model.double()
+    for training in (True, False):
+        doubled.train(training), wanted.train(training)
+        x = checks.randn(2, 4, 2)
+        checks.assert_close(doubled(x), wanted(x), f"training={training}")
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "relu"])
+def test_lane_by_lane(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxfuse.plan._preferred", lambda options: "lane by lane")
+    for model, x in ((Causality(kind, **OPTIONS["everything"]), checks.randn(3, 4, 2)), (OwnInputs(kind), checks.randn(3, 4, 6))):
+        fused = checks.assert_fused_equals(checks.randomized(model), x, batches=(1,), objective="time", **checks.QUICK)
+        assert "lane by lane" in [op.lowering for op in fxfuse.report(fused).fused[0].ops]
+
+
 @pytest.mark.parametrize("options", [{}, {**OPTIONS["everything"], "bias": False}], ids=["plain", "all"])
 def test_projections(options: dict[str, Any]) -> None:
     model = checks.randomized(Causality("lstm", proj_size=3, **options))

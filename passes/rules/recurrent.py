@@ -2,10 +2,11 @@
 
 - own weights: one recurrence for all lanes, written out (``passes/recurrent.py``): the input's part of the gates for all time steps in one
   product, then one batched product per step. ``wide_linear``: lanes that read one input share that first product.
+- ``lane by lane``: torch's own call for each lane, between packed neighbours. It may cost one launch for all steps (oneDNN, cuDNN), where
+  a recurrence written out costs a few per step: which is faster depends on the number of lanes, and is measured.
 - one set of weights for all lanes: the same call on the lanes folded into its batch.
 
-A layer's dropout draws a mask per lane. The loop over time costs a few launches per step, torch's own call may cost one for all of
-them: which is faster depends on the number of lanes, and is measured.
+A layer's dropout draws a mask per lane.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..emit import CannotVectorize, Emitter, Packed
 from ..recurrent import gru_over_time, gru_step, lstm_over_time, lstm_step, rnn_over_time, rnn_step, together
 from .base import rule
 
-RECURRENCE, FOLDED = "one recurrence", "lanes in the batch"
+RECURRENCE, BY_LANE, FOLDED = "one recurrence", "lane by lane", "lanes in the batch"
 
 
 @dataclass
@@ -74,9 +75,10 @@ class _Sequence:
         self.layers = int(emitter.operand(bundle, "num_layers"))
         self.dropout = float(emitter.operand(bundle, "dropout")) if emitter.operand(bundle, "train") else 0.0
         self.states = [emitter.front(state, self.lanes) for state in states]  # [G, layers * directions, N, H]
-        self.weights = self._by_layer(columns)
+        self.columns = columns
 
-    def _by_layer(self, columns: list[list[Node]]) -> list[_Weights]:
+    def _by_layer(self) -> list[_Weights]:
+        columns = self.columns
         biased = bool(self.emitter.operand(self.bundle, "has_biases"))
         count = len(columns) // (self.layers * self.directions)
         projected = count > (4 if biased else 2)
@@ -89,11 +91,13 @@ class _Sequence:
 
     def run(self) -> tuple[Packed, str]:
         emitter, call = self.emitter, self.emitter.call
-        lowering = RECURRENCE
-        if self.x.dim is None and emitter.choose(self.bundle, ("wide_linear", "baddbmm")) == "wide_linear":
-            lowering = "wide_linear, one recurrence"
-        x = self.x if lowering != RECURRENCE else Packed(emitter.front(self.x, self.lanes), 0)
+        chosen = emitter.choose(self.bundle, (*(("wide_linear",) if self.x.dim is None else ()), "baddbmm", BY_LANE))
+        if chosen == BY_LANE:
+            return self._by_lane(), BY_LANE
+        lowering = f"wide_linear, {RECURRENCE}" if chosen == "wide_linear" else RECURRENCE
+        x = self.x if chosen == "wide_linear" else Packed(emitter.front(self.x, self.lanes), 0)
         time_first = not self.batch_first
+        weights = self._by_layer()
         last: list[list[Node]] = [[] for _ in self.states]
         for layer in range(self.layers):
             final = layer == self.layers - 1
@@ -101,7 +105,7 @@ class _Sequence:
             outputs: list[Node] = []
             for direction in range(self.directions):
                 index = layer * self.directions + direction
-                made = self._layer(x, time_first, self.weights[index], index, direction == 1, dim)
+                made = self._layer(x, time_first, weights[index], index, direction == 1, dim)
                 outputs.append(call(operator.getitem, made, 0))
                 for position, states in enumerate(last):
                     states.append(call(operator.getitem, made, 1 + position))
@@ -111,6 +115,29 @@ class _Sequence:
             x, time_first = Packed(out, 0), True
         ends = [call(torch.unsqueeze, states[0], 1) if len(states) == 1 else call(torch.stack, states, 1) for states in last]
         return Packed(call(together, x.node, *ends), 0), lowering
+
+    def _by_lane(self) -> Packed:
+        emitter, call, op = self.emitter, self.emitter.call, self.bundle.op
+        assert op is not None
+        inputs = self._apart(emitter.front(self.x, self.lanes))
+        states = [self._apart(state) for state in self.states]
+        params = []
+        for nodes in self.columns:
+            packed = emitter.weights(nodes) or emitter.fetch(nodes)
+            params.append(self._apart(emitter.front(packed, self.lanes)))
+        rest = [emitter.operand(self.bundle, name) for name in op.names[3:]]
+        outputs: list[list[Node]] = [[] for _ in range(1 + len(states))]
+        for lane in range(self.lanes):
+            own = tuple(state[lane] for state in states)
+            made = call(op.func, inputs[lane], own if self.kind == "lstm" else own[0], [param[lane] for param in params], *rest)
+            for position, output in enumerate(outputs):
+                output.append(call(operator.getitem, made, position))
+        return Packed(call(together, *[call(torch.stack, output) for output in outputs]), 0)
+
+    def _apart(self, node: Node) -> list[Node]:
+        """The lanes of ``[G, ...]`` one by one."""
+        pieces = self.emitter.call(torch.unbind, node)
+        return [self.emitter.call(operator.getitem, pieces, lane) for lane in range(self.lanes)]
 
     def _layer(self, x: Packed, time_first: bool, weights: _Weights, index: int, backwards: bool, dim: int) -> Node:
         emitter, call = self.emitter, self.emitter.call
