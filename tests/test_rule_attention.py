@@ -232,8 +232,11 @@ class Cross(nn.Module):
         return torch.stack(outputs, 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": False}], ids=["bias", "without bias"])
-@pytest.mark.parametrize("kind", ["one memory", "own memory", "keys and values", "other widths"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("one memory", {}), ("own memory", {}), ("own memory", {"bias": False}), ("keys and values", {}), ("other widths", {}),
+     ("other widths", {"bias": False})],
+)  # fmt: skip
 def test_cross_attention(kind: str, options: dict[str, Any]) -> None:
     if kind == "other widths":
         options = {**options, "kdim": 6, "vdim": 5}
@@ -273,6 +276,36 @@ def test_padding(own: bool, with_mask: bool, need_weights: bool, batch_first: bo
         return checks.randn(rows, 5, 4 * LANES, seed=rows), ~mask_of(rows, LANES, 5, seed=rows + 7)
 
     checks.assert_fused_equals(model, make(4), make=make, batches=(1, 3), **checks.QUICK)
+
+
+def test_boolean_padding_in_float32() -> None:
+    """torch makes numbers of the dtype of the queries of it: the comparison in float64 has to follow."""
+    torch.manual_seed(0)
+    model = Padded(True, True, False, True)
+    x, padding = torch.randn(4, 5, 4 * LANES), ~mask_of(4, LANES, 5)
+    fused = fxfuse.optimize(model, (x, padding), objective="launches", tune=False)
+    report = fxfuse.report(fused)
+    assert report.fused, str(report)
+    assert not report.refused, str(report)
+    checks.assert_close(fused(x, padding), model(x, padding), "float32", rtol=1e-5)
+
+
+class MasksByMode(nn.Module):
+    """Masks that are no buffers, another one in each mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(nn.MultiheadAttention(4, 2, batch_first=True) for _ in range(LANES))
+        self.masks = {True: [mask_of(5, 5, seed=1, boolean=False)], False: [mask_of(5, 5, seed=2, boolean=False)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.masks[self.training][0]
+        return torch.stack([attention(x, x, x, attn_mask=mask)[0] for attention in self.attentions])
+
+
+def test_masks_that_differ_between_modes() -> None:
+    model = checks.randomized(MasksByMode())
+    checks.assert_fused_equals(model, checks.randn(4, 5, 4), heavy=4, batches=(1, 3), **checks.QUICK)
 
 
 class Unbatched(nn.Module):

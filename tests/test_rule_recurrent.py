@@ -45,15 +45,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "options"), [(k, o) for k in KINDS for o in OPTIONS if k in ("lstm", "gru") or o == "everything"])
+@pytest.mark.parametrize(("kind", "options"), [(k, o) for k in KINDS for o in OPTIONS if k == "lstm" or o in ("plain", "everything")])
 def test_one_input_for_all(kind: str, options: str) -> None:
     model = checks.randomized(Causality(kind, **OPTIONS[options]))
     fused = checks.assert_fused_equals(model, checks.randn(3, 4, 2), batches=(1,), **checks.QUICK)
     assert any(op.op in ("lstm", "gru", "rnn_tanh", "rnn_relu") for op in fxfuse.report(fused).fused[0].ops)
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_first": True, "num_layers": 2, "bidirectional": True}], ids=["plain", "deep"])
-@pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("lstm", {}), ("lstm", {"batch_first": True}), ("gru", OPTIONS["everything"]), ("tanh", OPTIONS["two layers"])]
+)
 def test_one_wide_product_for_one_input(kind: str, options: dict[str, Any]) -> None:
     model = checks.randomized(Causality(kind, **options))
     fused = checks.assert_fused_equals(model, checks.randn(3, 4, 2), batches=(1,), objective="time", **checks.QUICK)
@@ -77,7 +78,7 @@ def test_calls_that_stay_calls_between_packed_neighbours(kind: str) -> None:
         checks.assert_close(doubled(x), wanted(x), f"training={training}")
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru", "relu"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_lane_by_lane(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxfuse.plan._preferred", lambda options: "lane by lane")
     for model, x in ((Causality(kind, **OPTIONS["everything"]), checks.randn(3, 4, 2)), (OwnInputs(kind), checks.randn(3, 4, 6))):
@@ -108,8 +109,9 @@ class OwnInputs(nn.Module):
         return torch.stack(outputs, 2), torch.cat(last, 0)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["plain", "deep"])
-@pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("lstm", {"num_layers": 2, "bidirectional": True}), ("lstm", {}), ("gru", {"bidirectional": True}), ("tanh", {})]
+)
 def test_own_inputs_and_last_states(kind: str, options: dict[str, Any]) -> None:
     model = checks.randomized(OwnInputs(kind, **options))
     checks.assert_fused_equals(model, checks.randn(4, 3, 6), batches=(1,), **checks.QUICK)
@@ -163,8 +165,7 @@ class GivenStates(nn.Module):
         return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["own", "shared"])
-@pytest.mark.parametrize("kind", ["lstm", "gru", "tanh"])
+@pytest.mark.parametrize(("kind", "own"), [("lstm", True), ("lstm", False), ("gru", True), ("tanh", False)])
 def test_given_states(kind: str, own: bool) -> None:
     model = checks.randomized(GivenStates(kind, own))
 
@@ -235,16 +236,28 @@ class Cells(nn.Module):
         return torch.stack(actions, 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": False}], ids=["bias", "without bias"])
-@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        (nn.LSTMCell, {}), (nn.LSTMCell, {"bias": False}), (nn.GRUCell, {}), (nn.GRUCell, {"bias": False}), (nn.RNNCell, {}),
+        (nn.RNNCell, {"bias": False, "nonlinearity": "relu"}),
+    ],
+)  # fmt: skip
 def test_cells(cell: Any, options: dict[str, Any]) -> None:
     model = checks.randomized(Cells(cell, **options))
-    checks.assert_fused_equals(model, checks.randn(4, 3, 4), heavy=8, batches=(1, 6), **checks.QUICK)
+    checks.assert_fused_equals(model, checks.randn(4, 3, 4), heavy=8, batches=(1,), **checks.QUICK)
 
 
-def test_relu_cells() -> None:
-    model = checks.randomized(Cells(nn.RNNCell, nonlinearity="relu"))
-    checks.assert_fused_equals(model, checks.randn(4, 3, 4), heavy=8, batches=(1, 6), **checks.QUICK)
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell])
+def test_cells_in_half_precision(cell: Any) -> None:
+    """Shapes are found on tensors without data there, also those of the states that the cells make themselves."""
+    torch.manual_seed(0)
+    model, x = Cells(cell).bfloat16(), torch.randn(4, 3, 4).bfloat16()
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    report = fxfuse.report(fused)
+    assert report.fused, str(report)
+    assert not report.refused, str(report)
+    checks.assert_close(fused(x), model(x), "bfloat16", rtol=0.05)
 
 
 class GivenCells(nn.Module):
@@ -269,8 +282,11 @@ class GivenCells(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("objective", ["time", "launches"])  # of the forms that a rule has: its first choice, or the batched products
-@pytest.mark.parametrize(("shared_input", "shared_cell"), [(True, False), (False, False), (False, True), (True, True)])
+# Of the forms that a rule has, "time" (not timed here) takes its first choice, "launches" the batched products.
+@pytest.mark.parametrize(
+    ("shared_input", "shared_cell", "objective"),
+    [(True, False, "time"), (True, False, "launches"), (False, False, "time"), (False, True, "time"), (True, True, "time")],
+)
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_cells_with_states(cell: Any, shared_input: bool, shared_cell: bool, objective: str) -> None:
     model = checks.randomized(GivenCells(cell, shared_input, shared_cell))

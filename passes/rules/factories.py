@@ -15,4 +15,6 @@ from .shape import numbers
 def _factory(emitter: Emitter, bundle: Bundle) -> Packed:
     op = bundle.op
     assert op is not None
-    return Packed(emitter.respell(op, tuple(numbers(emitter.operand(bundle, name)) for name in op.names)), None)
+    node, first = emitter.spell(op, tuple(numbers(emitter.operand(bundle, name)) for name in op.names)), bundle.members[0].meta
+    node.meta["val"] = emitter.stand_in(first["shape"], first["stride"], first["dtype"])  # called, it would be on the device it names
+    return Packed(emitter._placed(node), None)
