@@ -26,6 +26,7 @@ from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, Watch, become, la
 from fxfuse.recipes import check, pack, packed_shape, unpack
 from fxfuse.runtime import MISS, Compiled, Source, compile_program, source, walk
 from fxfuse.serialize import program_from_data, program_to_data
+from fxfuse.widen import widened
 
 STATE = "_fxfuse"  # the key in a region's __dict__ under which its RegionState lies
 _MOST_REASONS = 100  # reasons hold shapes: a run over endless shapes must not fill the memory
@@ -633,13 +634,14 @@ def regions(model: nn.Module) -> dict[str, RegionState]:
 
 
 def accept_any_dtype(model: nn.Module) -> None:
-    """Let the programs of ``model`` run in any one floating dtype, also where they follow the default dtype of the recording.
+    """Let the programs of ``model`` run in float64, also where they follow the dtype of the recording.
 
     For comparisons in float64 under ``DefaultFloat64`` only: elsewhere a factory would still make the dtype of the recording.
     """
     for state in regions(model).values():
         programs = {
-            flags: Program(p.graph, replace(p.guard, generic_dtype=True), p.in_spec, p.out_spec) for flags, p in state.plan.programs.items()
+            flags: Program(widened(p.graph), replace(p.guard, generic_dtype=True), p.in_spec, p.out_spec)
+            for flags, p in state.plan.programs.items()
         }
         state.plan = replace(state.plan, programs=programs)
         state.compiled.clear()

@@ -29,6 +29,7 @@ from .containers import opened
 from .determinism import preserved_state
 from .graph import Place
 from .sizes import SizeOf, TracedInt
+from .step_by_step import step_by_step
 from .trace import Event, Frame, Ref, Trace, Value
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -52,6 +53,7 @@ _ACTIONS: dict[str, str] = {
         "_unique _unique2 unique_dim __dlpack__ bincount histc cpu_numpy".split(),
         "read",
     ),
+    "multi_head_attention_forward": "open",
     "size": "size", "numel": "numel", "nelement": "numel", "__iter__": "iterate", "__set__": "set", "backward": "backward",
 }  # fmt: skip
 # Of the same name as a property and as a method: only the property is a plain fact.
@@ -214,6 +216,12 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if action == "size":
             return self.size(func, args, kwargs)
+        if action == "open":
+            open_function = step_by_step(func, args, kwargs)
+            if open_function is None:
+                return self.call(func, args, kwargs, name)
+            with self:  # the mode is off here: with it on again, each step is a call of its own
+                return open_function(*args, **kwargs)
         if action == "numel":
             return self.numel(args[0])
         if action == "read":

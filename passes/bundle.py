@@ -201,7 +201,8 @@ def _is_size(bundle: Bundle) -> bool:
 
 def _is_tuple(bundle: Bundle) -> bool:
     """True for ops that return several tensors, which the graph takes apart by ``item``."""
-    return any(isinstance(user.target, Op) and user.target.name == "item" for user in bundle.members[0].users)
+    users = [user for member in bundle.members for user in member.users]
+    return any(isinstance(user.target, Op) and user.target.name == "item" for user in users)
 
 
 def _key(node: Node, of: dict[Node, int], loose: set[Node]) -> Any:

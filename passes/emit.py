@@ -25,7 +25,7 @@ import torch.fx
 from fxfuse.graph import FusedOp, Recipe
 
 from .bundle import Bundle, Bundles
-from .functional import drop_unused, numbers_like, slice_along
+from .functional import drop_unused, numbers_like, slice_along, take_lane
 from .lifted import Lifted
 from .ops import Op
 from .tidy import tidy
@@ -100,6 +100,7 @@ class Emitter:
         self.singles: dict[Node, Any] = {}
         self.values: dict[int, Packed] = {}
         self.pieces: dict[int, Node] = {}
+        self.picked: dict[tuple[Node, int, tuple[int, ...]], Node] = {}
         self.attributes: dict[str, Node] = {}
         self.gathers: dict[tuple[Node, ...], Node] = {}  # what was joined for one bundle serves others
         self.choices: dict[Any, tuple[str, ...]] = {}
@@ -262,7 +263,10 @@ class Emitter:
         if count == total and total % max(step, 1) == 0 and positions == [r * step + c for c in range(step) for r in range(rows)]:
             turned = self.call(torch.transpose, self.call(torch.unflatten, node, dim, (rows, step)), dim, dim + 1)
             return Packed(self.call(torch.flatten, turned, dim, dim + 1), dim)
-        return Packed(self.call(torch.index_select, node, dim, self.constant(positions, self.device(nodes=None))), dim)
+        key = (node, dim, tuple(positions))
+        if key not in self.picked:
+            self.picked[key] = self.call(torch.index_select, node, dim, self.constant(positions, self.device(nodes=None)))
+        return Packed(self.picked[key], dim)
 
     def device(self, nodes: Iterable[Node] | None) -> torch.device:
         """The device the region was recorded on."""
@@ -428,6 +432,8 @@ class Emitter:
         value, dim = self.values[bundle.index]
         if dim is None:
             return value
+        if isinstance(value.meta["val"], tuple):  # an op of several outputs
+            return self.call(take_lane, value, dim, self.bundles.position[node])
         pieces = self.pieces.get(bundle.index)
         if pieces is None:
             pieces = self.pieces[bundle.index] = self.call(torch.unbind, value, dim)

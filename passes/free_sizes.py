@@ -17,6 +17,7 @@ from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Frame, Ref, Trace
 
 from .lifted import SizeDependent, Sizes
+from .size_source import SizeSources
 
 
 class FreeSizes:
@@ -27,6 +28,7 @@ class FreeSizes:
         self.dynamic = _merged(sizes)
         self.checks: list[SizeCheck] = []
         self.place: Place | None = None
+        self.size_sources: SizeSources | None = None
 
     def _input_dim(self, value: int, dim: int) -> tuple[int, int] | None:
         """(leaf, dim) of an input that has the same free size as ``dim`` of ``value``; None where no input shows it."""
@@ -66,11 +68,28 @@ class FreeSizes:
             if self._free(right):
                 left, right, op = right, left, mirrored[op]
             if self._free(right) or not isinstance(left, SizeOf):
-                if isinstance(left, SizeOf) and left == right:
+                if isinstance(left, SizeOf) and (left == right or self._one_size(left, right)):
                     continue
                 raise SizeDependent("forward compares sizes", place)
             bound = right if isinstance(right, int) else self._number(right)
-            self._check_value(left.value, left.dim, signs[op][0 if comparison.result else 1], bound)
+            sign = signs[op][0 if comparison.result else 1]
+            value, dim, factor = self._sources().of(left.value, left.dim) if op in ("eq", "ne") else (left.value, left.dim, 1)
+            if factor == 1:
+                self._check_value(left.value, left.dim, sign, bound)
+            elif bound % factor == 0:  # else no size at all makes them equal
+                self._check_value(value, dim, sign, bound // factor)
+
+    def _sources(self) -> SizeSources:
+        if self.size_sources is None:
+            self.size_sources = SizeSources(self.trace)
+        return self.size_sources
+
+    def _one_size(self, left: SizeOf, right: Any) -> bool:
+        """Two dims that have one free size, by whatever name: the guard holds them equal."""
+        values = self.trace.values
+        if not isinstance(right, SizeOf) or values[left.value].shape[left.dim] != values[right.value].shape[right.dim]:
+            return False
+        return any(left.dim in dims.get(left.value, ()) and right.dim in dims.get(right.value, ()) for dims in self.sizes)
 
     def _free(self, expr: Any) -> bool:
         if isinstance(expr, SizeOf):

@@ -39,6 +39,11 @@ _DUNDERS = {
 _GETTERS = {"T": "t", "mT": "mT", "H": "H", "mH": "mH", "real": "real", "imag": "imag", "data": "detach"}
 _VARIADIC = frozenset("view reshape permute expand repeat tile flip new_zeros new_ones new_empty new_full".split())
 _FACTORIES = frozenset("zeros ones empty rand randn".split())
+# Of ops that may drop on their own: where they do not, they draw nothing.
+_DROPS: dict[str, tuple[str, str]] = {
+    "scaled_dot_product_attention": ("dropout_p", ""),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), ("dropout", "train")),
+}
 _NOISE = frozenset({"_stacklevel", "inplace"})
 _MISSING = inspect.Parameter.empty
 
@@ -113,6 +118,9 @@ def canonical(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     overload, names, defaults, keyword_only, pointwise, random = found
     values = dict(zip(names, args, strict=False))
     values.update({("input" if k == "input" or k == "self" else k): v for k, v in kwargs.items()})
+    if name in _DROPS:
+        p, flag = _DROPS[name]
+        random = bool(values.get(p, 0)) and bool(values.get(flag, True))
     op = Op(name, overload, names, defaults, keyword_only, pointwise or name in _POINTWISE_WITHOUT_SCHEMA, func, random)
     return op, tuple(values.get(n, d) for n, d in zip(names, defaults, strict=True))
 

@@ -135,10 +135,8 @@ def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer
     """Emit the rewritten graph; ``packs`` is extended only where that succeeds. None where nothing is left to fuse."""
     while prepared.worthwhile:
         attempt = copy.copy(packs)
-        attempt.recipes, attempt.where = dict(packs.recipes), dict(packs.where)
-        attempt.constants = {**packs.constants, **prepared.lifted.constants}
-        if any(attempt.constants[name] is not tensor for name, tensor in packs.constants.items()):
-            return None  # another mode's program calls another tensor by this name
+        attempt.recipes, attempt.where, attempt.constants = dict(packs.recipes), dict(packs.where), dict(packs.constants)
+        _take_constants(prepared.lifted, attempt)
         emitter = Emitter(prepared.lifted, prepared.bundles, attempt, _rule, lowering, prefer, prepared.single)
         try:
             graph = emitter.run()
@@ -153,6 +151,20 @@ def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer
         factored = [FusedOp(op, count, "one map of the summed input", place) for op, count, place in prepared.factored]
         return Vectorized(graph, attempt, factored + emitter.ops, emitter.choices, list(dict.fromkeys(emitter.notes)))
     return None
+
+
+def _take_constants(lifted: Lifted, packs: Packs) -> None:
+    """Tensors that the graph reads and no module holds, under names that no other program of the region has for another tensor."""
+    for name, tensor in list(lifted.constants.items()):
+        free = name
+        while packs.constants.get(free, tensor) is not tensor:
+            free += "_"
+        if free != name:
+            lifted.constants[free] = lifted.constants.pop(name)
+            for node in lifted.graph.nodes:
+                if node.op == "get_attr" and node.target == name:
+                    node.target = free
+        packs.constants[free] = tensor
 
 
 def _rule(bundle: Bundle) -> Any:
@@ -170,7 +182,7 @@ def saved_launches(bundles: Bundles, component: set[int]) -> int:
         lanes = len(bundle.members)
         if not is_view(bundle):
             saved += lanes - 1
-        if bundle.name in ("select", "slice_along"):
+        if bundle.name in ("select", "slice_along", "size"):
             continue
         for column in _columns(bundle):
             if all(n is column[0] for n in column) or all(n.op == "get_attr" for n in column):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..bundle import Bundle
 from . import (
     along,
+    attention,
     batch,
     batch_norm,
     bilinear,
@@ -29,6 +30,7 @@ from . import (
     pad,
     prelu,
     random,
+    recurrent,
     reduce,
     shape,
     slicing,
@@ -37,9 +39,9 @@ from . import (
 from .base import RULES, Rule
 
 FAMILIES = (
-    *(along, batch, batch_norm, bilinear, conv, elementwise, embedding, factories, fft, group_norm, indexing),
-    *(items, joins, layer_norm, leading, linear, local_response_norm, loss, matmul, pad, prelu, random, reduce),
-    *(shape, slicing, state),
+    *(along, attention, batch, batch_norm, bilinear, conv, elementwise, embedding, factories, fft, group_norm),
+    *(indexing, items, joins, layer_norm, leading, linear, local_response_norm, loss, matmul, pad, prelu, random),
+    *(recurrent, reduce, shape, slicing, state),
 )
 
 

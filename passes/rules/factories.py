@@ -16,4 +16,6 @@ def _factory(emitter: Emitter, bundle: Bundle) -> Packed:
     args = tensors(emitter, bundle)
     if any(isinstance(value, Packed) for name, value in args.items() if name != "input"):
         raise CannotVectorize(f"{bundle.name} takes its numbers from a tensor")
-    return Packed(emitter.respell(bundle.op, unpacked(args)), None)
+    node, first = emitter.spell(bundle.op, unpacked(args)), bundle.members[0].meta
+    node.meta["val"] = emitter.stand_in(first["shape"], first["stride"], first["dtype"])  # called, it would be on the device it names
+    return Packed(emitter._placed(node), None)

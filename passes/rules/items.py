@@ -7,6 +7,7 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..emit import CannotVectorize, Emitter, Packed
+from ..recurrent import together
 from .base import rule
 
 
@@ -18,5 +19,8 @@ def _item(emitter: Emitter, bundle: Bundle) -> Packed:
     if source is None or any(emitter.bundles.bundle(node) is not source for node in sources):
         raise CannotVectorize("outputs of calls that are no lanes of one op")
     value, at = emitter.values[source.index], int(bundle.members[0].args[1])  # type: ignore[arg-type]
-    made = Packed(emitter.call(operator.getitem, value.node, at), value.dim)
+    if value.node.target is together:  # outputs that a rule has made one by one: what nobody reads is then not computed
+        made = Packed(value.node.args[at], value.dim)  # type: ignore[arg-type]
+    else:
+        made = Packed(emitter.call(operator.getitem, value.node, at), value.dim)
     return emitter.pick(made, len(source.members), [emitter.bundles.position[node] for node in sources])

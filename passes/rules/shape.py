@@ -26,6 +26,9 @@ def _same(emitter: Emitter, bundle: Bundle, value: Packed) -> Packed:
 
 @rule("size", view=True)
 def _size(emitter: Emitter, bundle: Bundle) -> Packed:
+    first: Any = bundle.members[0].args[0]
+    if emitter.bundles.bundle(first) is None:  # tensors from several places have one size: nothing is gathered to read it
+        return Packed(emitter.call("size", emitter.single(first), emitter.operand(bundle, "dim")), None)
     value = _input(emitter, bundle)
     return Packed(emitter.call("size", value.node, physical(emitter.operand(bundle, "dim"), value.dim)), None)
 

@@ -54,7 +54,8 @@ def _places(emitter: Emitter, bundle: Bundle) -> Packed:
         raise CannotVectorize("equal tensors are sliced as if they were different")
     inner_dim = physical(dim, outer.dim)
     node = _fork(emitter, bundle, outer.node, inner_dim, per_source[0])
-    outer_dim = outer.dim if outer.dim < inner_dim else outer.dim + 1
+    # A slice leaves its width behind its position, as a new dim; a selected position is where the dim was.
+    outer_dim = outer.dim if outer.dim < inner_dim or bundle.name == "select" else outer.dim + 1
     moved = emitter.call(torch.movedim, node, (outer_dim, inner_dim), (0, 1))
     return Packed(emitter.call(torch.flatten, moved, 0, 1), 0)
 

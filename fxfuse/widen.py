@@ -1,0 +1,52 @@
+"""A recorded program that follows a model to float64: for the comparison there.
+
+Comes in: the graph of a program, in which ``torch.zeros(n, dtype=x.dtype)`` names the dtype of the recording. Goes out: a copy that makes
+float64 where the making is exact either way: zeros, ones, infinities and other fills that no dtype rounds, and casts of masks and
+integers. A call whose dtype forward itself spells out gives the same values then.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.fx
+
+_EXACT = frozenset("zeros ones zeros_like ones_like new_zeros new_ones eye empty empty_like new_empty".split())
+_FILLED = frozenset("full full_like new_full".split())
+
+
+def widened(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy of ``graph`` whose factories make float64.
+
+    >>> graph = torch.fx.Graph()
+    >>> _ = graph.output(graph.call_function(torch.zeros, (2,), {"dtype": torch.float32}))
+    >>> next(iter(widened(graph).nodes)).kwargs["dtype"]
+    torch.float64
+    """
+    made = copy.deepcopy(graph)
+    for node in made.nodes:
+        if node.op in ("call_function", "call_method") and _exact(node):
+            node.args, node.kwargs = _double(tuple(node.args)), _double(dict(node.kwargs))
+    return made
+
+
+def _exact(node: torch.fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name in _EXACT:
+        return True
+    if name in _FILLED:
+        value = node.kwargs.get("fill_value", node.args[-1])
+        return isinstance(value, (int, float)) and (value != value or float(torch.tensor(value, dtype=torch.float16)) == value)
+    if name == "to":
+        source: Any = node.args[0]
+        seen = source.meta.get("val") if isinstance(source, torch.fx.Node) else None
+        return isinstance(seen, torch.Tensor) and not seen.dtype.is_floating_point and not seen.dtype.is_complex
+    return False
+
+
+def _double(arguments: Any) -> Any:
+    return torch.fx.node.map_aggregate(
+        arguments, lambda a: torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a
+    )
