@@ -28,8 +28,11 @@ LANE = "_fxfuse_lane"  # the key in an instance's __dict__ under which its LaneI
 # Attributes of nn.Module itself that say nothing of what a forward computes, or that are compared whenever it matters.
 _LOOKED_UP = {
     *("training", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_flat_weights", "_flat_weight_refs"),
-    *("_is_full_backward_hook", "_compiled_call_impl", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_is_full_backward_hook", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
 }
+
+# What torch.compile sets on the module that it is given: right before it traces, when there is no more time to look again.
+_COMPILED = {"_is_torch_compile", "_compiled_call_impl"}
 
 _thread = threading.local()
 
@@ -73,6 +76,8 @@ class Watch:
     def note(self, path: str, module: nn.Module, name: str, value: Any = None) -> None:
         """Remember what an attribute was before its first change. Flags, tensors and submodules need no note: these are
         compared with what they were whenever ``ready`` is None."""
+        if name in _COMPILED:
+            return
         self.ready = None
         own = module.__dict__
         if name in _LOOKED_UP:

@@ -97,7 +97,7 @@ def find_bundles(
         b.index
         for b in classes
         if len(b.members) >= min_lanes
-        and (_is_size(b) or (b.op is not None and b.members[0].meta.get("shape") is not None and vectorizable(b)))
+        and (_is_size(b) or (b.op is not None and (b.members[0].meta.get("shape") is not None or _has_items(b)) and vectorizable(b)))
     }
     bundles = Bundles(classes, of, active, {})
     _drop_idle_views(bundles, is_view)
@@ -169,6 +169,12 @@ def _local(arg: Any) -> Any:
 
 def _is_size(bundle: Bundle) -> bool:
     return bundle.op is not None and bundle.op.name.startswith("size")
+
+
+def _has_items(bundle: Bundle) -> bool:
+    """Several outputs, taken apart by ``item``: they have no shape of their own."""
+    users = [user for member in bundle.members for user in member.users]
+    return bool(users) and all(isinstance(user.target, Op) and user.target.name == "item" for user in users)
 
 
 def _key(node: Node, of: dict[Node, int]) -> Any:

@@ -63,6 +63,15 @@ def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     return value.to(slot.dtype).expand_as(slot)
 
 
+def take_lane(outputs: tuple[torch.Tensor, ...], dim: int, lane: int) -> tuple[torch.Tensor, ...]:
+    """One lane of each of several outputs.
+
+    >>> take_lane((torch.arange(2), torch.eye(2)), 0, 1)
+    (tensor(1), tensor([0., 1.]))
+    """
+    return tuple([output.select(dim, lane) for output in outputs])
+
+
 _WRAPPED: dict[Callable[..., Any], Op] = {}
 
 

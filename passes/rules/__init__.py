@@ -6,18 +6,18 @@ Adding an op touches one file of this folder (and this list, where the file is n
 from __future__ import annotations
 
 from ..bundle import Bundle
-from . import conv, elementwise, joins, linear, matmul, norm, pad, prelu, random, reduce, shape, slicing
+from . import conv, elementwise, fallback, items, joins, linear, matmul, norm, pad, prelu, random, reduce, shape, slicing
 from .base import RULES, Rule
 
-FAMILIES = (conv, elementwise, joins, linear, matmul, norm, pad, prelu, random, reduce, shape, slicing)
+FAMILIES = (conv, elementwise, fallback, items, joins, linear, matmul, norm, pad, prelu, random, reduce, shape, slicing)
 
 
 def rule_of(bundle: Bundle) -> Rule | None:
-    """The rule for the bundle's op: its own, or the elementwise one where the operator's schema says it is elementwise."""
+    """The rule for the bundle's op: its own; the elementwise one where the operator's schema says so; else ``torch.vmap``."""
     found = RULES.get(bundle.name)
     if found is None and bundle.op is not None and bundle.op.pointwise and not bundle.op.random:
         return elementwise.POINTWISE
-    return found
+    return found if found is not None else fallback.rule_of_last_resort(bundle)
 
 
 def has_rule(bundle: Bundle) -> bool:

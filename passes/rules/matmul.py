@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter, Packed
 from .base import rank, rule
+from .fallback import by_vmap
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot", heavy=True, lowering="matmul")
@@ -61,10 +62,10 @@ def product(emitter: Emitter, bundle: Bundle, left: Packed, right: Packed, left_
 
 
 @rule("addmm", "baddbmm", "addmv", "addbmm", heavy=True, lowering="matmul")
-def _added(emitter: Emitter, bundle: Bundle) -> Packed:
+def _added(emitter: Emitter, bundle: Bundle) -> Packed | tuple[Packed, str]:
     assert bundle.op is not None
     if bundle.name == "addbmm" or emitter.operand(bundle, "beta") != 1 or emitter.operand(bundle, "alpha") != 1:
-        raise CannotVectorize(f"{bundle.name} with beta or alpha")
+        return by_vmap(emitter, bundle)
     first, second = bundle.op.names[1:3]
     args = bundle.members[0].args
     out = product(emitter, bundle, emitter.operand(bundle, first), emitter.operand(bundle, second), args[1], args[2])
