@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 _functorch: Any = torch._C._functorch  # its stubs leave the switch out
-_FALLBACK = re.compile(r"(\S+) hit the vmap fallback")
+_FALLBACK = re.compile(r"(\S+) hit the vmap fallback|Batching rule not implemented for ([\w:.]*\w)")
 
 
 class MissingRule(Exception):
@@ -37,6 +37,6 @@ def batched_or_raise() -> Iterator[None]:
         found = _FALLBACK.search(str(error))
         if found is None:
             raise
-        raise MissingRule(found.group(1).removeprefix("aten::").partition(".")[0]) from error
+        raise MissingRule((found.group(1) or found.group(2)).removeprefix("aten::").partition(".")[0]) from error
     finally:
         _functorch._set_vmap_fallback_enabled(before)

@@ -32,7 +32,7 @@ _DUNDERS = {
     "clip": "clamp",
 }  # fmt: skip
 _GETTERS = {"T": "t", "mT": "mT", "H": "H", "mH": "mH", "real": "real", "imag": "imag", "data": "detach"}
-_VARIADIC = frozenset("view reshape permute expand repeat tile flip new_zeros new_ones new_empty new_full".split())
+_VARIADIC = frozenset("view reshape permute expand broadcast_to repeat tile flip new_zeros new_ones new_empty new_full".split())
 _FACTORIES = frozenset("zeros ones empty rand randn".split())
 _NOISE = frozenset({"_stacklevel", "inplace"})
 _MISSING = inspect.Parameter.empty

@@ -70,6 +70,8 @@ def rule_of_last_resort(bundle: Bundle) -> Rule | None:
 
 
 def _over_lanes(emitter: Emitter, op: Op, values: list[Any], keywords: tuple[str, ...]) -> Node:
+    # Lanes in front: at other places torch's batching rules are tried less, and some are wrong (grid_sample, gradients of batch_norm).
+    values = [_mapped(value, lambda p: p if p.dim is None else Packed(emitter.at(p, 0), 0)) for value in values]
     in_dims = tuple(_mapped(value, lambda packed: packed.dim, constant=None) if _packed(value) else None for value in values)
     return _call(emitter, OverLanes(op.func, in_dims, keywords), values, (), op)
 
