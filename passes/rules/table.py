@@ -53,7 +53,8 @@ def _row(family: object) -> str:
     name = getattr(family, "__name__", "")
     names = [op for op, rule in RULES.items() if rule.vectorize.__module__ == name]
     ops = [text for text in (_WRITTEN.get(op, f"`{op}`") for op in names) if text]
-    title = (getattr(family, "__doc__", None) or "").split("\n\n")[0].replace("\n", " ").partition(". ")[0].rstrip(".").replace("|", "/").replace("``", "`")
+    title = (getattr(family, "__doc__", None) or "").split("\n\n")[0].replace("\n", " ").partition(". ")[0].rstrip(".")
+    title = title.replace("|", "/").replace("``", "`")
     return f"| {_kind(family)} | {title} | {', '.join(ops)} |" if ops else ""
 
 
