@@ -139,7 +139,7 @@ class RegionState(Watch):
         return self.others[key]
 
     def _unknown_flags(self, flags: tuple[bool, ...]) -> str:
-        if not self.plan.programs:
+        if not self.plan.programs and self.plan.methods:
             return "forward itself holds no program, other methods do"
         if len(set(flags)) == 1:
             return f"no program was recorded in {'train' if flags[0] else 'eval'} mode"
@@ -738,13 +738,17 @@ def graphs(model: nn.Module) -> dict[str, torch.fx.GraphModule]:
     """By region path, the program of the current mode as a ``torch.fx.GraphModule`` that shares the region's tensors.
 
     Its inputs are the flattened arguments, its result is the flat list of outputs. Regions without a program for the
-    current ``training`` flags are left out.
+    current ``training`` flags are left out. Programs of other methods are there as ``"path.method()"``.
     """
     found: dict[str, torch.fx.GraphModule] = {}
     for path, state in regions(model).items():
-        program = state.plan.programs.get(state.flags())
+        flags = state.flags()
+        program = state.plan.programs.get(flags)
         if program is not None:
             found[path] = _graph_module(state, program)
+        for name, modes in state.plan.methods.items():
+            if name != "forward" and modes.get(flags):
+                found[f"{path}.{name}()" if path else f"{name}()"] = _graph_module(state, modes[flags][0])
     return found
 
 

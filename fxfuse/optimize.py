@@ -48,6 +48,9 @@ from .validate import validate as compare
 from .weights import carry_over, unpackable
 from .workbench import Case
 
+# Calls of one module in more forms than these run its loop.
+MOST_FORMS = 8
+
 
 def optimize(
     model: nn.Module,
@@ -432,12 +435,13 @@ class _Pipeline:
         for observation in way.observations:
             if observation.same_as is first:
                 continue
+            forms = {_form(frame, observation.trace): frame for frame in reversed(observation.trace.frames) if _is_call(frame, region)}
+            if observation is first:
+                forms.pop(_form(region.frame, first.trace), None)
+            if not forms:
+                continue
             finder = RegionFinder(observation, self.options.min_lanes, self.options.objective == "launches")
-            seen = {_form(region.frame, first.trace)} if observation is first else set()
-            for frame in observation.trace.frames:
-                if frame.path != region.frame.path or frame.poison or (form := _form(frame, observation.trace)) in seen:
-                    continue
-                seen.add(form)
+            for frame in list(reversed(forms.values()))[:MOST_FORMS]:
                 prepared = finder.prepared(frame)
                 if isinstance(prepared, Refusal):
                     mode = "train" if any(observation.flags) else "eval"
@@ -586,6 +590,11 @@ class _Pipeline:
 def _inside(path: str, other: str) -> bool:
     """Is the module at ``path`` inside the one at ``other``?"""
     return path != other and (not other or path.startswith(f"{other}."))
+
+
+def _is_call(frame: Frame, region: Region) -> bool:
+    """Is this a call of the region's module that may be recorded?"""
+    return frame.path == region.frame.path and not frame.poison
 
 
 def _form(frame: Frame, trace: Trace) -> Any:

@@ -80,6 +80,7 @@ def test_a_model_without_a_forward(options: dict[str, Any]) -> None:
     assert report.methods["training_step"].ok
     assert "linear" in lowered(fused)["training_step"]
     assert "in training_step:" in str(report)
+    assert list(fxfuse.graph(fused)) == ["training_step()"]
     assert report.to_dict()["fused"][0]["methods"]["training_step"][0]["lanes"] == 4
     for rows in (6, 3, 11):
         assert_same(model, fused, "training_step", (checks.randn(rows, 4, seed=rows), checks.randn(rows, 2)), 0)
@@ -260,11 +261,13 @@ def test_one_module_in_two_forms() -> None:
     args = (checks.randn(5, 3), checks.randn(7, 2, 3, seed=2))
     fused = fxfuse.optimize(model, args, objective="launches", strict=True, validate=False)
     report = fxfuse.report(fused)
-    assert [len(p) for plan in report.fused for p in plan.methods.get("forward", {}).values()] in ([1, 1], []), str(report)
+    (plan,) = report.fused
+    assert plan.path == "bank"
+    assert [len(programs) for programs in plan.methods["forward"].values()] == [1, 1], "one more form in each mode"
     assert_same(model, fused, "forward", *args)
-    if [plan.path for plan in report.fused] == ["bank"]:
-        assert_same(model, fused, "bank.forward", args[0])
-        assert_same(model, fused, "bank.forward", args[1], flip=True)
+    assert_same(model, fused, "forward", checks.randn(2, 3), checks.randn(9, 2, 3, seed=2))
+    assert_same(model, fused, "bank.forward", args[0])
+    assert_same(model, fused, "bank.forward", args[1], flip=True)
 
 
 class Forms(nn.Module):
