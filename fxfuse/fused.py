@@ -33,6 +33,14 @@ _MOST_REASONS = 100  # reasons hold shapes: a run over endless shapes must not f
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def _unsaved() -> dict[str, Any]:
+    """What a state has before its first call: never copied or saved."""
+    return {"ready": None, "current": None, "compiled": {}, "methods": {}, "others": {}, "loading": None, "holders": None}
+
+
+_UNSAVED = frozenset({*_unsaved(), "plan"})
+
+
 @dataclass(eq=False)
 class RegionState(Watch):
     """All that a region knows besides its modules: its plan, what it answered through the loop and why."""
@@ -51,6 +59,8 @@ class RegionState(Watch):
     active: int = 0  # calls that are in the original forward now
     compiled: dict[tuple[bool, ...], Compiled] = field(default_factory=dict)  # never copied or saved
     current: Compiled | None = None
+    methods: dict[str, list[Compiled]] = field(default_factory=dict)  # of the current flags; right while ``ready`` is not None
+    others: dict[tuple[str, tuple[bool, ...]], list[Compiled]] = field(default_factory=dict)  # never copied or saved
     holders: list[dict[str, Any]] | None = None  # the ``_parameters`` of all modules, for as long as none comes or goes
 
     @property
@@ -70,20 +80,28 @@ class RegionState(Watch):
         yield from self.hidden
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("ready", "current", "compiled", "loading", "plan", "holders")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in _UNSAVED}
         programs = {flags: program_to_data(program) for flags, program in self.plan.programs.items()}
-        return {**kept, "plan": replace(self.plan, programs={}), "programs": programs}
+        methods = {
+            name: {flags: [program_to_data(p) for p in programs] for flags, programs in modes.items()}
+            for name, modes in self.plan.methods.items()
+        }
+        return {**kept, "plan": replace(self.plan, programs={}, methods={}), "programs": programs, "methods_data": methods}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         programs = {flags: program_from_data(data) for flags, data in state.pop("programs").items()}
-        self.__dict__.update(state, ready=None, current=None, compiled={}, loading=None, holders=None)
-        self.plan = replace(state["plan"], programs=programs)
+        methods = {
+            name: {flags: tuple(program_from_data(p) for p in datas) for flags, datas in modes.items()}
+            for name, modes in state.pop("methods_data", {}).items()
+        }
+        self.__dict__.update(state, **_unsaved())
+        self.plan = replace(state["plan"], programs=programs, methods=methods)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionState:
         copied = RegionState.__new__(RegionState)
         memo[id(self)] = copied
         # plans are never changed; compiled functions hold the modules of this very region
-        shared: dict[str, Any] = {"plan": self.plan, "ready": None, "current": None, "compiled": {}, "loading": None, "holders": None}
+        shared: dict[str, Any] = {**_unsaved(), "plan": self.plan}
         copied.__dict__.update(shared)
         copied.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in shared})
         return copied
@@ -99,19 +117,36 @@ class RegionState(Watch):
         if reason is not None:
             return reason
         flags = self.flags()
+        self.methods = {name: self._compiled_others(name, flags) for name in self.plan.methods}
         program = self.plan.programs.get(flags)
         if program is None:
+            self.ready = _always_miss if self.plan.methods else None
             return self._unknown_flags(flags)
         compiled = self.compiled.get(flags)
         if compiled is None:
-            aliases = {name: Source(alias, None, "tensor") for name, alias in self.aliases.items()}
-            compiled = self.compiled[flags] = compile_program(program, self.region, self.facts, aliases)
+            compiled = self.compiled[flags] = self._compile(program)
         else:
             compiled.hold(True)
-        self.current, self.ready = compiled, compiled.run
+        further = self.methods.get("forward")
+        self.current, self.ready = compiled, _first_of([compiled, *further]) if further else compiled.run
         return compiled
 
+    def _compile(self, program: Program) -> Compiled:
+        aliases = {name: Source(alias, None, "tensor") for name, alias in self.aliases.items()}
+        return compile_program(program, self.region, self.facts, aliases)
+
+    def _compiled_others(self, name: str, flags: tuple[bool, ...]) -> list[Compiled]:
+        key = (name, flags)
+        if key not in self.others:
+            self.others[key] = [self._compile(program) for program in self.plan.methods[name].get(flags, ())]
+        else:
+            for compiled in self.others[key]:
+                compiled.hold(True)
+        return self.others[key]
+
     def _unknown_flags(self, flags: tuple[bool, ...]) -> str:
+        if not self.plan.programs and self.plan.methods:
+            return "forward itself holds no program, other methods do"
         if len(set(flags)) == 1:
             return f"no program was recorded in {'train' if flags[0] else 'eval'} mode"
         odd = not max(set(flags), key=flags.count)
@@ -149,6 +184,23 @@ class RegionState(Watch):
         return None
 
 
+def _always_miss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return MISS
+
+
+def _first_of(programs: list[Compiled]) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """The first program whose guard holds."""
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for program in programs:
+            out = program.run(args, kwargs)
+            if out is not MISS:
+                break
+        return out
+
+    return run
+
+
 def _unchanged(module: nn.Module, name: str, existed: bool, before: Any) -> bool:
     own = module.__dict__
     present = name in own or hasattr(type(module), name)
@@ -183,13 +235,13 @@ class RegionMixin(LaneMixin):
         reason = "the region changed since its last call, and this one is traced"
         if run is None and not torch.compiler.is_compiling():
             prepared = state.prepare()
-            run, reason = (None, prepared) if isinstance(prepared, str) else (prepared.run, "")
+            run, reason = (None, prepared) if isinstance(prepared, str) else (state.ready, "")
         if run is not None:
             try:
                 out = run(args, kwargs)
                 if out is not MISS:
                     return out
-                reason = "the guard did not hold"
+                reason = "the guard did not hold" if state.current is not None else state._unknown_flags(state.flags())
                 if state.current is not None and not torch.compiler.is_compiling():
                     again = state.current.rebound(self._fxfuse_base.forward, self, args, kwargs)
                     if again is not None and (out := run(*again)) is not MISS:
@@ -199,10 +251,38 @@ class RegionMixin(LaneMixin):
                 reason = str(stale)
         return self._fxfuse_fall_back(state, reason, args, kwargs)
 
-    def _fxfuse_fall_back(self, state: RegionState, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _fxfuse_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As ``_fxfuse_forward``, for another method of the region that holds a loop."""
+        state: RegionState = self.__dict__[STATE]
+        reason = "the region changed since its last call, and this one is traced"
+        if state.ready is None and not torch.compiler.is_compiling():
+            prepared = state.prepare()
+            reason = prepared if isinstance(prepared, str) else ""
+        if state.ready is not None:
+            programs = state.methods[name]
+            mode = {True: "train", False: "eval"}.get(self.training)
+            reason = "the guard did not hold" if programs else f"no program was recorded in {mode} mode"
+            try:
+                for program in programs:
+                    out = program.run(args, kwargs)
+                    if out is not MISS:
+                        return out
+                    if not torch.compiler.is_compiling():
+                        again = program.rebound(getattr(self._fxfuse_base, name), self, args, kwargs)
+                        if again is not None and (out := program.run(*again)) is not MISS:
+                            return out
+                        reason = program.why(*(again or (args, kwargs)))
+            except StaleAlias as stale:
+                reason = str(stale)
+        return self._fxfuse_fall_back(state, reason, args, kwargs, name)
+
+    def _fxfuse_fall_back(
+        self, state: RegionState, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward"
+    ) -> Any:
+        reason = reason if method == "forward" else f"{method}: {reason}"
         if state.strict:
             raise FallbackError(f"{state.plan.path or type(self).__name__} would run its loop: {reason}")
-        forward = self._fxfuse_base.forward
+        forward = getattr(self._fxfuse_base, method)
         if torch.compiler.is_compiling():  # traced: no counters, no caches
             return forward(self, *args, **kwargs)
         known = reason in state.fallbacks or len(state.fallbacks) < _MOST_REASONS
@@ -224,7 +304,7 @@ class RegionMixin(LaneMixin):
         """As of any module (``to``, ``half``, ``cuda``): the memory of the old weights is let go of."""
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         state: RegionState = self.__dict__[STATE]
-        for compiled in state.compiled.values():
+        for compiled in (*state.compiled.values(), *(each for others in state.others.values() for each in others)):
             compiled.hold(False)
         state.ready = None
         return result
@@ -410,8 +490,9 @@ def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
         raise FxfuseError(f"the model has no module {plan.path}") from error
     if not isinstance(region, nn.Module) or isinstance(region, torch.jit.ScriptModule):
         raise FxfuseError(f"{where} is a {type(region).__name__}, which cannot be given another forward")
-    if "forward" in region.__dict__:
-        raise FxfuseError(f"{where}.forward was replaced on the instance, which would bypass the fused forward")
+    replaced = next((name for name in ("forward", *plan.methods) if name in region.__dict__), None)
+    if replaced is not None:
+        raise FxfuseError(f"{where}.{replaced} was replaced on the instance, which would bypass the fused {replaced}")
     modules = {module: name for name, module in region.named_modules()}
     if any(LANE in module.__dict__ for module in modules):
         raise FxfuseError(f"{where} is fused already, in whole or in part")
@@ -575,8 +656,9 @@ def _operate(surgery: _Surgery, strict: bool, packing: Literal["packed", "alias"
         region._modules[surgery.holder] = root
     region.__dict__[STATE] = state
     for module, info in infos.items():
-        become(module, info, RegionMixin if module is region else LaneMixin)
-    for program in plan.programs.values():
+        methods = [name for name in plan.methods if name != "forward"] if module is region else []
+        become(module, info, RegionMixin if module is region else LaneMixin, methods)
+    for program in plan.all_programs():
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 try:
@@ -639,13 +721,18 @@ def accept_any_dtype(model: nn.Module) -> None:
     For comparisons in float64 under ``DefaultFloat64`` only: elsewhere a factory would still make the dtype of the recording.
     """
     for state in regions(model).values():
-        programs = {
-            flags: Program(widened(p.graph), replace(p.guard, generic_dtype=True), p.in_spec, p.out_spec)
-            for flags, p in state.plan.programs.items()
+        programs = {flags: _generic(program) for flags, program in state.plan.programs.items()}
+        methods = {
+            name: {flags: tuple(map(_generic, programs)) for flags, programs in modes.items()} for name, modes in state.plan.methods.items()
         }
-        state.plan = replace(state.plan, programs=programs)
+        state.plan = replace(state.plan, programs=programs, methods=methods)
         state.compiled.clear()
+        state.others.clear()
         state.ready = state.current = None
+
+
+def _generic(program: Program) -> Program:
+    return Program(widened(program.graph), replace(program.guard, generic_dtype=True), program.in_spec, program.out_spec)
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -667,13 +754,17 @@ def graphs(model: nn.Module) -> dict[str, torch.fx.GraphModule]:
     """By region path, the program of the current mode as a ``torch.fx.GraphModule`` that shares the region's tensors.
 
     Its inputs are the flattened arguments, its result is the flat list of outputs. Regions without a program for the
-    current ``training`` flags are left out.
+    current ``training`` flags are left out. Programs of other methods are there as ``"path.method()"``.
     """
     found: dict[str, torch.fx.GraphModule] = {}
     for path, state in regions(model).items():
-        program = state.plan.programs.get(state.flags())
+        flags = state.flags()
+        program = state.plan.programs.get(flags)
         if program is not None:
             found[path] = _graph_module(state, program)
+        for name, modes in state.plan.methods.items():
+            if name != "forward" and modes.get(flags):
+                found[f"{path}.{name}()" if path else f"{name}()"] = _graph_module(state, modes[flags][0])
     return found
 
 

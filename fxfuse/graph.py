@@ -164,3 +164,10 @@ class RegionPlan:
     seconds: tuple[float, float] | None = None  # median before, after, in the mode asked for
     peak_bytes: tuple[int, int] | None = None  # before, after
     tried: list[tuple[str, float]] = field(default_factory=list)  # lowering and its median seconds
+    # Programs over the same packs: of other methods by name, and further signatures of "forward".
+    methods: dict[str, dict[tuple[bool, ...], tuple[Program, ...]]] = field(default_factory=dict)
+    method_ops: dict[str, list[FusedOp]] = field(default_factory=dict)
+
+    def all_programs(self) -> list[Program]:
+        """The programs of all methods, signatures and modes."""
+        return [*self.programs.values(), *(p for modes in self.methods.values() for programs in modes.values() for p in programs)]

@@ -8,9 +8,10 @@ of every change that a recorded program may have assumed away. The technique is 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -28,8 +29,11 @@ LANE = "_fxfuse_lane"  # the key in an instance's __dict__ under which its LaneI
 # Attributes of nn.Module itself that say nothing of what a forward computes, or that are compared whenever it matters.
 _LOOKED_UP = {
     *("training", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_flat_weights", "_flat_weight_refs"),
-    *("_is_full_backward_hook", "_compiled_call_impl", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_is_full_backward_hook", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
 }
+
+# What torch.compile sets on the module that it is given: right before it traces, when there is no more time to look again.
+_COMPILED = {"_is_torch_compile", "_compiled_call_impl"}
 
 _thread = threading.local()
 
@@ -73,6 +77,8 @@ class Watch:
     def note(self, path: str, module: nn.Module, name: str, value: Any = None) -> None:
         """Remember what an attribute was before its first change. Flags, tensors and submodules need no note: these are
         compared with what they were whenever ``ready`` is None."""
+        if name in _COMPILED:
+            return
         self.ready = None
         own = module.__dict__
         if name in _LOOKED_UP:
@@ -394,9 +400,14 @@ _classes: dict[tuple[type, type, tuple[str, ...]], type] = {}
 
 
 def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
-    """The subclass of ``base`` whose attributes ``names`` are views of a pack; equal arguments give the same class."""
+    """The subclass of ``base`` whose attributes ``names`` are views of a pack; equal arguments give the same class.
+
+    A name that ends in ``()`` is that of a method with a program of its own, as ``forward`` has.
+    """
     key = (base, mixin, names)
     if key not in _classes:
+        methods = [name.removesuffix("()") for name in names if name.endswith("()")]
+        names = tuple(name for name in names if not name.endswith("()"))
         space: dict[str, Any] = {
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
@@ -405,7 +416,7 @@ def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
             "_fxfuse_base": base,
             "_fxfuse_ordinary": ordinary(base),
             "_fxfuse_mixin": mixin,
-            "_fxfuse_names": names,
+            "_fxfuse_names": key[2],
             **{name: _property(name) for name in names},
             **{name: _telling(name) for name in _CONTAINER if hasattr(base, name)},
         }
@@ -422,8 +433,19 @@ def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
             with suppress(TypeError, ValueError):  # a builtin or a wrapper without one
                 forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
             space["forward"] = forward
+            space.update({name: _method(base, name) for name in methods})
         _classes[key] = type(base)(base.__name__, (mixin, base), space)
     return _classes[key]
+
+
+def _method(base: Any, name: str) -> Callable[..., Any]:
+    """A method of the base that runs its program."""
+
+    @functools.wraps(getattr(base, name))
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._fxfuse_method(name, args, kwargs)
+
+    return method
 
 
 def rebuild(base: type, mixin: type, names: tuple[str, ...]) -> Any:
@@ -431,14 +453,14 @@ def rebuild(base: type, mixin: type, names: tuple[str, ...]) -> Any:
     return object.__new__(generated(base, mixin, names))
 
 
-def become(module: nn.Module, info: LaneInfo, mixin: type = LaneMixin) -> None:
-    """Give ``module`` its generated class, in place."""
+def become(module: nn.Module, info: LaneInfo, mixin: type = LaneMixin, methods: Sequence[str] = ()) -> None:
+    """Give ``module`` its generated class, in place. ``methods``: those that run programs, besides forward."""
     module.__dict__[LANE] = info
     if isinstance(module, nn.RNNBase) and info.slots:
         module.__dict__.pop("_flat_weights", None)
         module.__dict__["_flat_weight_refs"] = []
     # object.__setattr__: the module's own may have opinions on __class__
-    object.__setattr__(module, "__class__", generated(type(module), mixin, tuple(info.slots)))
+    object.__setattr__(module, "__class__", generated(type(module), mixin, (*info.slots, *(f"{name}()" for name in methods))))
 
 
 def restore(module: nn.Module) -> None:

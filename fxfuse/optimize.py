@@ -11,38 +11,36 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.fx
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from . import fused as fused_modules
+from .build import Builder, Recorded, refuse
 from .collector import paused
 from .copies import independent_copy, sharing_copy
 from .determinism import preserved_state
+from .difference import Validation
+from .entries import FORWARD, Entry, make_entries
 from .errors import ArgumentError, FxfuseError
-from .graph import Program, Refusal, RegionPlan
+from .graph import Refusal, RegionPlan
 from .inputs import resample
 from .launches import count
 from .lengths import tracked_len
-from .observe import Observation, observe_modes, reads_offsets
+from .observe import observe_modes, reads_offsets
 from .options import Options, make_inputs, make_options
-from .passes.emit import Packs
-from .passes.program import fits, make_program, resolve_packed
-from .passes.vectorize import LaneSet, Prepared, vectorize
-from .plan import Choice, Planner
+from .passes.vectorize import LaneSet, Prepared
 from .regions import Region, RegionFinder
 from .report import Report
 from .store import get_report, set_report
 from .timing import medians
-from .trace import Frame
 from .tracer import hooks_silent
-from .validate import Validation, other_examples
+from .validate import other_examples
 from .validate import validate as compare
-from .weights import carry_over, unpackable
-from .workbench import Case
+from .weights import carry_over
 
 
 def optimize(
@@ -50,6 +48,7 @@ def optimize(
     example_inputs: Any = None,
     *,
     example_kwargs: dict[str, Any] | None = None,
+    methods: Any = None,
     mode: Literal["train", "infer"] = "train",
     objective: Literal["time", "launches"] = "time",
     lowering: Literal["auto", "grouped_conv", "bmm"] = "auto",
@@ -69,6 +68,9 @@ def optimize(
             the model fuses at its first call, on that call's inputs, and shares ``model``'s Parameters (an optimizer built before stays
             valid): slower in training than packed Parameters, see the README.
         example_kwargs: keyword arguments of the call. Alone, they count as inputs.
+        methods: other methods that hold loops, by name (``"training_step"``, ``"critic.q1_forward"``): a list, called with the example
+            inputs, or a dict of each one's own example (a tensor, a tuple, or ``(args, kwargs)``), with which ``example_inputs`` may
+            be left out. They share the packed weights with forward.
         mode: what is timed: "train" forward and backward, "infer" the forward. The result is right in both.
         objective: "time" fuses what measures faster; "launches" fuses everything that is legal, whatever it costs.
         lowering: "auto" chooses by measurement; "grouped_conv" and "bmm" force that form where it exists.
@@ -100,12 +102,13 @@ def optimize(
         strict=strict, min_lanes=min_lanes, inplace=inplace, packing="packed",
     )  # fmt: skip
     inputs = make_inputs(example_inputs, example_kwargs)
-    if inputs is None:
+    entries = make_entries(model, inputs, methods)
+    if not entries:
         from .lazy import fuse_at_first_call
 
         return fuse_at_first_call(model, options, inplace)
     holders = _optimizers_of(model)
-    result = run(model, inputs, options, inplace)
+    result = run_entries(model, entries, options, inplace)
     if holders and get_report(result).fused:
         warnings.warn(
             f"{' and '.join(holders)} holds Parameters of the model that was given to fxfuse.optimize: it would not train the fused model. "
@@ -123,7 +126,7 @@ def explain(model: nn.Module, example_inputs: Any = None, **keywords: Any) -> Re
     []
     """
     keywords.pop("inplace", None)
-    if example_inputs is None and keywords.get("example_kwargs") is None:
+    if example_inputs is None and keywords.get("example_kwargs") is None and not isinstance(keywords.get("methods"), dict):
         from .errors import ArgumentError
 
         raise ArgumentError("explain needs example_inputs (a tensor or a tuple) or example_kwargs; none came")
@@ -133,11 +136,16 @@ def explain(model: nn.Module, example_inputs: Any = None, **keywords: Any) -> Re
 
 
 def run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, inplace: bool) -> nn.Module:
+    """The pipeline on the forward of a model, its arguments checked. Always returns a working model."""
+    return run_entries(model, [Entry(FORWARD, *inputs)], options, inplace)
+
+
+def run_entries(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module:
     """The pipeline on checked arguments. Always returns a working model."""
-    return _whole(model, inputs, options, inplace) or _run(model, inputs, options, inplace)
+    return _whole(model, entries, options, inplace) or _run(model, entries, options, inplace)
 
 
-def _whole(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, inplace: bool) -> nn.Module | None:
+def _whole(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module | None:
     """A model with fused models in it, fused as a whole: they are taken apart first. None where that is not the case, or gains nothing."""
     parts = list(fused_modules.regions(model))
     if not parts or "" in parts or inplace or options.packing != "packed":
@@ -146,7 +154,7 @@ def _whole(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], opt
         plain = fused_modules.unfuse(model)
     except Exception:  # a part that cannot be copied stays as it is, with the reason in the report
         return None
-    result = _run(plain, inputs, options, False)
+    result = _run(plain, entries, options, False)
     report = get_report(result)
     if not report.fused:
         return None
@@ -155,9 +163,9 @@ def _whole(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], opt
     return result
 
 
-def _run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, inplace: bool) -> nn.Module:
+def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module:
     report = Report(type(model).__name__)
-    pipeline = _Pipeline(model, inputs, options, report)
+    pipeline = _Pipeline(model, entries, options, report)
     try:
         # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
         with warnings.catch_warnings(), torch.inference_mode(False):
@@ -175,25 +183,17 @@ def _run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], optio
         return result
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """How a region is rewritten, and from what."""
-
-    region: Region
-    observations: list[Observation]
-    choice: Choice
-    prefer: str
-    packs: Packs  # before anything is packed
-
-
 class _Pipeline:
-    def __init__(self, model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, report: Report) -> None:
+    def __init__(self, model: nn.Module, entries: list[Entry], options: Options, report: Report) -> None:
         self.model, self.options, self.report = model, options, report
         # A tensor made in inference mode cannot take part in a backward; an ordinary copy of it can.
         with torch.inference_mode(False):
-            self.args, self.kwargs = tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
+            self.entries = [
+                Entry(e.name, *tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, (e.args, e.kwargs)))
+                for e in entries
+            ]
         self.work = model
-        self.chosen: dict[str, Chosen] = {}  # by region path
+        self.builder = Builder(model, model, options, report)
         self.keep_integers = False  # fresh inputs are made with the example's own integers
 
     @contextmanager
@@ -223,25 +223,25 @@ class _Pipeline:
             except Exception as error:
                 return self._unchanged(inplace, Refusal(f"the model cannot be copied: {str(error).splitlines()[0]}"))
             with tracked_len(self.work):
-                observations = self._observe()
-        first = observations[0]
-        self.keep_integers = reads_offsets(first.trace)
-        if first.failure:
-            return self._unchanged(inplace, Refusal(f"the forward raises {first.failure}"))
+                recorded = [self._record(entry) for entry in self.entries]
+        for failed in [way for way in recorded if way.observations[0].failure]:
+            what = failed.entry.name if failed.entry.is_method else "the forward"
+            refuse(self.report, Refusal(f"{what} raises {failed.observations[0].failure}"), failed.entry)
+            recorded.remove(failed)
+        if not recorded:
+            return self._unchanged(inplace)
+        self.entries = [way.entry for way in recorded]
+        self.keep_integers = any(reads_offsets(way.observations[0].trace) for way in recorded)
+        self.builder = Builder(self.model, self.work, self.options, self.report)
         with self.stage("find lanes"):
-            finder = RegionFinder(first, self.options.min_lanes, self.options.objective == "launches")
-            finder.visit()
-        self.report.refused.extend(finder.refusals)
+            finders = [self._find(way) for way in recorded]
+            self._widen(recorded, finders)
         plans: list[RegionPlan] = []
-        if self.options.objective == "time" and self.options.tune and self.options.lowering == "auto":
+        if self.options.objective == "time" and self.options.tune and self.options.lowering == "auto" and len(recorded) == 1:
             with self.stage("plan"):
-                plans.extend(self._single_layers(finder, observations))
-        with preserved_state(self.work):
-            for region in finder.regions:
-                with self.stage("plan"):
-                    plan = self._plan(region, observations)
-                if plan is not None:
-                    plans.append(plan)
+                plans.extend(self.builder.single_layers(finders[0], recorded[0]))
+        with preserved_state(self.work), self.stage("plan"):
+            plans.extend(self.builder.plans(recorded))
         result = self.model if inplace else self.spare()
         if not plans:
             if not self.report.refused:
@@ -276,144 +276,52 @@ class _Pipeline:
         set_report(result, self.report)
         return result
 
-    def _unchanged(self, inplace: bool, refusal: Refusal) -> nn.Module:
-        self.report.refused.append(refusal)
+    def _unchanged(self, inplace: bool, refusal: Refusal | None = None) -> nn.Module:
+        if refusal is not None:
+            self.report.refused.append(refusal)
         result = self.model if inplace else self.spare()
         set_report(result, self.report)
         return result
 
-    def _observe(self) -> list[Observation]:
+    def _record(self, entry: Entry) -> Recorded:
         """The model recorded in train mode, in eval mode, and as it is where that is neither; the mode that is timed first."""
         modes = (True, False) if self.options.mode == "train" else (False, True)
-        found = observe_modes(self.work, self.args, self.kwargs, modes)
+        root = entry.root(self.work)
+        found = observe_modes(root, entry.args, entry.kwargs, modes)
         working = [o for o in found if not o.failure]
-        return working or found
+        return Recorded(entry, root, working or found)
 
-    # -- one region ---------------------------------------------------------------------------------------------------------------
+    def _find(self, way: Recorded) -> RegionFinder:
+        finder = RegionFinder(way.observations[0], self.options.min_lanes, self.options.objective == "launches")
+        finder.visit()
+        way.regions = finder.regions
+        for refusal in finder.refusals:
+            refuse(self.report, refusal, way.entry)
+        return finder
 
-    def _plan(self, region: Region, observations: list[Observation]) -> RegionPlan | None:
-        frame, prepared = region.frame, region.prepared
-        module = self.work.get_submodule(frame.path)
-        blocked, kinds = unpackable(self.model, frame.path)
-        packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module))
-        _set_training(self.work, observations[0].flags)
-        planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared))
-        with hooks_silent(self.work):
-            choice = planner.plan()
-        self.report.refused.extend(prepared.refusals)
-        if choice.refusal is not None or choice.vectorized is None:
-            if choice.refusal is not None:
-                self.report.refused.append(choice.refusal)
-            return None
-        if self.options.tune:
-            with hooks_silent(self.work):
-                planner.measure_memory(choice)
-        self.chosen[frame.path] = Chosen(region, observations, choice, planner.prefer, packs)
-        return self._built(self.chosen[frame.path])
+    def _widen(self, recorded: list[Recorded], finders: list[RegionFinder]) -> None:
+        """Where one way in has its region inside another's, both take the outer module: a module belongs to one region."""
+        paths = {way.entry.place(region.frame.path)[0] for way in recorded for region in way.regions}
+        for way, finder in zip(recorded, finders, strict=True):
+            kept: dict[int, Region] = {}
+            for region in way.regions:
+                path = way.entry.place(region.frame.path)[0]
+                outer = min((other for other in paths if _inside(path, other)), key=len, default=path)
+                wider = region if outer == path else self._frame_in(way, finder, outer)
+                if wider is not None:
+                    kept[wider.frame.index] = wider
+                else:
+                    reason = f"its loop is in {path or 'the model'}, which is part of {outer or 'the model'}, fused for another method"
+                    refuse(self.report, Refusal(reason, region.frame.place), way.entry)
+            way.regions = list(kept.values())
 
-    def _built(self, chosen: Chosen) -> RegionPlan | None:
-        """The region's programs for every mode of the model, rewritten as chosen."""
-        region, observations, choice = chosen.region, chosen.observations, chosen.choice
-        frame, prepared = region.frame, region.prepared
-        assert choice.vectorized is not None
-        module = self.work.get_submodule(frame.path)
-        modules = list(self.work.modules())
-        programs: dict[tuple[bool, ...], Program] = {}
-        packs = choice.vectorized.packs
-        notes = list(choice.vectorized.notes)
-        graphs = [(observations[0], prepared.lifted, choice.vectorized.graph)]
-        alike = [o for o in observations[1:] if o.same_as is observations[0]]
-        for observation in observations[1:]:
-            if observation.same_as is observations[0]:
-                continue
-            other = self._other_mode(observation, region)
-            if other is None:
-                continue
-            if prepared.skipped:
-                other = other.without(prepared.skipped)
-            made = vectorize(other.cut(choice.chunks), packs, choice.lowering, chosen.prefer)
-            if made is None:
-                continue
-            packs = made.packs
-            graphs.append((observation, other.lifted, made.graph))
-        for observation, lifted, graph in graphs:
-            resolve_packed(graph, packs)
-            flags = dict(zip(modules, observation.flags, strict=True))
-            programs[tuple(flags[m] for m in module.modules())] = make_program(observation.trace, lifted, graph)
-            packs.constants.update(lifted.constants)
-            for same in alike if observation is observations[0] else ():
-                others = dict(zip(modules, same.flags, strict=True))
-                programs[tuple(others[m] for m in module.modules())] = programs[tuple(flags[m] for m in module.modules())]
-        used = {str(n.target) for p in programs.values() for n in p.graph.nodes if n.op == "get_attr"}
-        constants = {name: tensor for name, tensor in packs.constants.items() if name in used}
-        plan = RegionPlan(frame.path, [r for r in packs.recipes.values() if r.name in used], programs, constants, choice.vectorized.ops)
-        plan.place = choice.vectorized.ops[0].place if choice.vectorized.ops else frame.place
-        if choice.launches is not None:
-            loop, fused = choice.launches
-            plan.launches, plan.heavy = (loop.total, fused.total), (loop.heavy, fused.heavy)
-        plan.seconds, plan.peak_bytes, plan.tried = choice.seconds, choice.peak, choice.tried
-        if prepared.lifted.random:
-            notes.append("dropout and other random ops draw other numbers than the loop did, from the same distribution")
-        if prepared.lifted.specialised:
-            place = f" ({prepared.lifted.place})" if prepared.lifted.place else ""
-            where = frame.path or "the model"
-            self.report.facts.append(f"{where} is fused for the recorded sizes only: {prepared.lifted.specialised}{place}")
-        plan.notes = notes
-        return plan
-
-    def _cases(self, frame: Frame, prepared: Prepared) -> list[Case]:
-        """The inputs of the region at the sizes of ``tune_for``: its call is caught while the model runs on them."""
-        found: list[Case] = []
-        region = self.work.get_submodule(frame.path)
-        for wanted in self.options.tune_for:
-            given = resample(self.args, self.kwargs, batch=wanted, seed=3) if isinstance(wanted, int) else (wanted, self.kwargs)
-            caught: list[Case] = []
-            handle = region.register_forward_pre_hook(lambda _, a, k, caught=caught: caught.append((a, k)), with_kwargs=True)
-            try:
-                with torch.no_grad(), preserved_state(self.work):
-                    self.work(*given[0], **given[1])
-            except Exception as error:
-                said = str(error).splitlines()[0] if str(error) else type(error).__name__
-                what = f"batch size {wanted}" if isinstance(wanted, int) else "these inputs"
-                raise ArgumentError(f"tune_for: the model does not take {what}: {said}") from error
-            finally:
-                handle.remove()
-            if caught and fits(caught[0], frame, prepared.lifted):
-                found.append(caught[0])
-            else:
-                where = frame.path or "the model"
-                self.report.notes.append(f"tune_for: {where} is not called with the recorded sizes there; timed as recorded")
-        return found
-
-    def _single_layers(self, finder: RegionFinder, observations: list[Observation]) -> list[RegionPlan]:
-        """Linear and pointwise convolution layers that are faster spelled as each other; equal layers are measured once."""
-        plans: list[RegionPlan] = []
-        faster: dict[Any, bool] = {}
-        for region in finder.single_layers():
-            shapes = tuple(node.meta.get("shape") for node in region.prepared.lifted.graph.nodes)
-            kind = (type(region.frame.module), repr(region.frame.module), shapes)
-            if faster.get(kind, True):
-                known = len(self.report.refused)
-                plan = self._plan(region, observations)
-                del self.report.refused[known:]  # a layer that stays as it is was no loop: nobody waits to hear of it
-                faster[kind] = plan is not None
-                if plan is not None:
-                    plans.append(plan)
-        return plans
-
-    def _other_mode(self, observation: Observation, region: Region) -> Prepared | None:
-        """The region's graph in another mode of the model."""
-        finder = RegionFinder(observation, self.options.min_lanes, self.options.objective == "launches")
-        frame = next((f for f in observation.trace.frames if f.path == region.frame.path), None)
-        if frame is None or frame.poison:
-            return None
-        prepared = finder.prepared(frame)
-        if isinstance(prepared, Refusal):
-            mode = "train" if any(observation.flags) else "eval"
-            self.report.refused.append(Refusal(f"in {mode} mode: {prepared.reason}", prepared.place, frame.path))
-            return None
-        prepared.single = region.prepared.single
-        return prepared if prepared.worthwhile else None
+    def _frame_in(self, way: Recorded, finder: RegionFinder, path: str) -> Region | None:
+        """The call of the module at ``path`` as a region; None where there is none, or it cannot be one."""
+        for frame in way.observations[0].trace.frames:
+            if way.entry.place(frame.path)[0] == path:
+                prepared = None if frame.poison else finder.prepared(frame)
+                return Region(frame, prepared) if isinstance(prepared, Prepared) and prepared.worthwhile else None
+        return None
 
     # -- the whole model ----------------------------------------------------------------------------------------------------------
 
@@ -436,40 +344,32 @@ class _Pipeline:
     def _validated(self, original: nn.Module, result: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
         """The plans that pass; a region that does not is undone alone, and of a region only the lane sets that differ."""
         with self.stage("validate"):
-            example = (self.args, self.kwargs)
-            examples = [example, *other_examples(example)[:3]]
-            if self.keep_integers:
-                examples = [example, *(resample(*example, seed=seed, keep_integers=True) for seed in (1, 2))]
-            outcome = compare(original, result, examples, must_run=1)
-            self.report.validation = outcome
+            outcome = self._compared(original, result)
             if outcome.ok:
                 return plans
+
             def alone(plan: RegionPlan) -> Validation:
-                return compare(original, self._installed([plan]), examples, must_run=1)
+                return self._compared(original, self._installed([plan]))
 
             kept: list[RegionPlan] = []
             for plan in plans:
                 found = outcome if len(plans) == 1 else alone(plan)
                 mended = plan if found.ok else self._mended(plan, found.reason, alone)
                 kept.extend([mended] if mended is not None else [])
-            if kept:
-                together = compare(original, self._installed(kept), examples, must_run=1)
-                self.report.validation = together
-                if not together.ok:
-                    return []
+            if kept and not self._compared(original, self._installed(kept)).ok:
+                return []
             return kept
 
     def _mended(self, plan: RegionPlan, reason: str, check: Callable[[RegionPlan], Validation]) -> RegionPlan | None:
         """The plan without the lane sets that make it differ, tried one by one; None where nothing is left."""
-        chosen = self.chosen[plan.path]
-        sets = chosen.region.prepared.lane_sets()
+        sets = self.builder.chosen[plan.path].region.prepared.lane_sets()
         wrong: dict[LaneSet, str] = {}
         for lanes in sets if len(sets) > 1 else ():
-            one = self._without(chosen, frozenset(sets) - {lanes})
+            one = self.builder.without(plan.path, frozenset(sets) - {lanes})
             found = check(one) if one is not None else None
             if found is not None and not found.ok:
                 wrong[lanes] = found.reason
-        rest = self._without(chosen, frozenset(wrong)) if 0 < len(wrong) < len(sets) else None
+        rest = self.builder.without(plan.path, frozenset(wrong)) if 0 < len(wrong) < len(sets) else None
         if rest is None or not check(rest).ok:
             self.report.refused.append(Refusal(f"undone: the rewritten form differs: {reason}", plan.place, plan.path))
             return None
@@ -478,19 +378,23 @@ class _Pipeline:
         rest.seconds = rest.peak_bytes = rest.launches = rest.heavy = None  # what was measured was another program
         return rest
 
-    def _without(self, chosen: Chosen, skipped: frozenset[LaneSet]) -> RegionPlan | None:
-        """The region built again, with these lane sets left as they are."""
-        prepared = chosen.region.prepared.without(skipped)
-        choice = chosen.choice
-        made = vectorize(prepared.cut(choice.chunks), chosen.packs, choice.lowering, chosen.prefer)
-        if made is None:
-            return None
-        region = Region(chosen.region.frame, prepared)
-        return self._built(replace(chosen, region=region, choice=replace(choice, vectorized=made)))
+    def _compared(self, original: nn.Module, result: nn.Module) -> Validation:
+        """Every way into the model, compared with the original: the worst outcome, or that of the first."""
+        outcomes: list[Validation] = []
+        for entry in self.entries:
+            example = (entry.args, entry.kwargs)
+            others = other_examples(example)[:3]
+            if self.keep_integers:
+                others = [resample(*example, seed=seed, keep_integers=True) for seed in (1, 2)]
+            outcomes.append(compare(entry.root(original), entry.root(result), [example, *others], must_run=1))
+            if entry.is_method:
+                self.report.methods[entry.name] = outcomes[-1]
+        self.report.validation = next((outcome for outcome in outcomes if not outcome.ok), outcomes[0])
+        return self.report.validation
 
     def _measure(self, result: nn.Module) -> None:
         """Launches of one forward, before and after, in the mode asked for; times of the whole model where tuning is on."""
-        training = self.options.mode == "train"
+        training, entry = self.options.mode == "train", self.entries[0]
         with preserved_state(self.work, result), hooks_silent(self.work), hooks_silent(result), torch.set_grad_enabled(training):
             alone = self.report.fused[0] if len(self.report.fused) == 1 else None
             for module in (self.work, result):
@@ -498,30 +402,21 @@ class _Pipeline:
             if training and alone is not None and not alone.path and alone.launches is not None:
                 self.report.launches, self.report.heavy = alone.launches, alone.heavy  # the planner has counted already
             else:
-                forwards = [lambda m=module: m(*self.args, **self.kwargs) for module in (self.work, result)]
+                forwards = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(self.work), entry.root(result))]
                 counts = [count(forward, bound=False) for forward in forwards]
                 self.report.launches = (counts[0].total, counts[1].total)
                 self.report.heavy = (counts[0].heavy, counts[1].heavy)
                 if alone is not None:
                     alone.launches, alone.heavy = self.report.launches, self.report.heavy
             if self.options.tune and self.options.objective == "time":
-                calls = [lambda m=module: m(*self.args, **self.kwargs) for module in (self.work, result)]
+                calls = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(self.work), entry.root(result))]
                 before, after = medians(calls, budget=0.3)
                 self.report.timings["forward"] = (before, after)
 
 
-def _holder(module: nn.Module) -> str:
-    """A name for the child that holds the packed weights."""
-    name, number = "packed", 1
-    while hasattr(module, name):
-        number += 1
-        name = f"packed_{number}"
-    return name
-
-
-def _set_training(model: nn.Module, flags: Any) -> None:
-    for module, flag in zip(model.modules(), flags, strict=True):
-        module.__dict__["training"] = flag
+def _inside(path: str, other: str) -> bool:
+    """Is the module at ``path`` inside the one at ``other``?"""
+    return path != other and (not other or path.startswith(f"{other}."))
 
 
 def _optimizers_of(model: nn.Module) -> list[str]:

@@ -41,6 +41,7 @@ class Report:
     facts: list[str] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
     stages: dict[str, float] = field(default_factory=dict)
+    methods: dict[str, Validation] = field(default_factory=dict)  # of the other methods that were asked for
 
     def __str__(self) -> str:
         sections = [self._head(), *(_region(plan) for plan in self.fused), self._refusals(), self._validation()]
@@ -66,6 +67,7 @@ class Report:
             "facts": self.facts,
             "fallbacks": self.fallbacks,
             "stages": self.stages,
+            "methods": {name: validation.to_dict() for name, validation in self.methods.items()},
         }
         return _jsonable(data)  # type: ignore[no-any-return]
 
@@ -102,6 +104,8 @@ class Report:
         lines = ["checked against the original"]
         for line in self.validation.summary():
             lines += _wrap(line, "  ", "      ")
+        for name, validation in self.methods.items():
+            lines += _wrap(f"{name}: {validation.summary()[0]}", "  ", "      ")
         if self.validation.rounding:
             lines += ["", *_rounding(self.validation.rounding)]
         return lines
@@ -123,6 +127,9 @@ def _region(plan: RegionPlan) -> list[str]:
     lines = [f"fused: {plan.path or 'the model itself'}{place}"]
     rows = [[op.op, _lanes(op), op.detail, op.lowering, str(op.place) if op.place is not None else ""] for op in _joined(plan.ops)]
     lines += _table(rows, "  ")
+    for method, ops in plan.method_ops.items():
+        rows = [[op.op, _lanes(op), op.detail, op.lowering, str(op.place or "")] for op in _joined(ops)]
+        lines += [f"  in {method}:", *_table(rows, "    ")]
     lines += _table(_changes(plan.launches, plan.heavy, plan.peak_bytes, {"median time": plan.seconds} if plan.seconds else {}), "  ")
     if plan.tried:
         # The data (to_dict) has them all; a person wants the few that came close.
@@ -297,6 +304,9 @@ def _plan(plan: RegionPlan) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "tried": plan.tried,
         "notes": plan.notes,
+        "methods": {
+            name: [{"op": op.op, "lanes": op.lanes, "lowering": op.lowering} for op in ops] for name, ops in plan.method_ops.items()
+        },
         "packed": [
             {
                 "name": r.name,

@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Place, Program
+from fxfuse.over_lanes import OverLanes
 
 _NAMESPACES = ("torch", "torch.nn.functional", "torch._C._nn", "torch.special", "torch.linalg", "torch.fft", "operator", "math", "builtins")
 _LEAF = pytree.tree_flatten(0)[1]
@@ -41,16 +42,25 @@ class Target:
 
 
 @dataclass(frozen=True)
+class _OverLanes:
+    func: Target
+    in_dims: Any
+    keywords: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class _Slice:
     parts: tuple[Any, Any, Any]  # python < 3.14 cannot pickle a slice in protocol 2, and its parts may hold nodes
 
 
-def target_to_data(function: Any) -> Target:
+def target_to_data(function: Any) -> Any:
     """Name a function so that ``target_from_data`` finds the same object. Raises ``FxfuseError`` where it has no such name.
 
     >>> target_to_data(torch.relu)
     Target(module='torch', name='relu')
     """
+    if isinstance(function, OverLanes):
+        return _OverLanes(target_to_data(function.func), function.in_dims, function.keywords)
     if isinstance(function, torch._ops.OpOverload):
         return Target("torch.ops", f"{function._schema.name}.{function._overloadname}")
     if isinstance(function, torch._ops.OpOverloadPacket):
@@ -75,8 +85,10 @@ def target_to_data(function: Any) -> Target:
     raise FxfuseError(f"a graph that calls {function!r} cannot be saved: it is not importable by a name")
 
 
-def target_from_data(target: Target) -> Any:
-    """The function that a ``Target`` names."""
+def target_from_data(target: Any) -> Any:
+    """The function that ``target_to_data`` named."""
+    if isinstance(target, _OverLanes):
+        return OverLanes(target_from_data(target.func), target.in_dims, target.keywords)
     if target.module == "torch.ops":
         space, _, rest = target.name.partition("::")
         op, _, overload = rest.partition(".")

@@ -37,7 +37,7 @@ _DUNDERS = {
     "clip": "clamp",
 }  # fmt: skip
 _GETTERS = {"T": "t", "mT": "mT", "H": "H", "mH": "mH", "real": "real", "imag": "imag", "data": "detach"}
-_VARIADIC = frozenset("view reshape permute expand repeat tile flip new_zeros new_ones new_empty new_full".split())
+_VARIADIC = frozenset("view reshape permute expand broadcast_to repeat tile flip new_zeros new_ones new_empty new_full".split())
 _FACTORIES = frozenset("zeros ones empty rand randn".split())
 # Of ops that may drop on their own: where they do not, they draw nothing.
 _DROPS: dict[str, tuple[str, str]] = {

@@ -16,6 +16,7 @@ from . import (
     elementwise,
     embedding,
     factories,
+    fallback,
     fft,
     group_norm,
     indexing,
@@ -39,18 +40,18 @@ from . import (
 from .base import RULES, Rule
 
 FAMILIES = (
-    *(along, attention, batch, batch_norm, bilinear, conv, elementwise, embedding, factories, fft, group_norm),
-    *(indexing, items, joins, layer_norm, leading, linear, local_response_norm, loss, matmul, pad, prelu, random),
-    *(recurrent, reduce, shape, slicing, state),
+    *(along, attention, batch, batch_norm, bilinear, conv, elementwise, embedding, factories, fallback, fft),
+    *(group_norm, indexing, items, joins, layer_norm, leading, linear, local_response_norm, loss, matmul, pad),
+    *(prelu, random, recurrent, reduce, shape, slicing, state),
 )
 
 
 def rule_of(bundle: Bundle) -> Rule | None:
-    """The rule for the bundle's op: its own, or the elementwise one where the operator's schema says it is elementwise."""
+    """The rule for the bundle's op: its own; the elementwise one where the operator's schema says so; else ``torch.vmap``."""
     found = RULES.get(bundle.name)
     if found is None and bundle.op is not None and bundle.op.pointwise and not bundle.op.random:
         return elementwise.POINTWISE
-    return found
+    return found if found is not None else fallback.rule_of_last_resort(bundle)
 
 
 def has_rule(bundle: Bundle) -> bool:

@@ -18,6 +18,8 @@ from ..emit import CannotVectorize, Emitter, Packed
 from ..joins import is_op, is_plain_add
 from .base import rank, rule
 
+KIND = "joins"  # in the README's table
+
 
 def _lane_runs(emitter: Emitter, nodes: list[Node]) -> list[tuple[Bundle | None, list[Node]]]:
     """Consecutive operands that are lanes of one packed value; others one by one."""

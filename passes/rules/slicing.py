@@ -13,6 +13,8 @@ from ..emit import CannotVectorize, Emitter, Packed
 from ..functional import slice_along
 from .base import physical, rule
 
+KIND = "forks"  # in the README's table
+
 
 @rule("select", "slice_along", view=True)
 def _slices(emitter: Emitter, bundle: Bundle) -> Packed:

@@ -1,0 +1,331 @@
+"""Build the regions: plan each, and write its programs for every mode, method and form of call over one pack.
+
+Comes in: what was recorded of a model, and its regions. Goes out: ``RegionPlan``s; what does not come about is a refusal in the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.fx
+from torch import nn
+
+from .determinism import preserved_state
+from .entries import FORWARD, INSIDE, Entry
+from .errors import ArgumentError
+from .graph import Program, Refusal, RegionPlan
+from .inputs import resample
+from .observe import Observation
+from .options import Options
+from .passes.emit import Packs
+from .passes.lifted import Lifted
+from .passes.program import fits, make_program, resolve_packed
+from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
+from .plan import Choice, Planner
+from .regions import Region, RegionFinder
+from .report import Report
+from .trace import Frame, Ref, Trace
+from .tracer import hooks_silent
+from .weights import unpackable
+from .workbench import Case
+
+# Calls of one module in more forms than these run its loop.
+MOST_FORMS = 8
+
+
+@dataclass
+class Recorded:
+    """One way into the model: what to call, and what was seen when it was called."""
+
+    entry: Entry
+    root: nn.Module
+    observations: list[Observation]
+    regions: list[Region] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How a region is rewritten, and from what."""
+
+    region: Region
+    way: Recorded
+    choice: Choice
+    prefer: str
+    packs: Packs  # before anything is packed
+    skipped: frozenset[LaneSet] = frozenset()  # lane sets that stay as they are
+
+
+@dataclass
+class _Built:
+    """A region while its programs come together: those of the first way in were planned, others follow its packs and lowerings."""
+
+    plan: RegionPlan
+    packs: Packs
+    chosen: Chosen
+    graphs: list[tuple[Recorded, Observation, Lifted, torch.fx.Graph, str]] = field(default_factory=list)
+
+
+def refuse(report: Report, refusal: Refusal, entry: Entry) -> None:
+    """Note a refusal, with the method that it speaks of."""
+    if entry.is_method:
+        refusal = replace(refusal, region=f"{entry.name}, {refusal.region}" if refusal.region else entry.name)
+    report.refused.append(refusal)
+
+
+class Builder:
+    """Builds the regions of ``model``; ``work`` is the copy of it that was recorded."""
+
+    def __init__(self, model: nn.Module, work: nn.Module, options: Options, report: Report) -> None:
+        self.model, self.work, self.options, self.report = model, work, options, report
+        self.chosen: dict[str, Chosen] = {}  # by region path
+        self.followers: dict[str, list[tuple[Region, Recorded]]] = {}  # further ways in to the same region
+
+    def plans(self, recorded: Sequence[Recorded]) -> list[RegionPlan]:
+        """The plans of all regions of all ways in."""
+        built: dict[str, _Built] = {}
+        for way in recorded:
+            for region in way.regions:
+                self._build(region, way, built)
+        return [self._finished(each) for each in built.values()]
+
+    def single_layers(self, finder: RegionFinder, way: Recorded) -> list[RegionPlan]:
+        """Linear and pointwise convolution layers that are faster spelled as each other; equal layers are measured once."""
+        plans: list[RegionPlan] = []
+        faster: dict[Any, bool] = {}
+        for region in finder.single_layers():
+            shapes = tuple(node.meta.get("shape") for node in region.prepared.lifted.graph.nodes)
+            kind = (type(region.frame.module), repr(region.frame.module), shapes)
+            if faster.get(kind, True):
+                known = len(self.report.refused)
+                built: dict[str, _Built] = {}
+                self._build(region, way, built)
+                del self.report.refused[known:]  # a layer that stays as it is was no loop: nobody waits to hear of it
+                faster[kind] = bool(built)
+                plans.extend(self._finished(each) for each in built.values())
+        return plans
+
+    def without(self, path: str, skipped: frozenset[LaneSet]) -> RegionPlan | None:
+        """The region at ``path`` built again, with these lane sets left as they are."""
+        known = self.chosen[path]
+        choice, prepared = known.choice, known.region.prepared.without(skipped)
+        made = vectorize(prepared.cut(choice.chunks), known.packs, choice.lowering, known.prefer)
+        if made is None:
+            return None
+        region = Region(known.region.frame, prepared)
+        built = self._started(replace(known, region=region, choice=replace(choice, vectorized=made), skipped=skipped))
+        self._other_programs(region, known.way, built)
+        for other, way in self.followers.get(path, ()):
+            self._join(other, way, built)
+        return self._finished(built)
+
+    def _build(self, region: Region, way: Recorded, built: dict[str, _Built]) -> None:
+        """Plan the region, or, where another way in has planned it, give it the programs of this one over the same packs."""
+        path, _ = way.entry.place(region.frame.path)
+        if not self._made_relative(region.prepared.lifted, way, path):
+            return
+        if path in built:
+            self.followers.setdefault(path, []).append((region, way))
+            self._join(region, way, built[path])
+            return
+        made = self._plan(region, way)
+        if made is not None:
+            built[path] = made
+            self._other_programs(region, way, made)
+
+    def _join(self, region: Region, way: Recorded, built: _Built) -> None:
+        """The programs of a further way in to a region that is planned already."""
+        vectorized = self._follow(region.prepared, way, built)
+        if vectorized is not None:
+            _add(built, way, way.observations[0], region.prepared.lifted, vectorized, way.entry.place(region.frame.path)[1])
+            self._other_programs(region, way, built)
+
+    def _made_relative(self, lifted: Lifted, way: Recorded, path: str) -> bool:
+        """Names in the body of a method are those of what it was called through: make them names in its module."""
+        if not way.entry.is_method or lifted.frame.path:
+            return True
+        prefix = f"{INSIDE}.{path}." if path else f"{INSIDE}."
+        for node in lifted.graph.nodes:
+            if node.op in ("get_attr", "call_module") and node.target not in lifted.constants:
+                if not str(node.target).startswith(prefix):
+                    name = str(node.target).removeprefix(f"{INSIDE}.")
+                    refuse(self.report, Refusal(f"reads {name}, which belongs to a module outside", node.meta.get("place")), way.entry)
+                    return False
+                node.target = str(node.target).removeprefix(prefix)
+        return True
+
+    def _plan(self, region: Region, way: Recorded) -> _Built | None:
+        frame, prepared = region.frame, region.prepared
+        path, _ = way.entry.place(frame.path)
+        module = way.entry.region(self.work, frame.path)
+        blocked, kinds = unpackable(self.model, path)
+        packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module))
+        _set_training(way.root, way.observations[0].flags)
+        planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared, way))
+        with hooks_silent(self.work):
+            choice = planner.plan()
+        for refusal in [*prepared.refusals, *([choice.refusal] if choice.refusal is not None else [])]:
+            refuse(self.report, refusal, way.entry)
+        if choice.refusal is not None or choice.vectorized is None:
+            return None
+        if self.options.tune:
+            with hooks_silent(self.work):
+                planner.measure_memory(choice)
+        if prepared.lifted.specialised:
+            place = f" ({prepared.lifted.place})" if prepared.lifted.place else ""
+            where = path or "the model"
+            self.report.facts.append(f"{where} is fused for the recorded sizes only: {prepared.lifted.specialised}{place}")
+        self.chosen[path] = Chosen(region, way, choice, planner.prefer, packs)
+        return self._started(self.chosen[path])
+
+    def _started(self, chosen: Chosen) -> _Built:
+        """The plan with its first program."""
+        choice, frame, lifted = chosen.choice, chosen.region.frame, chosen.region.prepared.lifted
+        assert choice.vectorized is not None
+        ops = choice.vectorized.ops
+        plan = RegionPlan(chosen.way.entry.place(frame.path)[0], [], {}, {}, ops, list(choice.vectorized.notes))
+        plan.place = ops[0].place if ops else frame.place
+        if choice.launches is not None:
+            loop, fused = choice.launches
+            plan.launches, plan.heavy = (loop.total, fused.total), (loop.heavy, fused.heavy)
+        plan.seconds, plan.peak_bytes, plan.tried = choice.seconds, choice.peak, choice.tried
+        if lifted.random:
+            plan.notes.append("dropout and other random ops draw other numbers than the loop did, from the same distribution")
+        built = _Built(plan, choice.vectorized.packs, chosen)
+        _add(built, chosen.way, chosen.way.observations[0], lifted, choice.vectorized, chosen.way.entry.place(frame.path)[1])
+        return built
+
+    def _follow(self, prepared: Prepared, way: Recorded, built: _Built) -> Vectorized | None:
+        """A further program of a region that is planned already."""
+        chosen, before = built.chosen, len(prepared.refusals)
+        if chosen.skipped:
+            prepared = prepared.without(chosen.skipped)
+        made = vectorize(prepared.cut(chosen.choice.chunks), built.packs, chosen.choice.lowering, chosen.prefer)
+        if way.entry.is_method:
+            for refusal in prepared.refusals[before:]:
+                refuse(self.report, refusal, way.entry)
+        return made
+
+    def _other_programs(self, region: Region, way: Recorded, built: _Built) -> None:
+        """The region in other modes, and in calls of another form in the same run."""
+        first, method = way.observations[0], way.entry.place(region.frame.path)[1]
+        for observation in way.observations:
+            if observation.same_as is first:
+                continue
+            forms = {_form(frame, observation.trace): frame for frame in reversed(observation.trace.frames) if _is_call(frame, region)}
+            if observation is first:
+                forms.pop(_form(region.frame, first.trace), None)
+            if not forms:
+                continue
+            finder = RegionFinder(observation, self.options.min_lanes, self.options.objective == "launches")
+            for frame in list(reversed(forms.values()))[:MOST_FORMS]:
+                prepared = finder.prepared(frame)
+                if isinstance(prepared, Refusal):
+                    mode = "train" if any(observation.flags) else "eval"
+                    refuse(self.report, Refusal(f"in {mode} mode: {prepared.reason}", prepared.place, built.plan.path), way.entry)
+                    continue
+                prepared.single = region.prepared.single
+                if prepared.worthwhile and self._made_relative(prepared.lifted, way, built.plan.path):
+                    made = self._follow(prepared, way, built)
+                    if made is not None:
+                        _add(built, way, observation, prepared.lifted, made, method)
+
+    def _finished(self, built: _Built) -> RegionPlan:
+        """The plan with its programs: all read each weight from the pack, whichever of them has packed it."""
+        plan, packs = built.plan, built.packs
+        owner = self.work.get_submodule(plan.path)
+        for way, observation, lifted, graph, method in built.graphs:
+            resolve_packed(graph, packs)
+            program = make_program(observation.trace, lifted, graph)
+            for same in [observation, *(o for o in way.observations if o.same_as is observation)]:
+                flags = dict(zip(way.root.modules(), same.flags, strict=True))
+                key = tuple(flags[m] for m in owner.modules())
+                if method == FORWARD and key not in plan.programs:
+                    plan.programs[key] = program
+                    continue
+                modes = plan.methods.setdefault(method, {}) if method != FORWARD else plan.methods.get(method, {})
+                known = [*([plan.programs[key]] if method == FORWARD else []), *modes.get(key, ())]
+                if not any(_alike(program, other) for other in known):
+                    plan.methods.setdefault(method, modes)[key] = (*modes.get(key, ()), program)
+        used = {str(n.target) for p in plan.all_programs() for n in p.graph.nodes if n.op == "get_attr"}
+        plan.recipes = [r for r in packs.recipes.values() if r.name in used]
+        plan.constants = {name: tensor for name, tensor in packs.constants.items() if name in used}
+        return plan
+
+    def _cases(self, frame: Frame, prepared: Prepared, way: Recorded) -> list[Case]:
+        """The inputs of the region at the sizes of ``tune_for``: its call is caught while the model runs on them."""
+        found: list[Case] = []
+        region = way.root.get_submodule(frame.path)
+        args, kwargs = way.entry.args, way.entry.kwargs
+        for wanted in self.options.tune_for:
+            given = resample(args, kwargs, batch=wanted, seed=3) if isinstance(wanted, int) else (wanted, kwargs)
+            caught: list[Case] = []
+            handle = region.register_forward_pre_hook(lambda _, a, k, caught=caught: caught.append((a, k)), with_kwargs=True)
+            try:
+                with torch.no_grad(), preserved_state(self.work):
+                    way.root(*given[0], **given[1])
+            except Exception as error:
+                said = str(error).splitlines()[0] if str(error) else type(error).__name__
+                what = f"batch size {wanted}" if isinstance(wanted, int) else "these inputs"
+                raise ArgumentError(f"tune_for: the model does not take {what}: {said}") from error
+            finally:
+                handle.remove()
+            if caught and fits(caught[0], frame, prepared.lifted):
+                found.append(caught[0])
+            else:
+                where = frame.path or "the model"
+                self.report.notes.append(f"tune_for: {where} is not called with the recorded sizes there; timed as recorded")
+        return found
+
+
+def _add(built: _Built, way: Recorded, observation: Observation, lifted: Lifted, made: Vectorized, method: str) -> None:
+    """One more program of a region."""
+    built.packs = made.packs
+    built.graphs.append((way, observation, lifted, made.graph, method))
+    if method != FORWARD:
+        built.plan.method_ops.setdefault(method, made.ops)
+
+
+def _is_call(frame: Frame, region: Region) -> bool:
+    """Is this a call of the region's module that may be recorded?"""
+    return frame.path == region.frame.path and not frame.poison
+
+
+
+def _form(frame: Frame, trace: Trace) -> Any:
+    """What tells calls of one module apart that need programs of their own: structure, shapes, dtypes, constants."""
+    leaves: list[Any] = []
+    for leaf in frame.leaves:
+        if isinstance(leaf, Ref):
+            value = trace.values[leaf.value]
+            leaves.append((value.shape, str(value.tensor.dtype)))
+        else:
+            leaves.append((type(leaf).__name__, repr(leaf)))
+    return repr(frame.in_spec), tuple(leaves)
+
+
+
+def _alike(one: Program, other: Program) -> bool:
+    """Do two programs answer the same calls?"""
+    try:
+        return bool(one.in_spec == other.in_spec and one.guard == other.guard)
+    except Exception:  # constants whose equality is no bool
+        return False
+
+
+
+def _holder(module: nn.Module) -> str:
+    """A name for the child that holds the packed weights."""
+    name, number = "packed", 1
+    while hasattr(module, name):
+        number += 1
+        name = f"packed_{number}"
+    return name
+
+
+
+def _set_training(model: nn.Module, flags: Any) -> None:
+    for module, flag in zip(model.modules(), flags, strict=True):
+        module.__dict__["training"] = flag
