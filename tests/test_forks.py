@@ -464,3 +464,17 @@ def test_lists_next_to_numbers_and_free_sizes():
     assert_equal_models(model, fused, [(randn(rows, 8, seed=rows), {}) for rows in (3, 5, 9)])
     with pytest.raises(IndexError):
         fused(randn(2, 8))
+
+
+def test_a_list_of_columns_without_lanes():
+    """What no lane is made of is picked by an index that the model holds, not by one made at each call."""
+    class Columns(Nets):
+        def forward(self, x):
+            rest = torch.cat([x[:, :1], x[:, 3:]], 1) + x[:, [5, 0, 2, 2, 1, 7]]
+            return torch.cat([net(x[:, 2 * i : 2 * i + 2]) for i, net in enumerate(self.nets)] + [rest], 1)
+
+    model = randomized(Columns())
+    fused = fxfuse.optimize(model, randn(5, 8), objective="launches", min_lanes=3, **QUICK)
+    assert_equal_models(model, fused, [(randn(rows, 8, seed=rows), {}) for rows in (1, 5, 9)])
+    assert "index_select" in str(next(iter(fxfuse.graph(fused).values())).graph)
+    assert "pick_along" not in str(next(iter(fxfuse.graph(fused).values())).graph)

@@ -680,3 +680,15 @@ def test_two_critics_that_tie():
     fused = fxfuse.optimize(model, entry.x, objective="launches", **QUICK)
     assert fxfuse.report(fused).fused
     assert_equal_models(model, fused, [(entry.x, {})])
+
+
+def test_what_equals_an_input_is_no_alias_of_it():
+    class Scaled(Nets):
+        def forward(self, x):
+            return sum([x]) * 1, torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+
+    fused = fxfuse.optimize(randomized(Scaled()), X, objective="launches", **QUICK)
+    x = X.clone()
+    assert fxfuse.report(fused).fused
+    fused(x)[0].zero_()
+    assert torch.equal(x, X)
