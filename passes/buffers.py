@@ -45,6 +45,8 @@ def _collect(graph: torch.fx.Graph, node: Node) -> None:
         hidden = covered.intersection(place.positions)
         if hidden and len(hidden) < len(place.positions):
             break
+        if hidden and len(value.users) == 1:
+            break  # computed for nothing: it stays, so that its weights get gradients of zeros, as before
         if not hidden:  # a later write to the same place has already won
             covered.update(place.positions)
             pieces.append((place, value))

@@ -592,6 +592,10 @@ class Emitter:
         made = join(self, node)
         if made is None:
             made = self._piece(node)
+        if made is None and isinstance(node.target, Op) and node.target.name == "pick_along":
+            source, dim, positions = node.args
+            index = self.constant(list(positions), self.device([node]))  # type: ignore[arg-type]
+            made = self.call(torch.index_select, self.single(source), dim, index)  # type: ignore[arg-type]
         if made is None and self.singles_too:
             made = respelled(self, node)
             if made is not None:

@@ -30,6 +30,9 @@ SLICE = op_of(slice_along)
 WRITE = op_of(index_write)
 SLOT = op_of(as_slot)
 _RESHAPES = frozenset("view reshape flatten unsqueeze squeeze unflatten".split())
+_MADE = frozenset(
+    "zeros ones empty full rand randn new_zeros new_ones new_empty new_full zeros_like ones_like empty_like full_like clone".split()
+)
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,8 @@ def _write(graph: torch.fx.Graph, node: Node, buffers: dict[Node, _Buffer]) -> N
     if places is None or not isinstance(value, Node) or value.meta.get("shape") is None:
         return
     if not places:  # buffer[:] = value
-        _replace(node, fitted(graph, node, value, base))
+        if _blank(base) or len(base.users) > 1:
+            _replace(node, fitted(graph, node, value, base))
         return
     if len(places) > 1:
         # The outer dim of single indices first: out[:, i, j] is element j of row i.
@@ -191,6 +195,13 @@ def _write(graph: torch.fx.Graph, node: Node, buffers: dict[Node, _Buffer]) -> N
     for position in place.positions:
         known.held.setdefault(position, []).append((number, node))
     buffers[node] = known
+
+
+def _blank(node: Any) -> bool:
+    """A buffer as it was made, or part of it. What was computed and is overwritten stays: its weights get gradients of zeros, not None."""
+    while isinstance(node, Node) and isinstance(node.target, Op) and node.target.name in (*_RESHAPES, "transpose", "select", "slice_along"):
+        node = node.args[0]
+    return isinstance(node, Node) and (not isinstance(node.target, Op) or node.target.name in _MADE)
 
 
 def fitted(graph: torch.fx.Graph, node: Node, value: Node, slot: Node) -> Node:

@@ -174,6 +174,9 @@ class _Lifter(Updating):
     def _output(self, leaf: Any) -> Any:
         if isinstance(leaf, Ref):
             node = self._read(leaf.value)
+            values, own = self.trace.values, node.meta.get("value")
+            if node.op in ("placeholder", "get_attr") and own is not None and values[own].storage != values[leaf.value].storage:
+                node = self._call(torch.clone, (node,), {}, leaf)  # ``x * 1``: a tensor of its own, which the caller may write to
             self._stride(node, leaf.value)
             return node
         if isinstance(leaf, (SizeOf, SizeOp)):

@@ -70,6 +70,9 @@ class Nodes(FreeSizes):
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         op, canonical_args = canonical(func, tuple(args), dict(kwargs))
+        if op.name == "view" and len(canonical_args) == 2 and not isinstance(canonical_args[1], torch.dtype):
+            # What it looks at may be laid out in another way once lanes are packed.
+            op, canonical_args = canonical(torch.Tensor.reshape, canonical_args, {})
         shape = _first_shape(canonical_args)
         if any(isinstance(a, torch.dtype) for a in canonical_args):
             self.factories = True

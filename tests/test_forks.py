@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checks import Cases, assert_case, randn
+import fxfuse
+from checks import QUICK, Cases, assert_case, assert_equal_models, randn, randomized
 
 CASES = Cases()
 case = CASES.case
@@ -162,6 +163,35 @@ class WindowsByStride(Nets):
         return torch.cat([net(x[:, s : s + 6]) for net, s in zip(self.nets, range(0, 8, 2))], 1)
 
 
+@case(randn(5, 12), heavy=2, total=4)
+class Unfold(Nets):
+    def __init__(self):
+        super().__init__(inputs=6)
+
+    def forward(self, x):
+        windows = x.unfold(1, 6, 2)
+        return torch.cat([net(windows[:, i]) for i, net in enumerate(self.nets)], 1)
+
+
+@case(randn(5, 8), heavy=2, total=4)
+class HorizontalSplit(Nets):
+    def forward(self, x):
+        return torch.hstack([net(part) for net, part in zip(self.nets, torch.hsplit(x, 4))])
+
+
+@case(randn(5, 6), heavy=3, total=5)
+class WideThenLanes(nn.Module):
+    """One wide layer, split into heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(6, 12)
+        self.nets = nn.ModuleList(mlp(3, outputs=2) for _ in range(4))
+
+    def forward(self, x):
+        return [net(h) for net, h in zip(self.nets, self.stem(x).split(3, -1))]
+
+
 @case(randn(5, 8), heavy=2, total=6)
 class LeaveOneOut(nn.Module):
     """Every network sees all columns but its own."""
@@ -248,6 +278,18 @@ class DictInputs(nn.Module):
 
     def forward(self, inputs):
         return torch.cat([net(inputs[name]) for name, net in self.nets.items()], dim=-1)
+
+
+@case(({f"agent_{i}": randn(5, 3, seed=i) for i in range(3)},), heavy=2, total=6)
+class Agents(nn.Module):
+    """Multi-agent policies: a dict of observations in, a dict of actions out."""
+
+    def __init__(self):
+        super().__init__()
+        self.policies = nn.ModuleDict({f"agent_{i}": mlp(3, outputs=2) for i in range(3)})
+
+    def forward(self, observations):
+        return {name: torch.tanh(self.policies[name](x)) for name, x in observations.items()}
 
 
 @case(([randn(5, 3, seed=i) for i in range(4)],), heavy=2, total=5)
@@ -388,3 +430,51 @@ class Embedded(nn.Module):
 @pytest.mark.parametrize("name", CASES)
 def test_fork(name):
     assert_case(CASES[name])
+
+
+class Rows(nn.Module):
+    """A row each, of at least four: further rows are not read."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(3, 2, 3) for _ in range(4))
+
+    def forward(self, x):
+        return torch.stack([conv(x[:, :, i]) for i, conv in enumerate(self.convs)], 2)
+
+
+def test_more_rows_than_lanes():
+    model = randomized(Rows())
+    fused = fxfuse.optimize(model, randn(5, 3, 4, 7), objective="launches", **QUICK)
+    trials = [(randn(2, 3, rows, length, seed=rows), {}) for rows, length in ((4, 7), (4, 9), (6, 7))]
+    assert_equal_models(model, fused, trials)
+    with pytest.raises(IndexError):  # as the model itself
+        fused(randn(2, 3, 3, 7))
+
+
+def test_lists_next_to_numbers_and_free_sizes():
+    """Lists that are no plain choice of columns: along the batch, beside an index, nested."""
+    class Lists(Nets):
+        def forward(self, x):
+            parts = [net(x[[0, 2], 2 * i : 2 * i + 2]) + x[:, [[i, 0]]].sum() + x[1, [i]].sum() for i, net in enumerate(self.nets)]
+            return torch.cat(parts, 1)
+
+    model = randomized(Lists())
+    fused = fxfuse.optimize(model, randn(5, 8), objective="launches", **QUICK)
+    assert_equal_models(model, fused, [(randn(rows, 8, seed=rows), {}) for rows in (3, 5, 9)])
+    with pytest.raises(IndexError):
+        fused(randn(2, 8))
+
+
+def test_a_list_of_columns_without_lanes():
+    """What no lane is made of is picked by an index that the model holds, not by one made at each call."""
+    class Columns(Nets):
+        def forward(self, x):
+            rest = torch.cat([x[:, :1], x[:, 3:]], 1) + x[:, [5, 0, 2, 2, 1, 7]]
+            return torch.cat([net(x[:, 2 * i : 2 * i + 2]) for i, net in enumerate(self.nets)] + [rest], 1)
+
+    model = randomized(Columns())
+    fused = fxfuse.optimize(model, randn(5, 8), objective="launches", min_lanes=3, **QUICK)
+    assert_equal_models(model, fused, [(randn(rows, 8, seed=rows), {}) for rows in (1, 5, 9)])
+    assert "index_select" in str(next(iter(fxfuse.graph(fused).values())).graph)
+    assert "pick_along" not in str(next(iter(fxfuse.graph(fused).values())).graph)

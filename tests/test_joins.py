@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checks import Cases, assert_case, randn
+import fxfuse
+from checks import QUICK, Cases, assert_case, assert_equal_models, randn, randomized
 
 CASES = Cases()
 case = CASES.case
@@ -354,6 +355,72 @@ class Differences(Nets):
         return x
 
 
+@case(randn(5, 3), heavy=2, total=6)
+class WeightsIterated(Nets):
+    """A learned weight per lane, from iterating over a softmax."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.w = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return sum(w * net(x) for w, net in zip(self.w.softmax(0), self.nets))
+
+
+@case(randn(5, 3), heavy=2, total=5)
+class Boosting(Nets):
+    def __init__(self):
+        super().__init__(3, 1)
+        self.rate = 0.1
+
+    def forward(self, x):
+        prediction = torch.zeros(x.shape[0], 1, dtype=x.dtype)
+        for net in self.nets:
+            prediction = prediction + self.rate * net(x)
+        return prediction
+
+
+@case(randn(5, 3), heavy=2, total=5)
+class MeanAndVariance(Nets):
+    """A deep ensemble."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+
+    def forward(self, x):
+        outs = torch.stack([net(x) for net in self.nets])
+        return outs.mean(0), outs.var(dim=0)
+
+
+@case(randn(5, 3), heavy=2, total=4)
+class CatAlongBatch(Nets):
+    def __init__(self):
+        super().__init__(3, 2)
+
+    def forward(self, x):
+        return torch.cat([net(x) for net in self.nets], dim=0).view(4, x.shape[0], 2).logsumexp(0)
+
+
+@case(heavy=2, total=5)
+class Buckets(Nets):
+    """Several lanes are added into one place."""
+
+    def forward(self, x):
+        out = torch.zeros(x.shape[0], 2, dtype=x.dtype)
+        for i, net in enumerate(self.nets):
+            out[:, i % 2] += net(x[:, i : i + 1])[:, 0]
+        return out
+
+
+@case(heavy=2, total=4)
+class NegativeIndices(Nets):
+    def forward(self, x):
+        out = torch.empty(x.shape[0], 4, dtype=x.dtype)
+        for i, net in enumerate(self.nets):
+            out[:, -1 - i] = net(x[:, -1 - i].unsqueeze(-1)).squeeze(-1)
+        return out
+
+
 # -- products, minima, maxima -----------------------------------------------------------------------------------------------------
 
 
@@ -411,6 +478,19 @@ class MinimumChain(Nets):
         for net in self.nets[1:]:
             q = torch.minimum(q, net(x))
         return q
+
+
+@case(randn(5, 3), heavy=2, total=6)
+class GatesInSeries(Nets):
+    """The input is gated by one network after the other."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+
+    def forward(self, x):
+        for gate in [torch.sigmoid(net(x)) for net in self.nets]:
+            x = x * gate
+        return x
 
 
 @case(randn(5, 3), heavy=2, total=4)
@@ -582,3 +662,33 @@ class NothingJoined(Nets):
 @pytest.mark.parametrize("name", CASES)
 def test_join(name):
     assert_case(CASES[name])
+
+
+def test_ties_of_a_minimum_are_told():
+    """Two lanes tie as before; of more, the report says how."""
+    for name, told in (("TwinQ", False), ("MinimumChain", True), ("ReduceMax", True)):
+        entry = CASES[name]
+        fused = fxfuse.optimize(randomized(entry.model()), entry.x, objective="launches", **QUICK)
+        assert ("tie exactly" in str(fxfuse.report(fused))) is told, name
+
+
+def test_two_critics_that_tie():
+    """Copies of one critic tie everywhere; the gradient is halved, as torch.min does it."""
+    entry = CASES["TwinQ"]
+    model = randomized(entry.model())
+    model.q2.load_state_dict(model.q1.state_dict())
+    fused = fxfuse.optimize(model, entry.x, objective="launches", **QUICK)
+    assert fxfuse.report(fused).fused
+    assert_equal_models(model, fused, [(entry.x, {})])
+
+
+def test_what_equals_an_input_is_no_alias_of_it():
+    class Scaled(Nets):
+        def forward(self, x):
+            return sum([x]) * 1, torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+
+    fused = fxfuse.optimize(randomized(Scaled()), X, objective="launches", **QUICK)
+    x = X.clone()
+    assert fxfuse.report(fused).fused
+    fused(x)[0].zero_()
+    assert torch.equal(x, X)

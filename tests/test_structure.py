@@ -291,6 +291,32 @@ class TwoLoops(Nets):
         return (left - right).abs()
 
 
+@case((randn(5, 2, 4, 6), randn(5, 2, 4, 6, seed=2)), heavy=3, total=17)
+class TwoLoopsOfBlocks(nn.Module):
+    """The same with convolutions, norms and learned slopes."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(2, 3, 3), nn.PReLU(3), nn.LayerNorm(4), nn.Conv1d(3, 1, 4)) for _ in range(4)
+        )
+
+    def encode(self, x):
+        return torch.cat([block(x[:, :, i]) for i, block in enumerate(self.blocks)], 2)
+
+    def forward(self, a, b):
+        return self.encode(a) * self.encode(b)
+
+
+@case((randn(5, 4), randn(5, 4, seed=2), randn(5, 4, seed=3)), heavy=2, total=12)
+class ThreeLoopsOneWithout(Nets):
+    """Three loops, the last over two of the networks only."""
+
+    def forward(self, a, b, c):
+        outs = [net(x[:, i : i + 1]) for x in (a, b) for i, net in enumerate(self.nets)]
+        return torch.cat(outs + [self.nets[i](c[:, i : i + 1]) for i in (1, 3)], 1)
+
+
 @case(heavy=4, total=10)
 class TwoLoopsInSeries(Nets):
     """The second loop reads what the first made, through the same networks."""
