@@ -117,29 +117,16 @@ def _collect(graph: torch.fx.Graph, node: Node) -> None:
     chain = chain_of(node)
     if chain is None or (len(node.users) == 1 and chain_of(next(iter(node.users))) is chain):
         return
-    terms: list[Node] = []
-    less: list[Node] = []
-    stack: list[tuple[Any, Node, bool]] = []
-
-    def push(user: Node, positive: bool) -> None:
-        stack.append((argument(user, "other"), user, positive is not is_op(user, "sub")))
-        stack.append((argument(user, "input"), user, positive))
-
-    push(node, True)
-    while stack:
-        term, user, positive = stack.pop()
-        if chain_of(term) is chain and _only_user(term, user):
-            push(term, positive)
-        else:
-            (terms if positive else less).append(term)
-    started = _started(terms, chain)
-    kept = [term for term in started if not _is_neutral(term, chain)]
+    terms, less = _terms(node, chain, True)
+    if any(_has_number(term, chain) for term in (*terms, *less)):  # ``y_i + i``: the 0 of the first is a lane's own
+        terms, less = _terms(node, chain, False)
+    kept = [term for term in terms if not _is_neutral(term, chain)]
     if len(less) == 1 and len(terms) > 1:  # the additions before it are a chain of their own
         return
-    if len(terms) + len(less) == 2 and kept == terms:
+    if len(terms) + len(less) == 2 and kept == [argument(node, "input"), argument(node, "other")]:
         return
     with graph.inserting_before(node):
-        result = _one(graph, node, chain, kept or started[:1])
+        result = _one(graph, node, chain, kept or terms[:1])
         if less:
             result = graph.call_function(SUB, (result, _one(graph, node, chain, less), 1))
             _copy_meta(result, node)
@@ -154,16 +141,39 @@ def _one(graph: torch.fx.Graph, node: Node, chain: Op, terms: list[Node]) -> Nod
     return made
 
 
-def _started(terms: list[Node], chain: Op) -> list[Node]:
-    """``sum`` starts from 0 and ``math.prod`` from 1: without that. Where every term has a number it is a lane's own, as in ``y_i + i``."""
-    name, number = _STARTS.get(chain, ("", 0))
-    first, second = terms[0], terms[1] if len(terms) > 1 else None
-    own = second is not None and is_op(second, name) and not isinstance(argument(second, "other"), Node)
-    if not is_op(first, name) or second is None or own:
-        return terms
-    given, value = argument(first, "other"), argument(first, "input")
-    same = isinstance(value, Node) and all(value.meta.get(fact) == first.meta[fact] for fact in ("shape", "dyn", "dtype"))
-    return [value, *terms[1:]] if type(given) in (int, float) and given == number and same else terms
+def _terms(node: Node, chain: Op, from_start: bool) -> tuple[list[Node], list[Node]]:
+    """What the chain that ends at ``node`` combines, and what it takes away. ``from_start``: without the 0 and 1 that chains start from."""
+    terms: list[Node] = []
+    less: list[Node] = []
+    stack: list[tuple[Any, Node, bool]] = []
+
+    def push(user: Node, positive: bool) -> None:
+        stack.append((argument(user, "other"), user, positive is not is_op(user, "sub")))
+        stack.append((argument(user, "input"), user, positive))
+
+    push(node, True)
+    while stack:
+        term, user, positive = stack.pop()
+        if chain_of(term) is chain and _only_user(term, user):
+            push(term, positive)
+        elif from_start and _is_start(term, chain) and _only_user(term, user):
+            stack.append((argument(term, "input"), term, positive))
+        else:
+            (terms if positive else less).append(term)
+    return terms, less
+
+
+def _has_number(term: Node, chain: Op) -> bool:
+    return is_op(term, _STARTS.get(chain, ("", 0))[0]) and not isinstance(argument(term, "other"), Node)
+
+
+def _is_start(term: Node, chain: Op) -> bool:
+    """``sum`` starts from 0 and ``math.prod`` from 1."""
+    if not _has_number(term, chain):
+        return False
+    given, value = argument(term, "other"), argument(term, "input")
+    same = isinstance(value, Node) and all(value.meta.get(fact) == term.meta[fact] for fact in ("shape", "dyn", "dtype"))
+    return same and type(given) in (int, float) and given == _STARTS[chain][1]
 
 
 def _is_neutral(node: Any, chain: Op) -> bool:

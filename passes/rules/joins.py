@@ -74,15 +74,17 @@ _CHAINS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "min_of": (torch.amin, torch.minimum),
     "max_of": (torch.amax, torch.maximum),
 }
-TIES = "where more than two lanes tie exactly in a minimum or maximum, they share its gradient evenly; the chain of two at a time did not"
+
+
+def _as_written(name: str, count: int) -> bool:
+    """A minimum of more than two, two at a time: where three tie, ``amin`` shares the gradient evenly, and the chain does not."""
+    return name in ("min_of", "max_of") and count > 2
 
 
 def _over_lanes(emitter: Emitter, name: str, value: Node, dim: int) -> Node:
     """The chain ``name`` along one dim; the dtype stays what it is."""
     dtype = value.meta["val"].dtype
     if name in ("min_of", "max_of"):
-        if value.meta["val"].shape[dim] > 2:
-            emitter.notes.append(TIES)
         return emitter.call(_CHAINS[name][0], value, dim)
     exact = dtype.is_floating_point or dtype.is_complex
     return emitter.call(_CHAINS[name][0], value, dim) if exact else emitter.call(_CHAINS[name][0], value, dim, dtype=dtype)
@@ -90,6 +92,8 @@ def _over_lanes(emitter: Emitter, name: str, value: Node, dim: int) -> Node:
 
 def _chain(emitter: Emitter, name: str, nodes: list[Node]) -> Any:
     """One op for all lanes of a bundle among ``nodes``, combined with what else there is; None where there are none."""
+    if _as_written(name, len(nodes)):
+        return None
     by_bundle: dict[int, list[Node]] = {}
     alone: list[Node] = []
     for node in nodes:
@@ -121,7 +125,7 @@ def _join_in_lanes(emitter: Emitter, bundle: Bundle) -> Packed:
     lists = [list(member.args[0]) for member in bundle.members]  # type: ignore[arg-type]
     inner = len(lists[0])
     dim = 0 if bundle.name in _CHAINS else int(bundle.members[0].args[1])  # type: ignore[arg-type]
-    nested = _nested(emitter, bundle, lists)
+    nested = None if _as_written(bundle.name, inner) else _nested(emitter, bundle, lists)
     if nested is not None:
         return _join_nested(emitter, bundle, nested, dim)
     lane_rank = rank(lists[0][0])
