@@ -8,6 +8,7 @@ call (one dict lookup each), so that reassigned Parameters are seen and no stale
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -192,12 +193,12 @@ def _flat_graph(
         if node.op == "get_attr":
             if node.target not in places:
                 place = override.get(node.target) or source(root, node.target)
-                places[node.target] = (place, flat.placeholder("tensor_" + node.target.replace(".", "_")))
+                places[node.target] = (place, flat.placeholder(_name("tensor", len(places), node.target)))
             env[node] = places[node.target][1]
     modules: dict[str, tuple[nn.Module, torch.fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module" and node.target not in modules:
-            modules[node.target] = (walk(root, node.target), flat.placeholder("module_" + node.target.replace(".", "_")))
+            modules[node.target] = (walk(root, node.target), flat.placeholder(_name("module", len(modules), node.target)))
 
     def copied(arg: torch.fx.Node) -> torch.fx.Node:
         return env[arg]
@@ -213,6 +214,15 @@ def _flat_graph(
         else:
             env[node] = flat.create_node(node.op, node.target, args, kwargs, node.name)
     return flat, [(name, place) for name, (place, _) in places.items()], [module for module, _ in modules.values()]
+
+
+def _name(kind: str, number: int, target: str) -> str:
+    """An argument's name, unlike any other's: a ModuleDict's keys may be ``C0+C1``, and ``a.b`` is not ``a_b``.
+
+    >>> _name("tensor", 3, "nets.C0+C1.weight")
+    'tensor_3_nets_C0_C1_weight'
+    """
+    return f"{kind}_{number}_{re.sub(r'[^a-zA-Z0-9]', '_', target)}"
 
 
 def _plain_inputs(spec: Any) -> bool:

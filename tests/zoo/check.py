@@ -22,6 +22,7 @@ from fxfuse.launches import Launches, count
 from zoo.registry import Subject
 
 RTOL = 1e-10
+FLOOR = 64 * torch.finfo(torch.float64).eps  # of the largest tensor of its kind: the gradient of a bias before a BatchNorm is rounding alone
 SINGLE = 1e-5  # where the model itself computes in float32 somewhere inside, whatever its parameters are
 
 
@@ -105,10 +106,7 @@ def _buffers(model: nn.Module, fused: nn.Module) -> tuple[list[str], list[Tensor
 
 
 def differences(kind: str, names: Any, actual: list[Any], expected: list[Any], rtol: float) -> list[str]:
-    """One line per tensor that is off by more than ``rtol`` of its largest element, and of a millionth of the largest of its kind.
-
-    The second bound is for tensors that are zero but for rounding, like the gradient of a bias before a BatchNorm.
-    """
+    """One line per tensor that is off by more than ``rtol`` of its largest element and by more than ``FLOOR``."""
     tensors = [want for want in expected if isinstance(want, Tensor) and want.numel()]
     largest = max((want.abs().max().item() for want in tensors), default=0.0)
     found = []
@@ -123,7 +121,7 @@ def differences(kind: str, names: Any, actual: list[Any], expected: list[Any], r
         if not want.numel():
             continue
         error = (got - want).abs().max().item() if want.is_floating_point() or want.is_complex() else float(not torch.equal(got, want))
-        if not error <= rtol * max(want.abs().max().item(), 1e-6 * largest):
+        if not error <= max(rtol * want.abs().max().item(), FLOOR * largest):
             found.append(f"{kind} {name} is off by {error:.2g}, its largest element is {want.abs().max().item():.2g}")
     return found
 

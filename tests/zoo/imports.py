@@ -5,12 +5,14 @@ What is stood in for has no CPU build here (torchvision, torchaudio) or is not u
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
-import importlib.metadata
 import importlib.util
+import io
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -56,6 +58,13 @@ class _StandIns:
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__version__ = "0"
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """What a package prints when it is imported does not belong into a table."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def without(*roots: str) -> None:

@@ -5,6 +5,7 @@ from torch import nn
 
 PACKAGE = "transformers==5.23.0"
 ROWS = 4
+HEAVY = 10
 
 
 def model():

@@ -2,15 +2,17 @@
 
 import torch
 
-from zoo.imports import without
+from zoo.imports import silent, without
 
 PACKAGE = "DeepXDE==1.15.0"
 ROWS = 512
+HEAVY = 4
 
 
 def model():
     without("skopt")
-    from deepxde.nn.pytorch.deeponet import DeepONet
+    with silent():
+        from deepxde.nn.pytorch.deeponet import DeepONet
 
     return DeepONet([100, 40, 40], [2, 40, 40], "tanh", "Glorot normal", num_outputs=6, multi_output_strategy="independent")
 

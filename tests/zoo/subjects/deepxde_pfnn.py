@@ -2,15 +2,17 @@
 
 import torch
 
-from zoo.imports import without
+from zoo.imports import silent, without
 
 PACKAGE = "DeepXDE==1.15.0"
 ROWS = 4096
+HEAVY = 5
 
 
 def model():
     without("skopt")
-    from deepxde.nn.pytorch.fnn import PFNN
+    with silent():
+        from deepxde.nn.pytorch.fnn import PFNN
 
     return PFNN([3, [50] * 4, [50] * 4, [50] * 4, [50] * 4, 4], "tanh", "Glorot uniform")
 

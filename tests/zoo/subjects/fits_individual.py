@@ -6,6 +6,7 @@ from zoo.imports import bare
 
 PACKAGE = "pypots==1.5"
 ROWS = 32
+HEAVY = 1
 
 
 def model():

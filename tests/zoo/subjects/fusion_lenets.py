@@ -7,6 +7,7 @@ from zoo.imports import without
 
 PACKAGE = "torchensemble==0.2.0"
 ROWS = 32
+HEAVY = 15
 
 
 class LeNet(nn.Module):

@@ -6,6 +6,7 @@ from zoo.imports import bare
 
 PACKAGE = "gluonts==0.17.0"
 ROWS = 32
+HEAVY = 6
 SIZES = [50, 50, 7, 20, 7, 3]
 
 

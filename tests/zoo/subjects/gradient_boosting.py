@@ -7,6 +7,7 @@ from zoo.imports import without
 
 PACKAGE = "torchensemble==0.2.0"
 ROWS = 64
+HEAVY = 4
 
 
 class Net(nn.Sequential):

@@ -6,6 +6,7 @@ from zoo.imports import bare
 
 PACKAGE = "pytorch-lattice==0.2.0"
 ROWS = 64
+HEAVY = 2
 
 
 def model():

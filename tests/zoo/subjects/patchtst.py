@@ -4,6 +4,7 @@ import torch
 
 PACKAGE = "transformers==5.23.0"
 ROWS = 16
+HEAVY = 9
 
 
 def model():

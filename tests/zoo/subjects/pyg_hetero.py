@@ -4,6 +4,7 @@ import torch
 
 PACKAGE = "torch-geometric==2.8.1"
 ROWS = 30
+HEAVY = 2
 EDGES = [(source, f"to_{target}", target) for source in "abc" for target in "abc"]
 
 

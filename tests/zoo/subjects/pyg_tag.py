@@ -4,6 +4,7 @@ import torch
 
 PACKAGE = "torch-geometric==2.8.1"
 ROWS = 40
+HEAVY = 1
 
 
 def model():

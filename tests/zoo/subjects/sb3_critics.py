@@ -4,6 +4,7 @@ import torch
 
 PACKAGE = "stable_baselines3==2.9.2"
 ROWS = 256
+HEAVY = 3
 
 
 def model():

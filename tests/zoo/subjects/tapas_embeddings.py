@@ -4,6 +4,7 @@ import torch
 
 PACKAGE = "transformers==5.23.0"
 ROWS = 8
+HEAVY = 10
 
 
 def model():

@@ -6,6 +6,7 @@ from zoo.imports import bare
 
 PACKAGE = "pytorch-forecasting==1.8.0"
 ROWS = 64
+HEAVY = 4
 
 
 def model():

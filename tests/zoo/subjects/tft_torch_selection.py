@@ -6,6 +6,7 @@ from zoo.imports import bare, without
 
 PACKAGE = "tft-torch==0.0.6"
 ROWS = 128
+HEAVY = 9
 
 
 def model():

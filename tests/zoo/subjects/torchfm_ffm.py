@@ -4,6 +4,7 @@ import torch
 
 PACKAGE = "torchfm==0.7.0"
 ROWS = 64
+HEAVY = 9
 
 
 def model():

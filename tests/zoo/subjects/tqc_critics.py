@@ -4,6 +4,7 @@ import torch
 
 PACKAGE = "sb3_contrib==2.9.2"
 ROWS = 256
+HEAVY = 3
 
 
 def model():
