@@ -112,7 +112,9 @@ class RegionState(Watch):
         if len(set(flags)) == 1:
             return f"no program was recorded in {'train' if flags[0] else 'eval'} mode"
         odd = not max(set(flags), key=flags.count)
-        where = next(info.path for m, f in zip(self.modules, flags, strict=True) if f is odd and (info := lane_info(m)) is not None)
+        # A copy that is being made asks while some of its modules are no lanes yet.
+        found = (info.path for m, f in zip(self.modules, flags, strict=True) if f is odd and (info := lane_info(m)) is not None)
+        where = next(found, "")
         return f"no program was recorded with {where or 'the region'} in {'train' if odd else 'eval'} mode and others not"
 
     def _stale(self) -> str | None:

@@ -176,7 +176,7 @@ class Recorder(TorchFunctionMode):
                 tensors.append(tree)
             return self.number(tree)
         if isinstance(tree, TracedInt):
-            return tree.expr
+            return tree.expr if tree.log is self.sizes else int(tree)
         if isinstance(tree, tuple):
             return tuple([item if type(item) in _PLAIN else self.describe(item, tensors) for item in tree])
         if isinstance(tree, list):
