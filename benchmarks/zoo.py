@@ -2,8 +2,8 @@
 
     python benchmarks/zoo.py [--time] [--why] [--json FILE] [subject ...]
 
-heavy: matmuls, convolutions, embeddings, norms, in eval mode without gradients. bound: the fewest there could be if ops of equal signature were
-fused wherever they are independent, by Mirsky's theorem. gone: the share of (heavy - bound) that fusing removed. all: launches of every
+heavy: matmuls, convolutions, embeddings, norms, in eval mode without gradients. bound: the fewest there could be if ops of equal
+signature were fused wherever they are independent, by Mirsky's theorem. gone: the share of (heavy - bound) that fusing removed. all: launches of every
 kind. right: outputs and all gradients equal in float64, on fresh data and other batch sizes, in train and eval mode. These use
 ``objective="launches"``. --time fuses anew, in float32 with the default objective, and gives the loop's time over the fused model's.
 --why prints each subject's refusals.
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fxfuse
 from fxfuse import timing
@@ -104,7 +105,8 @@ def main() -> int:
     if not found:
         return 0
     loops = [data["gone"] for data in found.values() if data["heavy"][0] > data["bound"]]
-    print(f"{len(found)} subjects, {sum(data['right'] for data in found.values())} right; share gone {sum(loops) / len(loops):.3f} on average")
+    right = sum(data["right"] for data in found.values())
+    print(f"{len(found)} subjects, {right} right; share gone {sum(loops) / len(loops):.3f} on average")
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1))
     return 0 if all(data["right"] for data in found.values()) else 1

@@ -24,7 +24,7 @@ from fxfuse.graph import Program, Recipe, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, Watch, become, lane_info, restore, shared_views
 from fxfuse.recipes import check, pack, packed_shape, unpack
-from fxfuse.runtime import MISS, Compiled, Source, compile_program, source, walk
+from fxfuse.runtime import MISS, Compiled, Source, compile_program, graph_module, source, walk
 from fxfuse.serialize import program_from_data, program_to_data
 
 STATE = "_fxfuse"  # the key in a region's __dict__ under which its RegionState lies
@@ -227,7 +227,7 @@ class RegionMixin(LaneMixin):
         return copied
 
     def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         # Where one lane is pickled, its region is built before the lane is: then the first call prepares.
         with suppress(AttributeError, KeyError):
             self.__dict__[STATE].prepare()
@@ -674,4 +674,4 @@ def _graph_module(state: RegionState, program: Program) -> torch.fx.GraphModule:
             root[node.target] = alias.tensor if alias is not None else source(state.region, node.target).fetch()
         elif node.op == "call_module":
             root[node.target] = walk(state.region, node.target)
-    return torch.fx.GraphModule(root, graph, class_name=type(state.region).__name__)
+    return graph_module(root, graph, type(state.region).__name__)

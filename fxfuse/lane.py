@@ -280,7 +280,7 @@ class LaneMixin(nn.Module):
 
     def __setstate__(self, state: Any) -> None:
         own = state.lane if isinstance(state, _OwnState) else {}
-        super().__setstate__(state.state if isinstance(state, _OwnState) else state)  # type: ignore[misc]
+        super().__setstate__(state.state if isinstance(state, _OwnState) else state)  # type: ignore[no-untyped-call]
         self.__dict__.update(own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

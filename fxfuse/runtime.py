@@ -7,7 +7,9 @@ call (one dict lookup each), so that reassigned Parameters are seen and no stale
 
 from __future__ import annotations
 
+import copy
 import inspect
+import keyword
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -214,6 +216,22 @@ def _flat_graph(
         else:
             env[node] = flat.create_node(node.op, node.target, args, kwargs, node.name)
     return flat, [(name, place) for name, (place, _) in places.items()], [module for module, _ in modules.values()]
+
+
+def graph_module(root: dict[str, Any], graph: torch.fx.Graph, class_name: str = "GraphModule") -> torch.fx.GraphModule:
+    """``torch.fx.GraphModule``, which would write ``self.in`` for a child of that name; keywords get an underscore here."""
+
+    def spelled(target: str) -> str:
+        return ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in target.split("."))
+
+    odd = [target for target in root if spelled(target) != target]
+    if odd:
+        graph = copy.deepcopy(graph)
+        for node in graph.nodes:
+            if node.op in ("get_attr", "call_module"):
+                node.target = spelled(node.target)
+        root = {spelled(target): value for target, value in root.items()}
+    return torch.fx.GraphModule(root, graph, class_name=class_name)
 
 
 def _name(kind: str, number: int, target: str) -> str:

@@ -41,7 +41,8 @@ def test_an_absent_package_comes_with_the_command_that_installs_it(monkeypatch):
     subject = ALL[0]
     monkeypatch.setattr(subject.file, "PACKAGE", "no-such-package==1.0")
     assert subject.missing == (
-        f"{subject.name} needs no-such-package, which is not installed: make .venv-zoo/.installed (or pip install --no-deps no-such-package==1.0)"
+        f"{subject.name} needs no-such-package, which is not installed: make .venv-zoo/.installed "
+        "(or pip install --no-deps no-such-package==1.0)"
     )
 
 

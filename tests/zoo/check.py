@@ -22,7 +22,7 @@ from fxfuse.launches import Launches, count
 from zoo.registry import Subject
 
 RTOL = 1e-10
-FLOOR = 64 * torch.finfo(torch.float64).eps  # of the largest tensor of its kind: the gradient of a bias before a BatchNorm is rounding alone
+FLOOR = 64 * torch.finfo(torch.float64).eps  # of the largest tensor of its kind: a bias before a BatchNorm has a gradient of pure rounding
 SINGLE = 1e-5  # where the model itself computes in float32 somewhere inside, whatever its parameters are
 
 
