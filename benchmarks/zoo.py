@@ -3,10 +3,10 @@
     python benchmarks/zoo.py [--time] [--why] [--json FILE] [subject ...]
 
 heavy: matmuls, convolutions, embeddings, norms, in eval mode without gradients. bound: the fewest there could be if ops of equal
-signature were fused wherever they are independent, by Mirsky's theorem. gone: the share of (heavy - bound) that fusing removed. all: launches of every
-kind. right: outputs and all gradients equal in float64, on fresh data and other batch sizes, in train and eval mode. These use
-``objective="launches"``. --time fuses anew, in float32 with the default objective, and gives the loop's time over the fused model's.
---why prints each subject's refusals.
+signature were fused wherever they are independent, by Mirsky's theorem. gone: the share of (heavy - bound) that fusing removed. all:
+launches of every kind. right: outputs and all gradients equal in float64, on fresh data and other batch sizes, in train and eval mode.
+These use ``objective="launches"``. --time fuses anew, in float32 with the default objective, and gives the loop's time over the fused
+model's. --why prints each subject's refusals.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,7 @@ def main() -> int:
     options.add_argument("--why", action="store_true", help="print refusals")
     options.add_argument("--json", type=Path, help="write the data here")
     chosen = options.parse_args()
+    warnings.simplefilter("ignore")  # of packages that are not ours
     print(HEAD + (f"{'inference':>11}{'training':>11}" if chosen.time else ""))
     found: dict[str, dict[str, Any]] = {}
     for subject in subjects():

@@ -19,7 +19,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from fxfuse.alias import AliasPack, StaleAlias
-from fxfuse.errors import FallbackError, FxfuseError
+from fxfuse.errors import FallbackError, FxfuseError, HeldElsewhereError
 from fxfuse.graph import Program, Recipe, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, Watch, become, lane_info, restore, shared_views
@@ -371,24 +371,28 @@ def install(
     prepared: list[_Surgery] = []
     taken: dict[nn.Module, str] = {}
     for plan in plans:
-        surgery = _examine(model, plan, packing)
+        surgery = _examine(model, plan, _packing(plan, packing))
         for module in (*surgery.modules, *surgery.hidden):
             if module in taken:
                 raise FxfuseError(f"regions {taken[module] or 'model'} and {plan.path or 'model'} share a module")
             taken[module] = plan.path
         prepared.append(surgery)
     for surgery in prepared:
-        _operate(surgery, strict, packing)
+        _operate(surgery, strict, _packing(surgery.plan, packing))
     return model
 
 
-def misfit(model: nn.Module, plan: RegionPlan, packing: str = "packed") -> str:
-    """Why ``plan`` alone cannot be installed in ``model``; empty where it can. Changes nothing."""
+def _packing(plan: RegionPlan, packing: Literal["packed", "alias"]) -> Literal["packed", "alias"]:
+    return "alias" if plan.keeps_parameters else packing
+
+
+def misfit(model: nn.Module, plan: RegionPlan, packing: Literal["packed", "alias"] = "packed") -> FxfuseError | None:
+    """Why ``plan`` alone cannot be installed in ``model``; None where it can. Changes nothing."""
     try:
-        _examine(model, plan, packing)
+        _examine(model, plan, _packing(plan, packing))
     except FxfuseError as error:
-        return str(error)
-    return ""
+        return error
+    return None
 
 
 def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
@@ -503,10 +507,10 @@ def _check_other_names(model: nn.Module, surgery: _Surgery, packing: str) -> Non
             skip = ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs")
             if name in skip or (module in ours and isinstance(value, Tensor) and _is_member(surgery, ours[module], name)):
                 continue
-            found = next((item for item in _tensors_in(value, 3) if id(item) in surgery.names), None)
+            found = next((item for item in _tensors_in(value, 6) if id(item) in surgery.names), None)
             if found is not None:
                 member = _member_name(surgery.plan, surgery.names[id(found)])
-                raise FxfuseError(f"{member} is also held by the attribute {f'{path}.{name}' if path else name}")
+                raise HeldElsewhereError(f"{member} is also held by the attribute {f'{path}.{name}' if path else name}")
 
 
 def _is_member(surgery: _Surgery, path: str, name: str) -> bool:

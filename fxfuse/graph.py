@@ -156,3 +156,4 @@ class RegionPlan:
     seconds: tuple[float, float] | None = None  # median before, after, in the mode asked for
     peak_bytes: tuple[int, int] | None = None  # before, after
     tried: list[tuple[str, float]] = field(default_factory=list)  # lowering and its median seconds
+    keeps_parameters: bool = False  # the members stay Parameters whose data are views of the pack: somebody else holds them too

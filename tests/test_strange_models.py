@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from checks import assert_equal_models, assert_fused_equals, fresh, own_gradients, randn, randomized
+from checks import assert_equal_models, assert_fused_equals, assert_heavy, assert_same_state, fresh, own_gradients, randn, randomized
 
 
 class NamedPairs(nn.Module):
@@ -162,3 +162,58 @@ def test_copies_of_modules_with_a_state_of_their_own(copied, training):
     assert other.state_dict().keys() == fused.state_dict().keys()
     assert_equal_models(model, other, [(randn(4, 3, 4), {})])
     assert_equal_models(model, copied(fxfuse.unfuse(other)), [(randn(4, 3, 4), {})], gradients=own_gradients)
+
+
+class Regularised(nn.Module):
+    """deepctr-torch: the model keeps its weights a second time, in lists, for a penalty that is computed outside of forward."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)) for _ in range(3))
+        if how == "list":
+            self.penalised = [p for p in self.nets.parameters() if p.dim() == 2]
+        elif how == "dict":
+            self.penalised = {"l2": {name: p for name, p in self.nets.named_parameters()}}
+        else:
+            self.penalised = [([(name, p) for name, p in net.named_parameters()], 0.1, 0.2) for net in self.nets]
+
+    def weights(self):
+        def walk(value):
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, (list, tuple, dict)):
+                for item in value.values() if isinstance(value, dict) else value:
+                    yield from walk(item)
+
+        return list(walk(self.penalised))
+
+    def penalty(self):
+        return sum((w**2).sum() for w in self.weights())
+
+    def forward(self, x):
+        return torch.cat([net(x) for net in self.nets], 1)
+
+
+@pytest.mark.parametrize("how", ["list", "dict", "tuples"])
+def test_weights_that_the_model_holds_twice_stay_the_ones_that_train(how):
+    model, x = randomized(Regularised(how)), randn(6, 2)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    assert_heavy(fused, x, 2)
+    assert_equal_models(model, fused, [(fresh(x, rows, rows), {}) for rows in (6, 1, 9)])
+    assert_same_state(fxfuse.original_state_dict(fused), model.state_dict(), "original_state_dict")
+    (plan,) = fxfuse.report(fused).fused
+    assert "the Parameters stay, as views of the pack: nets.0.0.weight is also held by the attribute penalised" in plan.notes
+    live = {id(p) for p in fused.parameters()}
+    assert all(id(w) in live for w in fused.weights())
+    each = [(m, torch.optim.SGD(m.parameters(), lr=0.05)) for m in (model, fused)]
+    for _ in range(3):
+        losses = []
+        for one, optimizer in each:
+            optimizer.zero_grad()
+            loss = one(x).square().mean() + one.penalty()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss)
+        assert torch.allclose(*losses, rtol=1e-12)
+    assert_equal_models(model, fused, [(randn(4, 2), {})])
+    assert not fxfuse.report(fused).fallbacks

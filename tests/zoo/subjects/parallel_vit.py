@@ -6,7 +6,7 @@ from zoo.imports import bare
 
 PACKAGE = "vit-pytorch==1.26.11"
 ROWS = 8
-HEAVY = 29
+HEAVY = 19
 
 
 def model():
