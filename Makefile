@@ -2,21 +2,27 @@
 #   make demo    install the package and fuse a real feature-network model: report, launches, speed, differences
 #   make test    install what the tests need, then lint, types, tests
 #   make bench   the figures of README.md
+#   make zoo     models of other packages: launches before and after, right or wrong (ZOO="--time --why subject ...")
+#   make zoo-test   the same as tests, without the table
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := constraints.txt
 # Named beside -c on every line: a pip that resolves `torch>=2.11` by itself takes the newest build with its CUDA packages.
 TORCH := $(shell grep '^torch==' $(PINS))
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(PINS) "$(TORCH)"
+INSTALL := -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python $(INSTALL) -c $(PINS) "$(TORCH)"
+# The zoo's packages bring a hundred others: an environment of its own.
+ZOO_VENV := .venv-zoo
+ZOO_PYTHON := $(ZOO_VENV)/bin/python
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench zoo zoo-test clean
 
 demo: $(VENV)/.installed-bench
 	$(BIN)/python examples/demo.py
 
 test: lint types
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 -m "not zoo"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -29,12 +35,18 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/feature_networks.py
 	$(BIN)/python benchmarks/pass_cost.py
 
-# The environment is made anew when what it should hold has changed. A Debian python3 has no ensurepip: virtualenv stands in.
-$(VENV)/.made: pyproject.toml $(PINS)
-	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV) \
-	  && $(PYTHON) -m pip --disable-pip-version-check install --quiet --target $(VENV)-maker virtualenv \
-	  && PYTHONPATH=$(VENV)-maker $(PYTHON) -m virtualenv --quiet $(VENV) && rm -rf $(VENV)-maker; }
+zoo: $(ZOO_VENV)/.installed
+	$(ZOO_PYTHON) benchmarks/zoo.py $(ZOO)
+
+zoo-test: $(ZOO_VENV)/.installed
+	$(ZOO_PYTHON) -m pytest -q -n 2 -m zoo tests/test_zoo.py
+
+# An environment is made anew when what it should hold has changed. A Debian python3 has no ensurepip: virtualenv stands in.
+%/.made: pyproject.toml $(PINS)
+	rm -rf $*
+	$(PYTHON) -m venv $* >/dev/null 2>&1 || { rm -rf $* \
+	  && $(PYTHON) -m pip --disable-pip-version-check install --quiet --target $*-maker virtualenv \
+	  && PYTHONPATH=$*-maker $(PYTHON) -m virtualenv --quiet $* && rm -rf $*-maker; }
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.made
@@ -46,6 +58,12 @@ $(VENV)/.installed-bench: $(VENV)/.made
 	$(PIP) -e ".[bench]"
 	touch $@
 
+# no-deps.txt: packages that ask for others, unused by the models, which cannot be installed beside this torch.
+$(ZOO_VENV)/.installed: $(ZOO_VENV)/.made tests/zoo/constraints.txt tests/zoo/no-deps.txt
+	$(ZOO_PYTHON) $(INSTALL) -c $(PINS) -c tests/zoo/constraints.txt "$(TORCH)" -e ".[test,zoo]"
+	$(ZOO_PYTHON) $(INSTALL) --no-deps -r tests/zoo/no-deps.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-maker $(ZOO_VENV) $(ZOO_VENV)-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -7,6 +7,10 @@ class FxfuseError(Exception):
     """Base of all errors raised by fxfuse."""
 
 
+class HeldElsewhereError(FxfuseError):
+    """A weight that would be packed is also held by an attribute of the model, which would keep the old one."""
+
+
 class ArgumentError(FxfuseError, TypeError, ValueError):
     """fxfuse itself was called wrongly; the message says what was expected and what came."""
 

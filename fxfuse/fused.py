@@ -19,12 +19,12 @@ import torch.fx
 from torch import Tensor, nn
 
 from fxfuse.alias import AliasPack, StaleAlias
-from fxfuse.errors import FallbackError, FxfuseError
+from fxfuse.errors import FallbackError, FxfuseError, HeldElsewhereError
 from fxfuse.graph import Program, Recipe, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, Watch, become, lane_info, restore, shared_views
 from fxfuse.recipes import check, pack, packed_shape, unpack
-from fxfuse.runtime import MISS, Compiled, Source, compile_program, source, walk
+from fxfuse.runtime import MISS, Compiled, Source, compile_program, graph_module, source, walk
 from fxfuse.serialize import program_from_data, program_to_data
 from fxfuse.widen import widened
 
@@ -150,7 +150,9 @@ class RegionState(Watch):
         if len(set(flags)) == 1:
             return f"no program was recorded in {'train' if flags[0] else 'eval'} mode"
         odd = not max(set(flags), key=flags.count)
-        where = next(info.path for m, f in zip(self.modules, flags, strict=True) if f is odd and (info := lane_info(m)) is not None)
+        # A copy that is being made asks while some of its modules are no lanes yet.
+        found = (info.path for m, f in zip(self.modules, flags, strict=True) if f is odd and (info := lane_info(m)) is not None)
+        where = next(found, "")
         return f"no program was recorded with {where or 'the region'} in {'train' if odd else 'eval'} mode and others not"
 
     def _stale(self) -> str | None:
@@ -317,7 +319,7 @@ class RegionMixin(LaneMixin):
         return copied
 
     def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         # Where one lane is pickled, its region is built before the lane is: then the first call prepares.
         with suppress(AttributeError, KeyError):
             self.__dict__[STATE].prepare()
@@ -461,24 +463,28 @@ def install(
     prepared: list[_Surgery] = []
     taken: dict[nn.Module, str] = {}
     for plan in plans:
-        surgery = _examine(model, plan, packing)
+        surgery = _examine(model, plan, _packing(plan, packing))
         for module in (*surgery.modules, *surgery.hidden):
             if module in taken:
                 raise FxfuseError(f"regions {taken[module] or 'model'} and {plan.path or 'model'} share a module")
             taken[module] = plan.path
         prepared.append(surgery)
     for surgery in prepared:
-        _operate(surgery, strict, packing)
+        _operate(surgery, strict, _packing(surgery.plan, packing))
     return model
 
 
-def misfit(model: nn.Module, plan: RegionPlan, packing: str = "packed") -> str:
-    """Why ``plan`` alone cannot be installed in ``model``; empty where it can. Changes nothing."""
+def _packing(plan: RegionPlan, packing: Literal["packed", "alias"]) -> Literal["packed", "alias"]:
+    return "alias" if plan.keeps_parameters else packing
+
+
+def misfit(model: nn.Module, plan: RegionPlan, packing: Literal["packed", "alias"] = "packed") -> FxfuseError | None:
+    """Why ``plan`` alone cannot be installed in ``model``; None where it can. Changes nothing."""
     try:
-        _examine(model, plan, packing)
+        _examine(model, plan, _packing(plan, packing))
     except FxfuseError as error:
-        return str(error)
-    return ""
+        return error
+    return None
 
 
 def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
@@ -594,10 +600,10 @@ def _check_other_names(model: nn.Module, surgery: _Surgery, packing: str) -> Non
             skip = ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs")
             if name in skip or (module in ours and isinstance(value, Tensor) and _is_member(surgery, ours[module], name)):
                 continue
-            found = next((item for item in _tensors_in(value, 3) if id(item) in surgery.names), None)
+            found = next((item for item in _tensors_in(value, 6) if id(item) in surgery.names), None)
             if found is not None:
                 member = _member_name(surgery.plan, surgery.names[id(found)])
-                raise FxfuseError(f"{member} is also held by the attribute {f'{path}.{name}' if path else name}")
+                raise HeldElsewhereError(f"{member} is also held by the attribute {f'{path}.{name}' if path else name}")
 
 
 def _is_member(surgery: _Surgery, path: str, name: str) -> bool:
@@ -777,4 +783,4 @@ def _graph_module(state: RegionState, program: Program) -> torch.fx.GraphModule:
             root[node.target] = alias.tensor if alias is not None else source(state.region, node.target).fetch()
         elif node.op == "call_module":
             root[node.target] = walk(state.region, node.target)
-    return torch.fx.GraphModule(root, graph, class_name=type(state.region).__name__)
+    return graph_module(root, graph, type(state.region).__name__)

@@ -164,6 +164,7 @@ class RegionPlan:
     seconds: tuple[float, float] | None = None  # median before, after, in the mode asked for
     peak_bytes: tuple[int, int] | None = None  # before, after
     tried: list[tuple[str, float]] = field(default_factory=list)  # lowering and its median seconds
+    keeps_parameters: bool = False  # the members stay Parameters whose data are views of the pack: somebody else holds them too
     # Programs over the same packs: of other methods by name, and further signatures of "forward".
     methods: dict[str, dict[tuple[bool, ...], tuple[Program, ...]]] = field(default_factory=dict)
     method_ops: dict[str, list[FusedOp]] = field(default_factory=dict)

@@ -228,6 +228,14 @@ def _as_original(module: nn.Module, info: LaneInfo) -> Iterator[None]:
             was.update({name: now[name] for name in was if name in now})  # whatever was replaced meanwhile
 
 
+@dataclass
+class _OwnState:
+    """What a module's own ``__getstate__`` keeps of it, and what makes it a lane."""
+
+    state: Any
+    lane: dict[str, Any]
+
+
 class LaneMixin(nn.Module):
     """Comes first among the bases of every generated class; the original class follows and does the real work.
 
@@ -271,7 +279,15 @@ class LaneMixin(nn.Module):
         if not isinstance(reduced, tuple) or reduced[0].__name__ != "__newobj__":
             return reduced
         cls = type(self)
-        return (rebuild, (cls._fxfuse_base, cls._fxfuse_mixin, cls._fxfuse_names), *reduced[2:])  # type: ignore[attr-defined]
+        state, *more = reduced[2:] or (None,)
+        if not isinstance(state, dict) or LANE not in state:  # a __getstate__ of its own, as einops' layers have
+            state = _OwnState(state, {name: self.__dict__[name] for name in (LANE, "training")})
+        return (rebuild, (cls._fxfuse_base, cls._fxfuse_mixin, cls._fxfuse_names), state, *more)  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: Any) -> None:
+        own = state.lane if isinstance(state, _OwnState) else {}
+        super().__setstate__(state.state if isinstance(state, _OwnState) else state)  # type: ignore[no-untyped-call]
+        self.__dict__.update(own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         info: LaneInfo = self.__dict__[LANE]

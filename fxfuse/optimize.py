@@ -25,7 +25,7 @@ from .copies import independent_copy, sharing_copy
 from .determinism import preserved_state
 from .difference import Validation
 from .entries import FORWARD, Entry, make_entries
-from .errors import ArgumentError, FxfuseError
+from .errors import ArgumentError, FxfuseError, HeldElsewhereError
 from .graph import Refusal, RegionPlan
 from .inputs import resample
 from .launches import count
@@ -334,6 +334,11 @@ class _Pipeline:
                 return kept
             except FxfuseError as error:
                 culprit = next((plan for plan in kept if fused_modules.misfit(model, plan, self.options.packing)), kept[-1])
+                held = fused_modules.misfit(model, culprit, self.options.packing)
+                if isinstance(held, HeldElsewhereError):
+                    culprit.keeps_parameters = True
+                    culprit.notes.append(f"the Parameters stay, as views of the pack: {held}")
+                    continue
                 self.report.refused.append(Refusal(str(error), culprit.place, culprit.path))
                 kept.remove(culprit)
         return kept

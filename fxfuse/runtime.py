@@ -8,7 +8,10 @@ calls without grad, for as long as object, address and strides are the same.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import keyword
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -243,12 +246,12 @@ def _flat_graph(
         if node.op == "get_attr":
             if node.target not in places:
                 place = override.get(node.target) or source(root, node.target)
-                places[node.target] = (place, flat.placeholder("tensor_" + node.target.replace(".", "_")))
+                places[node.target] = (place, flat.placeholder(_name("tensor", len(places), node.target)))
             env[node] = places[node.target][1]
     modules: dict[str, tuple[nn.Module, torch.fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module" and node.target not in modules:
-            modules[node.target] = (walk(root, node.target), flat.placeholder("module_" + node.target.replace(".", "_")))
+            modules[node.target] = (walk(root, node.target), flat.placeholder(_name("module", len(modules), node.target)))
 
     def copied(arg: torch.fx.Node) -> torch.fx.Node:
         return env[arg]
@@ -264,6 +267,31 @@ def _flat_graph(
         else:
             env[node] = flat.create_node(node.op, node.target, args, kwargs, node.name)
     return flat, [(name, place) for name, (place, _) in places.items()], [module for module, _ in modules.values()]
+
+
+def graph_module(root: dict[str, Any], graph: torch.fx.Graph, class_name: str = "GraphModule") -> torch.fx.GraphModule:
+    """``torch.fx.GraphModule``, which would write ``self.in`` for a child of that name; keywords get an underscore here."""
+
+    def spelled(target: str) -> str:
+        return ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in target.split("."))
+
+    odd = [target for target in root if spelled(target) != target]
+    if odd:
+        graph = copy.deepcopy(graph)
+        for node in graph.nodes:
+            if node.op in ("get_attr", "call_module"):
+                node.target = spelled(node.target)
+        root = {spelled(target): value for target, value in root.items()}
+    return torch.fx.GraphModule(root, graph, class_name=class_name)
+
+
+def _name(kind: str, number: int, target: str) -> str:
+    """An argument's name, unlike any other's: a ModuleDict's keys may be ``C0+C1``, and ``a.b`` is not ``a_b``.
+
+    >>> _name("tensor", 3, "nets.C0+C1.weight")
+    'tensor_3_nets_C0_C1_weight'
+    """
+    return f"{kind}_{number}_{re.sub(r'[^a-zA-Z0-9]', '_', target)}"
 
 
 def _plain_inputs(spec: Any) -> bool:

@@ -9,6 +9,7 @@ expressions; every comparison is logged, because the recorded run took one of it
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +72,9 @@ class TracedInt(int):
 
 
 
-def _expr(value: Any) -> Any:
-    return value.expr if isinstance(value, TracedInt) else int(value)
+def _expr(value: Any, log: list[Comparison]) -> Any:
+    # A size of another recording, which a cache of somebody's kept, is the number it is: its expression speaks of other values.
+    return value.expr if isinstance(value, TracedInt) and value.log is log else int(value)
 
 
 def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
@@ -86,7 +88,7 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
         if reflected:
             operands = operands[::-1]
         value = compute(*(int(o) for o in operands))
-        return TracedInt.make(value, SizeOp(name, tuple(_expr(o) for o in operands)), self.log)
+        return TracedInt.make(value, SizeOp(name, tuple(_expr(o, self.log) for o in operands)), self.log)
 
     return method
 
@@ -97,8 +99,10 @@ def _comparison(name: str) -> Callable[..., Any]:
     def method(self: TracedInt, other: Any) -> Any:
         if type(other) is not int and not isinstance(other, TracedInt):
             return compute(int(self), other)
+        if isinstance(other, TracedInt) and other.log is not self.log and name in ("eq", "ne"):
+            return name == "ne"  # sizes of two recordings are no key to each other: a cache by shape computes anew
         result = bool(compute(int(self), int(other)))
-        self.log.append(Comparison(name, self.expr, _expr(other), result))
+        self.log.append(Comparison(name, self.expr, _expr(other, self.log), result))
         return result
 
     return method
@@ -117,4 +121,14 @@ setattr(TracedInt, "__neg__", _arithmetic("neg", False))  # noqa: B010
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(TracedInt, f"__{_name}__", _comparison(_name))
 setattr(TracedInt, "__bool__", _truth)  # noqa: B010
-setattr(TracedInt, "__hash__", int.__hash__)  # noqa: B010
+
+
+def _hash(self: TracedInt) -> int:
+    # einops caches by shape, and computes without its cache where a shape cannot be hashed (its way with symbolic sizes). A number from
+    # that cache would fix the size; dicts of everybody else must find their keys.
+    if sys._getframe(1).f_globals.get("__name__") == "einops.einops":
+        raise TypeError("a size under recording")
+    return int.__hash__(self)
+
+
+setattr(TracedInt, "__hash__", _hash)  # noqa: B010

@@ -96,6 +96,9 @@ _DATA_SHAPED: dict[str, Callable[[Any, Any], bool]] = {
     **dict.fromkeys(("arange", "range"), _has_tensor),
     **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), lambda args, kwargs: True),
 }
+# Calls that make a tensor of data, and how many numbers of a numpy array a graph may spell out.
+_FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "new_tensor"))
+_MOST_NUMBERS = 4096
 # Types of arguments that stand for themselves in the record.
 _PLAIN = frozenset((int, float, bool, str, type(None), type(Ellipsis), complex, torch.dtype, torch.device))
 _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
@@ -179,7 +182,7 @@ class Recorder(TorchFunctionMode):
                 tensors.append(tree)
             return self.number(tree)
         if isinstance(tree, TracedInt):
-            return tree.expr
+            return tree.expr if tree.log is self.sizes else int(tree)
         if isinstance(tree, tuple):
             return tuple([item if type(item) in _PLAIN else self.describe(item, tensors) for item in tree])
         if isinstance(tree, list):
@@ -285,12 +288,22 @@ class Recorder(TorchFunctionMode):
             made = self.outputs(out)
             if not poison and not _only_tensors(out) and name != "__setitem__":
                 poison = f"takes a Python value out of {func.__name__}"
+        if name in _FROM_DATA and type(out) is Tensor and not tensors[1:]:
+            func, described, described_kwargs, poison = self._spelled_out(func, described, args, described_kwargs, out, poison)
         if name in _DATA_SHAPED and not poison and _DATA_SHAPED[name](args, kwargs):
             poison = f"makes a tensor whose size depends on the data ({name.strip('_')})"
         frame = self.stack[-1] if self.stack else -1
         place = self.place(sys._getframe(1))
         self.trace.events.append(Event(func, tuple(described), described_kwargs, made, mutated, place, frame, poison))
         return out
+
+    def _spelled_out(self, func: Any, described: list[Any], args: Any, kwargs: Any, out: Tensor, poison: str) -> tuple[Any, Any, Any, str]:
+        """A tensor made of a numpy array: the same made of its numbers, which a graph can hold."""
+        if not any(type(arg).__module__ == "numpy" for arg in args) or out.requires_grad or poison:
+            return func, described, kwargs, poison
+        if out.numel() > _MOST_NUMBERS:
+            return func, described, kwargs, f"makes a tensor of a numpy array of {out.numel():,} numbers"
+        return torch.tensor, [out.tolist()], {"dtype": out.dtype, "device": out.device}, poison
 
     def event(self, func: Any, args: Any, kwargs: Any, poison: str) -> None:
         """A call that is no operation, about to be made."""

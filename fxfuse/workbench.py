@@ -19,6 +19,7 @@ from .containers import opened
 from .inputs import clone_inputs
 from .passes.emit import Packs
 from .passes.vectorize import Vectorized
+from .runtime import graph_module
 
 Case = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -80,7 +81,7 @@ class Workbench:
                 root[str(node.target)] = tensor
                 if tensor.requires_grad:
                     parameters.append(tensor)
-        code = torch.fx.GraphModule(root, candidate.graph)
+        code = graph_module(root, candidate.graph)
         leaves = tree_flatten(self._inputs())[0]
         return lambda: code(*leaves), parameters
 
