@@ -1,4 +1,4 @@
-"""Does torch have a batching rule for this call? The one place that knows torch's private switch for it.
+"""Does torch have a batching rule for this call?
 
 Comes in: a block that calls ``torch.vmap``. Goes out: the same block, in which an op without a batching rule raises (``MissingRule`` by
 name) instead of running lane by lane, which is what ``torch.vmap`` does otherwise, with a warning and no gain.
@@ -9,11 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import torch
+from fxfuse.private.vmap_fallback import without_vmap_fallback
 
-_functorch: Any = torch._C._functorch  # its stubs leave the switch out
 _FALLBACK = re.compile(r"(\S+) hit the vmap fallback|Batching rule not implemented for ([\w:.]*\w)")
 
 
@@ -29,14 +27,11 @@ def batched_or_raise() -> Iterator[None]:
     ...     torch.vmap(torch.sin)(torch.zeros(2)).shape
     torch.Size([2])
     """
-    before: bool = _functorch._is_vmap_fallback_enabled()
-    _functorch._set_vmap_fallback_enabled(False)
     try:
-        yield
+        with without_vmap_fallback():
+            yield
     except RuntimeError as error:
         found = _FALLBACK.search(str(error))
         if found is None:
             raise
         raise MissingRule((found.group(1) or found.group(2)).removeprefix("aten::").partition(".")[0]) from error
-    finally:
-        _functorch._set_vmap_fallback_enabled(before)

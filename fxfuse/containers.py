@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-import torch.utils._pytree as pytree
+from fxfuse.private import pytree
 
 
 @dataclass

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fxfuse.private.torch_function import DisableTorchFunction
+
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
@@ -155,7 +157,7 @@ class _Copier:
         return result
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             leaf = tensor.is_leaf
         if leaf:
             return copy.deepcopy(tensor, self.memo)

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from fxfuse.private.dispatch import TorchDispatchMode
+from fxfuse.private.pytree import tree_leaves
+from fxfuse.private.schemas import schema_of
 
 UNIFORM = 0.37  # what a uniform number in 0..1 becomes: no special value, neither side of a symmetric choice
 NORMAL = 0.61  # what a standard normal number becomes
@@ -156,7 +158,7 @@ class Derandomized(TorchDispatchMode):
 
 def _classify(func: Any) -> tuple[str, ...]:
     """Nothing for an ordinary op, ``_RANDOM`` for a random one, else the arguments by which it drops on its own (attention, cuDNN)."""
-    names = tuple(a.name for a in func._schema.arguments if a.name in ("dropout_p", "dropout"))
+    names = tuple(a.name for a in schema_of(func).arguments if a.name in ("dropout_p", "dropout"))
     if names and "dropout" not in func.overloadpacket.__name__:
         return names
     return _RANDOM if torch.Tag.nondeterministic_seeded in func.tags else ()
@@ -172,8 +174,8 @@ _DROPOUT = frozenset({"native_dropout", "_fused_dropout"})
 
 def _bound(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments by their names in the op's schema, defaults filled in."""
-    bound = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
-    bound.update(zip((a.name for a in func._schema.arguments), args, strict=False))
+    bound = {a.name: a.default_value for a in schema_of(func).arguments if a.has_default_value()}
+    bound.update(zip((a.name for a in schema_of(func).arguments), args, strict=False))
     bound.update(kwargs)
     return bound
 

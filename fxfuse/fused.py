@@ -23,6 +23,9 @@ from fxfuse.errors import FallbackError, FxfuseError, HeldElsewhereError
 from fxfuse.graph import Program, Recipe, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, Watch, become, lane_info, restore, shared_views
+from fxfuse.private import recurrent
+from fxfuse.private.module_hooks import CALL_HOOKS
+from fxfuse.private.tensor_hooks import has_gradient_hooks
 from fxfuse.recipes import check, pack, packed_shape, unpack
 from fxfuse.runtime import MISS, Compiled, Source, compile_program, graph_module, source, walk
 from fxfuse.serialize import program_from_data, program_to_data
@@ -30,7 +33,6 @@ from fxfuse.widen import widened
 
 STATE = "_fxfuse"  # the key in a region's __dict__ under which its RegionState lies
 _MOST_REASONS = 100  # reasons hold shapes: a run over endless shapes must not fill the memory
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _unsaved() -> dict[str, Any]:
@@ -221,7 +223,7 @@ def _hooks(modules: list[nn.Module]) -> tuple[Any, ...]:
         (index, name, tuple(module.__dict__[name]))
         for index, module in enumerate(modules)
         if index > 0
-        for name in _HOOKS
+        for name in CALL_HOOKS
         if module.__dict__.get(name)
     )
 
@@ -566,7 +568,7 @@ def _member(region: nn.Module, recipe: Recipe, index: int) -> tuple[nn.Module, T
         raise FxfuseError(f"{member} has shape {tuple(tensor.shape)}, its recipe says {expected}")
     if not tensor.is_leaf:
         raise FxfuseError(f"{member} is computed (it has a grad_fn) and cannot be packed")
-    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+    if has_gradient_hooks(tensor):
         raise FxfuseError(f"{member} has a gradient hook, which the packed tensor would not run")
     return owner, tensor, store
 
@@ -597,7 +599,7 @@ def _check_other_names(model: nn.Module, surgery: _Surgery, packing: str) -> Non
                     member = _member_name(surgery.plan, surgery.names[id(tensor)])
                     raise FxfuseError(f"{member} is also {path}.{name}, outside of the region")
         for name, value in module.__dict__.items():
-            skip = ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs")
+            skip = ("_parameters", "_buffers", "_modules", *recurrent.LISTS)
             if name in skip or (module in ours and isinstance(value, Tensor) and _is_member(surgery, ours[module], name)):
                 continue
             found = next((item for item in _tensors_in(value, 6) if id(item) in surgery.names), None)

@@ -125,8 +125,8 @@ class Program:
 
     graph: torch.fx.Graph
     guard: Guard
-    in_spec: Any  # torch.utils._pytree.TreeSpec of (args, kwargs)
-    out_spec: Any  # torch.utils._pytree.TreeSpec of the result
+    in_spec: Any  # pytree.TreeSpec of (args, kwargs)
+    out_spec: Any  # pytree.TreeSpec of the result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self  # finished programs are never changed, so that copies of a model share them

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from fxfuse.private.pytree import tree_flatten, tree_leaves, tree_unflatten
 
 T = TypeVar("T")
 

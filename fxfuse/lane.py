@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from fxfuse.copies import copy_ordinary, ordinary
 from fxfuse.errors import ArgumentError, FxfuseError, StateDictError
 from fxfuse.graph import Recipe
+from fxfuse.private import recurrent
+from fxfuse.private.module_hooks import BOOKKEEPING
+from fxfuse.private.transforms import transforming
 from fxfuse.recipes import lane_view, lane_views
 
 LANE = "_fxfuse_lane"  # the key in an instance's __dict__ under which its LaneInfo lies
 
 # Attributes of nn.Module itself that say nothing of what a forward computes, or that are compared whenever it matters.
-_LOOKED_UP = {
-    *("training", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_flat_weights", "_flat_weight_refs"),
-    *("_is_full_backward_hook", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
-}
+_LOOKED_UP = BOOKKEEPING.union(recurrent.LISTS)
 
 # What torch.compile sets on the module that it is given: right before it traces, when there is no more time to look again.
 _COMPILED = {"_is_torch_compile", "_compiled_call_impl"}
@@ -118,7 +118,7 @@ class Slot:
             return lane_view(self.recipe, packed, self.index)
         cache: dict[int, tuple[Tensor, tuple[Tensor, ...]]] | None = getattr(_thread, "views", None)
         # A view made without grad, or inside a functorch transform, must not be handed out after it.
-        if cache is None or not packed.requires_grad or not torch.is_grad_enabled() or _transforming():
+        if cache is None or not packed.requires_grad or not torch.is_grad_enabled() or transforming():
             return lane_view(self.recipe, packed, self.index)
         entry = cache.get(id(packed))
         if entry is None:
@@ -179,10 +179,6 @@ def _in_order(order: tuple[str, ...], kept: dict[str, Any], slots: dict[str, Slo
 def lane_info(module: nn.Module) -> LaneInfo | None:
     """The ``LaneInfo`` of a module of a fused region, None for any other module."""
     return cast("LaneInfo | None", module.__dict__.get(LANE))
-
-
-def _transforming() -> bool:
-    return bool(torch._C._are_functorch_transforms_active())
 
 
 @contextmanager
@@ -397,21 +393,6 @@ def _property(name: str) -> property:
     return property(read, write, doc=f"A view of the packed tensor that holds this lane's {name}.")
 
 
-def _recurrent_weights() -> tuple[property, property]:
-    """``_flat_weights`` and ``_flat_weight_refs`` of nn.LSTM and its like, which lists its Parameters a second time."""
-
-    def weights(self: Any) -> list[Any]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    def refs(self: Any) -> list[None]:
-        return [None] * len(self._flat_weights_names)
-
-    def set_refs(self: Any, value: Any) -> None:
-        self.__dict__["_flat_weight_refs"] = []  # nn.LSTM's __getstate__ deletes it from the dict: it has to be there
-
-    return property(weights, lambda self, value: None), property(refs, set_refs)
-
-
 _classes: dict[tuple[type, type, tuple[str, ...]], type] = {}
 
 
@@ -437,7 +418,7 @@ def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
             **{name: _telling(name) for name in _CONTAINER if hasattr(base, name)},
         }
         if issubclass(base, nn.RNNBase) and names:
-            space["_flat_weights"], space["_flat_weight_refs"] = _recurrent_weights()
+            space.update(recurrent.listing())
         if hasattr(mixin, "_fxfuse_hide") and issubclass(base, nn.ModuleList | nn.Sequential | nn.ModuleDict):
             space.update({name: mixin._fxfuse_hide(name) for name in _CONTAINER_READS if hasattr(base, name)})
         if hasattr(mixin, "_fxfuse_forward"):
@@ -473,8 +454,7 @@ def become(module: nn.Module, info: LaneInfo, mixin: type = LaneMixin, methods: 
     """Give ``module`` its generated class, in place. ``methods``: those that run programs, besides forward."""
     module.__dict__[LANE] = info
     if isinstance(module, nn.RNNBase) and info.slots:
-        module.__dict__.pop("_flat_weights", None)
-        module.__dict__["_flat_weight_refs"] = []
+        recurrent.forget(module)
     # object.__setattr__: the module's own may have opinions on __class__
     object.__setattr__(module, "__class__", generated(type(module), mixin, (*info.slots, *(f"{name}()" for name in methods))))
 
@@ -510,6 +490,6 @@ def restore(module: nn.Module) -> None:
                 state[name] = own[(slot.recipe.name, slot.index)]
         del state[LANE]
         object.__setattr__(member, "__class__", type(member)._fxfuse_base)
-        if isinstance(member, nn.RNNBase) and "_flat_weights" not in state:
-            member._init_flat_weights()
+        if isinstance(member, nn.RNNBase):
+            recurrent.relist(member)
     watch.removed(module)

@@ -6,7 +6,6 @@ model alike; the numbers ``total``, ``heavy`` and ``bound`` are those of the pro
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -14,8 +13,11 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from fxfuse.private.dispatch import BesideDynamo, WithoutDynamo, dynamo_is_imported
+from fxfuse.private.pytree import tree_leaves
+from fxfuse.private.schemas import schema_of
+from fxfuse.private.storages import storage_key
 
 # Ops that carry parameters or cost like those that do: matmuls, convolutions, embeddings, norms, recurrent cells, attention.
 HEAVY = frozenset(
@@ -138,7 +140,7 @@ def count(fn: Callable[[], object], *, bound: bool = True) -> Launches:
     (4, 3, 1)
     """
     # Dynamo, where it is in use, is told to keep out of the counter. That would import it (a second) where it is not.
-    kind = _CounterBesideDynamo if "torch._dynamo" in sys.modules else _Counter
+    kind = _CounterBesideDynamo if dynamo_is_imported() else _Counter
     with kind(bound) as counter:
         fn()
     calls: Counter[str] = Counter()
@@ -155,7 +157,7 @@ def count(fn: Callable[[], object], *, bound: bool = True) -> Launches:
     )
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(WithoutDynamo):
     def __init__(self, bound: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bound = bound
@@ -164,10 +166,6 @@ class _Counter(TorchDispatchMode):
         self._signatures: dict[Hashable, int] = {}
         self._depth: dict[int, _Depth] = {}
         self._alive: dict[int, object] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs) if kwargs else func(*args)
@@ -189,7 +187,7 @@ class _Counter(TorchDispatchMode):
         if not depth:
             return
         written = [self._storage(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             written += keys
         for key in written:
             old = self._depth.get(key)
@@ -202,17 +200,13 @@ class _Counter(TorchDispatchMode):
         except (NotImplementedError, RuntimeError):  # sparse, nested: no storage of its own
             self._alive[id(tensor)] = tensor
             return id(tensor)
-        key = int(storage._cdata)
+        key = storage_key(storage)
         if key not in self._alive:
             self._alive[key] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         return key
 
 
-class _CounterBesideDynamo(_Counter):  # type: ignore[no-untyped-call]
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return True
-
+class _CounterBesideDynamo(BesideDynamo, _Counter):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return super().__torch_dispatch__(func, types, args, kwargs)
 

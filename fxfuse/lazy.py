@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+
+from fxfuse.private.pytree import tree_map_only
 
 from .options import Options
 from .report import Report

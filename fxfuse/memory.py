@@ -7,12 +7,12 @@ also the scratch memory inside kernels; on CUDA the caching allocator's own stat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
 from fxfuse.collector import paused
 from fxfuse.errors import FxfuseError
+from fxfuse.private import profiler
 
 
 def peak_bytes(fn: Callable[[], object], *, device: torch.device | str | None = None) -> int:
@@ -31,10 +31,12 @@ def peak_bytes(fn: Callable[[], object], *, device: torch.device | str | None = 
     where = torch.device("cpu" if device is None else device)
     if where.type == "cuda":
         return _cuda(fn, where)
-    if torch._C._autograd._profiler_enabled():  # type: ignore[no-untyped-call, unused-ignore]
+    if profiler.is_profiling():
         raise FxfuseError("memory cannot be measured while a profiler is running: leave the profiler's range first")
-    enable = getattr(torch._C._autograd, "_enable_profiler_legacy", None)
-    return _peak(_recorded(fn, enable) if enable is not None else _profiled(fn))
+    if not profiler.has_recorder():
+        return _peak(profiler.profiled(fn))
+    with paused():  # tensors in garbage from before: freed inside, they would count, and torch would warn of unknown blocks
+        return _peak(profiler.recorded(fn))
 
 
 def _peak(changes: Iterable[int]) -> int:
@@ -43,29 +45,6 @@ def _peak(changes: Iterable[int]) -> int:
         now += change
         peak = max(peak, now)
     return peak
-
-
-def _recorded(fn: Callable[[], object], enable: Any) -> list[int]:
-    from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
-
-    # (state, report shapes, profile memory, stacks, flops, modules, experimental)
-    enable(ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig()))
-    try:
-        with paused():  # tensors in garbage from before: freed here, they would count, and torch would warn of unknown blocks
-            fn()
-    finally:
-        threads: Any = torch._C._autograd._disable_profiler_legacy()
-    return [event.cpu_memory_usage() for events in threads for event in events if event.kind() == "memory_alloc"]
-
-
-def _profiled(fn: Callable[[], object]) -> list[int]:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        fn()
-    results: Any = profiler.profiler
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def _cuda(fn: Callable[[], object], device: torch.device) -> int:

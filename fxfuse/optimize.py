@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 import torch.fx
 from torch import nn
-from torch.utils._pytree import tree_map_only
+
+from fxfuse.private.pytree import tree_map_only
 
 from . import fused as fused_modules
 from .build import Builder, Recorded, refuse

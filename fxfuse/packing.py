@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fxfuse.errors import StateDictError
 from fxfuse.lane import Pack, Slot, by_original_name, lane_info
+from fxfuse.private.state_dicts import set_versions, versions_of
 from fxfuse.recipes import lane_view, pack, packed_shape, unpack
 
 __all__ = [
@@ -42,10 +43,10 @@ def original_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     saved: OrderedDict[str, Any] = OrderedDict()
     for name, value in live.items():
         saved[name] = value.detach().clone(memory_format=torch.contiguous_format) if _plain(value) else value
-    metadata = getattr(live, "_metadata", None)
+    metadata = versions_of(live)
     if metadata is not None:
         packs = {path for path, module in model.named_modules() if isinstance(module, Pack)}
-        saved._metadata = OrderedDict((k, v) for k, v in metadata.items() if k not in packs)  # type: ignore[attr-defined]
+        set_versions(saved, OrderedDict((k, v) for k, v in metadata.items() if k not in packs))
     return saved
 
 
@@ -82,8 +83,9 @@ def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Any], st
     if problems:
         raise StateDictError(f"the state dict does not fit {type(model).__name__}: " + "; ".join(problems))
     given = OrderedDict((name, value) for name, value in state_dict.items() if name in expected)
-    if hasattr(state_dict, "_metadata"):
-        given._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    versions = versions_of(state_dict)
+    if versions is not None:
+        set_versions(given, versions)
     result = model.load_state_dict(given, strict=False)
     return type(result)(missing, unexpected)
 

@@ -21,8 +21,8 @@ from .passes.near_miss import near_misses
 from .passes.rules import is_heavy
 from .passes.updates import updates_of, writes
 from .passes.vectorize import Prepared, prepare
+from .private.module_hooks import has_hooks
 from .trace import Frame
-from .tracer import has_hooks
 
 RENORMS = "max_norm renormalizes"
 SINGLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

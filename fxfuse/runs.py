@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxfuse.determinism import DefaultFloat64, Derandomized, preserved_state
 from fxfuse.fused import regions
 from fxfuse.inputs import clone_inputs, shaken, to_dtype, wider
 from fxfuse.packing import original_gradients, original_named_parameters, original_state_dict
+from fxfuse.private.pytree import tree_leaves
+from fxfuse.private.versions import version
 
 
 @dataclass
@@ -67,7 +68,7 @@ def run(
     args, kwargs = clone_inputs((args, kwargs), requires_grad=requires_grad if gradients else False)
     named = [*named_leaves(args, "input"), *named_leaves(kwargs, "input")]
     inputs = {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
-    versions = {name: leaf._version for name, leaf in inputs.items()}
+    versions = {name: version(leaf) for name, leaf in inputs.items()}
     saved = {p: p.grad for p in model.parameters()}
     before = _fallbacks(model)
     random = Derandomized()
@@ -89,7 +90,7 @@ def run(
                 # Backward draws no numbers itself; only the backward of an op that was fixed may have to be fixed as well.
                 with _precise(dtype), random if random.needed else nullcontext():
                     torch.autograd.backward(ends, starts)
-            result.inputs = {n: (leaf._version != versions[n], leaf.detach()) for n, leaf in inputs.items()}
+            result.inputs = {n: (version(leaf) != versions[n], leaf.detach()) for n, leaf in inputs.items()}
             if gradients:
                 result.input_gradients = {n: leaf.grad for n, leaf in inputs.items() if leaf.requires_grad and leaf.is_leaf}
                 result.parameter_gradients = dict(original_gradients(model))  # owned by this run: ``grad`` was None before

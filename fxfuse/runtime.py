@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.utils._pytree as pytree
 from torch import nn
 
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Program
 from fxfuse.guards import Facts, compile_guard, explain_miss
+from fxfuse.private import pytree
 from fxfuse.weight_views import are_views, hoist
 
 

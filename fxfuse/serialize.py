@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.utils._pytree as pytree
 
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Place, Program
 from fxfuse.over_lanes import OverLanes
+from fxfuse.private import pytree
+from fxfuse.private.schemas import NN_FUNCTIONS, OpOverload, OpOverloadPacket, op_name
 
-_NAMESPACES = ("torch", "torch.nn.functional", "torch._C._nn", "torch.special", "torch.linalg", "torch.fft", "operator", "math", "builtins")
+_NAMESPACES = ("torch", "torch.nn.functional", NN_FUNCTIONS, "torch.special", "torch.linalg", "torch.fft", "operator", "math", "builtins")
 _LEAF = pytree.tree_flatten(0)[1]
 _KEPT_META = (str, int, float, bool, Place, type(None))
 
@@ -61,10 +62,8 @@ def target_to_data(function: Any) -> Any:
     """
     if isinstance(function, OverLanes):
         return _OverLanes(target_to_data(function.func), function.in_dims, function.keywords)
-    if isinstance(function, torch._ops.OpOverload):
-        return Target("torch.ops", f"{function._schema.name}.{function._overloadname}")
-    if isinstance(function, torch._ops.OpOverloadPacket):
-        return Target("torch.ops", function._qualified_op_name)
+    if isinstance(function, OpOverload | OpOverloadPacket):
+        return Target("torch.ops", op_name(function))
     name = getattr(function, "__name__", None)
     if name is not None:
         candidates = [Target(str(getattr(function, "__module__", None)), getattr(function, "__qualname__", name))]

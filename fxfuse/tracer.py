@@ -23,7 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
+
+from fxfuse.private.autocast import any_autocast_enabled
+from fxfuse.private.module_hooks import HOOK_DICTS
+from fxfuse.private.pytree import tree_flatten
+from fxfuse.private.tensor_hooks import hook_stores
+from fxfuse.private.torch_function import DisableTorchFunction
+from fxfuse.private.versions import version
 
 from .containers import opened
 from .determinism import preserved_state
@@ -64,15 +70,6 @@ _MAYBE_IN_PLACE = frozenset(
     for name, function in vars(nn.functional).items()
     if {"inplace", "max_norm"} & {*getattr(getattr(function, "__code__", None), "co_varnames", ())}
 )
-_HOOK_DICTS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 _USUAL = frozenset(name for name, value in nn.Module().__dict__.items() if value == {} or value == set()) - {"_parameters", "_modules"}
 _usual = itemgetter(*sorted(_USUAL))
 
@@ -105,11 +102,6 @@ _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
 _TENSOR = tree_flatten(torch.empty(0))[1]
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """True where calling ``module`` also calls hooks that somebody registered on it."""
-    return any(module.__dict__.get(name) for name in _HOOK_DICTS)
-
-
 def _no_hook(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -119,10 +111,10 @@ def hooks_silent(model: nn.Module) -> Iterator[None]:
     """Hooks on the modules and Parameters of ``model`` do nothing inside: trial runs are none of theirs."""
     silenced: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
     for module in model.modules():
-        stores = [module.__dict__.get(name) for name in _HOOK_DICTS]
+        stores = [module.__dict__.get(name) for name in HOOK_DICTS]
         for parameter in module._parameters.values():
             if parameter is not None:
-                stores += [parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)]
+                stores += hook_stores(parameter)
         for store in stores:
             if store and not any(store is known for known, _ in silenced):
                 silenced.append((store, dict(store)))
@@ -145,13 +137,13 @@ class Recorder(TorchFunctionMode):
         self.stack: list[int] = []
         self.sizes: list[Any] = []
         self.places: dict[tuple[str, int], Place] = {}
-        self.autocast = torch._C._is_any_autocast_enabled()
+        self.autocast = any_autocast_enabled()
         self.kept: _Kept | None = None
 
     # -- values -------------------------------------------------------------------------------------------------------------------
 
     def add(self, tensor: Tensor, origin: str, name: str = "") -> Ref:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return self._add(tensor, origin, name)
 
     def _add(self, tensor: Tensor, origin: str, name: str = "") -> Ref:
@@ -275,7 +267,7 @@ class Recorder(TorchFunctionMode):
             poison = "writes through out="
         elif not torch.is_grad_enabled():
             poison = "runs without gradient tracking (no_grad, or a custom autograd Function)"
-        elif torch._C._is_any_autocast_enabled() != self.autocast:
+        elif any_autocast_enabled() != self.autocast:
             poison = "switches autocast"
         else:
             for tensor in tensors:
@@ -351,7 +343,7 @@ class Recorder(TorchFunctionMode):
 
     def sizes_of(self, tensor: Tensor) -> tuple[int, ...]:
         number = self.number(tensor).value
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             shape = tuple(tensor.shape)
         self.note_comparisons()
         return tuple([TracedInt.make(size, SizeOf(number, dim), self.sizes) for dim, size in enumerate(shape)])
@@ -421,9 +413,9 @@ _ENTER_CODE = Recorder.enter.__code__
 def _versions(tensors: list[Tensor]) -> list[int]:
     """How often each tensor was written so far."""
     try:
-        return [tensor._version for tensor in tensors]
+        return [version(tensor) for tensor in tensors]
     except RuntimeError:  # inference tensors do not count
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return [0 if tensor.is_inference() else version(tensor) for tensor in tensors]
 
 
 def _only_tensors(tree: Any) -> bool:
@@ -499,7 +491,7 @@ class _Watched:
             if kind is OrderedDict or kind is dict or kind is set or isinstance(value, (list, dict, set, deque)):
                 if not value:
                     self.empty.append(value)
-                elif name in _HOOK_DICTS:
+                elif name in HOOK_DICTS:
                     self.hooks.append(name)
                 else:
                     self.filled.append((name, value, kind(value) if kind in (dict, list, set) else list(_items(value))))

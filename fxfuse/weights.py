@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from fxfuse.private.tensor_hooks import has_gradient_hooks, hook_stores
+
 
 def unpackable(model: nn.Module, path: str) -> tuple[dict[str, str], dict[str, Literal["parameter", "buffer"]]]:
     """``({name: reason}, {name: kind})`` over all tensors that modules of the region hold."""
@@ -66,7 +68,7 @@ def _reason(tensor: torch.Tensor, kind: str, module: nn.Module, key: str) -> str
         return f"it is a {type(tensor).__name__}"
     if tensor.layout is not torch.strided or not tensor.is_leaf:
         return "it is no plain leaf tensor"
-    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+    if has_gradient_hooks(tensor):
         return "it has a gradient hook"
     if tensor.__dict__:
         return f"it carries attributes ({', '.join(tensor.__dict__)})"
@@ -84,8 +86,7 @@ def carry_over(model: nn.Module, copied: nn.Module) -> None:
                 continue
             done.add(id(made))
             made.__dict__.update(tensor.__dict__)
-            hooks = [*(tensor._backward_hooks or {}).values()]
-            late = [*(getattr(tensor, "_post_accumulate_grad_hooks", None) or {}).values()]
+            hooks, late = ([*(store or {}).values()] for store in hook_stores(tensor))
             if not (hooks or late):
                 continue
             made.requires_grad_()

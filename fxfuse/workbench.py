@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.fx
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fxfuse.private.pytree import tree_flatten, tree_unflatten
 
 from . import recipes
 from .containers import opened

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.fx
 
+from fxfuse.private.asserts import assert_async
+
 from .ops import Op
 
 
@@ -152,7 +154,7 @@ def bag_offsets(offsets: torch.Tensor, indices: torch.Tensor, lane: torch.Tensor
     length = indices.shape[1]
     if not offsets.is_meta and offsets.shape[1]:
         inside = (offsets.clamp(0, length) == offsets).all()
-        torch._assert_async(inside > offsets[:, 0].any(), f"the bags of a lane have to begin at 0 and within its {length} indices")
+        assert_async(inside > offsets[:, 0].any(), f"the bags of a lane have to begin at 0 and within its {length} indices")
     return (offsets + lane * length).flatten()
 
 
@@ -172,7 +174,7 @@ def ragged_bags(
     rows = torch.cat(indices) + first
     if not offsets.is_meta and offsets.shape[1]:
         inside = ((offsets >= 0) & (offsets <= lengths.unsqueeze(1))).all()
-        torch._assert_async(inside > offsets[:, 0].any(), "the bags of a lane have to begin at 0 and within the indices of the lane")
+        assert_async(inside > offsets[:, 0].any(), "the bags of a lane have to begin at 0 and within the indices of the lane")
     begins = offsets + (lengths.cumsum(0) - lengths).unsqueeze(1)
     return rows.masked_fill(rows != rows.clamp(first, limit), -1), begins.flatten()
 def take_lane(outputs: tuple[torch.Tensor, ...], dim: int, lane: int) -> tuple[torch.Tensor, ...]:

@@ -17,6 +17,8 @@ import torch
 import torch.fx
 
 from fxfuse.graph import Refusal
+from fxfuse.private.pytree import tree_unflatten
+from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Event, Frame, Ref, Trace
 
@@ -108,14 +110,14 @@ class _Lifter(Updating):
         called = self.trace.frames[outermost]
         self.place, self.path, self.at = called.place, called.path, called.parent
         prefix = f"{self.frame.path}." if self.frame.path else ""
-        args, kwargs = torch.utils._pytree.tree_unflatten([self._argument(leaf) for leaf in called.leaves], called.in_spec)
+        args, kwargs = tree_unflatten([self._argument(leaf) for leaf in called.leaves], called.in_spec)
         written = {v for e in self.trace.events[called.start : called.end] for v in writes(e)}
         self.changed_inside.update((self.trace.values[v].storage, called.path) for v in written)
         if any(v in self.env for v in written):
             raise Refused(f"{called.path or 'the model'} writes into a tensor that it was given", called.place)
         node = self.graph.call_module(called.path[len(prefix) :] if prefix else called.path, tuple(args), dict(kwargs))
         node.meta.update(place=called.place, path=called.path, shape=None, dyn=frozenset())
-        structure = torch.utils._pytree.tree_unflatten(list(range(len(called.out))), called.out_spec)
+        structure = tree_unflatten(list(range(len(called.out))), called.out_spec)
         self._bind_outputs(node, structure, called.out)
         return called.end
 
@@ -186,5 +188,5 @@ class _Lifter(Updating):
         raise Refused(f"returns a {type(leaf).__name__}, which fxfuse cannot take apart", self.frame.place)
 
     def _stride(self, node: torch.fx.Node, value: int) -> None:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             node.meta["out_stride"] = self.trace.values[value].tensor.stride()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.trace import Frame, Ref, Trace
 
 from .free_sizes import FreeSizes
@@ -40,7 +41,7 @@ class Nodes(FreeSizes):
 
     def _describe(self, node: torch.fx.Node, value: int) -> None:
         seen = self.trace.values[value]
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             tensor = seen.tensor
             node.meta.update(
                 value=value, shape=seen.shape, dyn=self.dynamic.get(value, frozenset()), dtype=tensor.dtype, device=tensor.device,
@@ -98,7 +99,7 @@ class Nodes(FreeSizes):
 
     def _without_empty(self, args: tuple[Any, ...], value: int) -> tuple[Any, ...]:
         """``cat([torch.tensor([]), x], 1)``: tensors of shape (0,) are left out of a ``cat`` of any rank, except for their dtype."""
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             dtype = self.trace.values[value].tensor.dtype
         kept = [t for t in args[0] if t.meta.get("shape") != (0,) or t.meta["dyn"]] if isinstance(args[0], (list, tuple)) else []
         return ([*kept], *args[1:]) if kept and any(t.meta.get("dtype") is dtype for t in kept) else args

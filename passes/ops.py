@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fxfuse.private.schemas import schema_of
+
 # Elementwise functions of torch.nn.functional, and dunders of Tensor, that no operator schema of that name describes.
 _POINTWISE_WITHOUT_SCHEMA = frozenset(
     "softsign tanhshrink logsigmoid log_sigmoid hardswish __rdiv__ __rpow__ __rfloordiv__ floor_divide "
@@ -236,7 +238,7 @@ def _match(
         return None
     for overload_name in packet.overloads():
         overload = getattr(packet, overload_name)
-        arguments = overload._schema.arguments
+        arguments = schema_of(overload).arguments
         names = ["input" if a.name == "self" else a.name for a in arguments]
         types = {n: str(a.type) for n, a in zip(names, arguments, strict=True)}
         given = dict(keywords)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch.utils._pytree import tree_flatten
 
 from fxfuse.graph import Guard, Program, Recipe, SizeCheck, TensorGuard
+from fxfuse.private.pytree import tree_flatten
 from fxfuse.trace import Frame, Ref, Trace
 
 from .emit import Packs

@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from fxfuse.batching_rules import MissingRule, batched_or_raise
 from fxfuse.over_lanes import OverLanes
+from fxfuse.private.pytree import tree_map_only
+from fxfuse.private.schemas import schema_of
 
 from ..bundle import POSITIONS, Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
@@ -165,16 +166,16 @@ def _trainable(value: torch.Tensor) -> torch.Tensor:
     return value.detach().requires_grad_() if trainable else value
 
 
-def _schema(op: Op) -> Any:
+def _matched(op: Op) -> Any:
     packet = getattr(torch.ops.aten, op.name, None)
-    return getattr(packet, op.overload)._schema if packet is not None and op.overload in packet.overloads() else None
+    return schema_of(getattr(packet, op.overload)) if packet is not None and op.overload in packet.overloads() else None
 
 
 def _mutates(op: Op) -> bool:
-    schema = _schema(op)
+    schema = _matched(op)
     return schema is not None and bool(schema.is_mutable)
 
 
 def _is_view(op: Op) -> bool:
-    schema = _schema(op)
+    schema = _matched(op)
     return schema is not None and bool(schema.returns) and all(r.alias_info is not None for r in schema.returns)

@@ -1,0 +1,21 @@
+"""The names under which a module keeps its hooks, and the other things that every module has in its ``__dict__``.
+
+Private: all of them; the public API only adds hooks.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+# Hooks that run around a call of the module, and the marks that say how.
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOK_DICTS = (*CALL_HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+# What a module has that says nothing of what its forward computes, or that is compared wherever it matters.
+BOOKKEEPING = frozenset(
+    ("training", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_is_full_backward_hook", *CALL_HOOKS)
+)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True where calling ``module`` also calls hooks that somebody registered on it."""
+    return any(module.__dict__.get(name) for name in HOOK_DICTS)

@@ -1,0 +1,414 @@
+"""What is relied on of torch's private APIs: a torch that changes one of them fails here, under its name, and not somewhere in a fusion.
+
+Also: nothing outside ``fxfuse/private`` names such an API, and importing fxfuse stays cheap.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tokenize
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fxfuse.private import (
+    asserts,
+    autocast,
+    dispatch,
+    fake_tensors,
+    module_hooks,
+    profiler,
+    pytree,
+    recurrent,
+    schemas,
+    state_dicts,
+    storages,
+    tensor_hooks,
+    torch_function,
+    transforms,
+    versions,
+    vmap_fallback,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+# An attribute or a module of torch whose name begins with an underscore, and those of tensors, ops and storages that are known to us.
+PRIVATE = re.compile(
+    r"\btorch(\.\w+)*\._(?!_)\w+"
+    r"|\b_(version|schema|overloadname|qualified_op_name|cdata|backward_hooks|post_accumulate_grad_hooks|metadata|pytree|python_dispatch"
+    r"|flat_weights|flat_weight_refs|flat_weights_names|init_flat_weights|subclasses|should_skip_dynamo|forward_hooks|forward_pre_hooks"
+    r"|backward_pre_hooks)\b"
+)
+
+
+def code_of(path: Path) -> str:
+    """The file without comments and docstrings; names that are spelled in other strings count."""
+    kept, at_start = [], True
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and at_start):
+                continue
+            if token.type in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+                at_start = True
+                kept.append("\n" if token.type == tokenize.NEWLINE else "")
+                continue
+            at_start = False
+            kept.append(token.string if token.string == "." or (kept and kept[-1] == ".") else " " + token.string)
+    return re.sub(r" ?\. ?", ".", "".join(kept))
+
+
+# A Tensor attribute that a user's forward may read: the recorder has a list of those that tell nothing of the data.
+ALLOWED = {"fxfuse/tracer.py": {"_backward_hooks"}}
+
+
+def test_no_other_file_names_a_private_api() -> None:
+    files = [*(ROOT / "fxfuse").glob("*.py"), *(ROOT / "passes").rglob("*.py")]
+    assert len(files) > 90
+    found = {
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in files
+        for match in PRIVATE.finditer(code_of(path))
+        if match[0] not in ALLOWED.get(str(path.relative_to(ROOT)), ())
+    }
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch.utils._pytree as p",
+        "from torch._subclasses.fake_tensor import F",
+        "x = tensor._version",
+        "with torch._C.DisableTorchFunction(): pass",
+        'x = getattr(tensor, "_post_accumulate_grad_hooks")',
+        "x = a_storage()._cdata",
+    ],
+)
+def test_the_search_finds_what_it_looks_for(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "sample.py"
+    path.write_text(f'"""torch._C in a docstring is no use of it."""\n{line}  # comment\n')
+    assert len(list(PRIVATE.finditer(code_of(path)))) == 1
+    path.write_text('"""torch._C in a docstring is no use of it."""\nx = torch.nn.functional.relu  # torch._C\n')
+    assert not PRIVATE.search(code_of(path))
+
+
+def test_every_file_has_a_check_here() -> None:
+    names = {path.stem for path in (ROOT / "fxfuse" / "private").glob("*.py")} - {"__init__"}
+    here = Path(__file__).read_text()
+    assert names == {name for name in names if re.search(rf"\b{name}\.\w", here)}
+
+
+def test_importing_is_cheap() -> None:
+    code = "import torch, sys; before = set(sys.modules); import fxfuse; print(*sorted({'sympy', 'torch._dynamo'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_pytree() -> None:
+    x, y = torch.zeros(1), torch.ones(2)
+    tree = ((x, {"b": [y, 3]}, None), {})
+    leaves, spec = pytree.tree_flatten(tree)
+    assert [id(leaf) for leaf in leaves] == [id(x), id(y), id(leaves[2]), id(None)] and leaves[2] == 3  # None is a leaf
+    assert [id(leaf) for leaf in pytree.tree_leaves(tree)] == [id(leaf) for leaf in leaves]
+    (a, b, none), kwargs = pytree.tree_unflatten(leaves, spec)
+    assert a is x and b["b"][0] is y and b["b"][1] == 3 and none is None and kwargs == {}
+    assert pytree.tree_map_only(Tensor, lambda t: t + 1, {"x": x, "n": 4}) == {"x": torch.ones(1), "n": 4}
+    assert spec == pytree.tree_flatten(tree)[1] != pytree.tree_flatten(((x,), {}))[1]
+    assert {tuple, list, dict, OrderedDict} <= pytree.SUPPORTED_NODES.keys()
+
+    def rebuilt(spec: pytree.TreeSpec) -> pytree.TreeSpec:  # what saving a program does
+        return spec if spec.is_leaf() else pytree.TreeSpec(spec.type, spec.context, [rebuilt(child) for child in spec.children()])
+
+    assert rebuilt(spec) == spec
+
+
+class Opened:
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+def test_pytree_takes_classes_apart_that_are_registered() -> None:
+    pytree.register_pytree_node(Opened, lambda o: ([o.value], None), lambda values, context: Opened(*values))
+    leaves, spec = pytree.tree_flatten([Opened(5)])
+    assert leaves == [5] and pytree.tree_unflatten([6], spec)[0].value == 6
+
+
+class Seen(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Loud(Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError("seen")
+
+
+def test_torch_function() -> None:
+    x, loud = torch.zeros(2), torch.zeros(2).as_subclass(Loud)
+    with Seen() as seen:
+        with torch_function.DisableTorchFunction():
+            assert x.stride() == (1,) and loud.is_leaf and x.dtype is torch.float32
+        assert seen.count == 0
+        x.stride()
+        assert seen.count == 1
+    with pytest.raises(RuntimeError, match="seen"):
+        loud.stride()
+
+
+def test_versions() -> None:
+    x = torch.zeros(4)
+    view, before = x[1:], versions.version(x)
+    view.add_(1)
+    assert versions.version(x) == versions.version(view) == before + 1
+    x.data.add_(1)  # what the counter does not tell
+    assert versions.version(x) == before + 1
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        versions.version(torch.zeros(1))
+
+
+class Calls(dispatch.WithoutDynamo):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class CallsBeside(dispatch.BesideDynamo, Calls):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_dispatch() -> None:
+    assert issubclass(Calls, dispatch.TorchDispatchMode)
+    for kind in (Calls, CallsBeside):
+        x = torch.ones(2, 2, requires_grad=True)
+        with kind() as calls:
+            (x @ x).sum().backward()
+        assert calls.names.count("mm") == 3 and "sum" in calls.names  # one forward, two backward
+    assert dispatch.dynamo_is_imported() == ("torch._dynamo" in sys.modules)
+
+
+def test_dispatch_does_not_import_dynamo() -> None:
+    code = (
+        "import sys, torch; from fxfuse import launches; from fxfuse.private import dispatch\n"
+        "print(launches.count(lambda: torch.ones(2) + 1).total, dispatch.dynamo_is_imported(), 'torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.endswith(
+        " False False\n"
+    )
+
+
+def test_fake_tensors() -> None:
+    types: list[type] = []
+
+    class Model(nn.Module):
+        def forward(self, x):
+            types.append(type(x))
+            return x + 1
+
+    torch.export.export(Model(), (torch.zeros(2),), strict=False)
+    assert fake_tensors.FakeTensor in types
+
+
+def test_autocast() -> None:
+    assert not autocast.any_autocast_enabled()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocast.any_autocast_enabled()
+        with torch.autocast("cpu", enabled=False):
+            assert not autocast.any_autocast_enabled()
+    assert not autocast.any_autocast_enabled()
+
+
+def test_transforms() -> None:
+    inside: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        inside.append(transforms.transforming())
+        return x.sum()
+
+    torch.vmap(look)(torch.zeros(2, 3))
+    torch.func.grad(look)(torch.zeros(3))
+    look(torch.zeros(3))
+    assert inside == [True, True, False] and not transforms.transforming()
+
+
+def test_vmap_fallback() -> None:
+    with vmap_fallback.without_vmap_fallback():
+        assert torch.vmap(torch.sin)(torch.zeros(2)).shape == (2,)
+        with pytest.raises(RuntimeError, match="histc hit the vmap fallback|Batching rule not implemented for aten::histc"):
+            torch.vmap(torch.histc)(torch.zeros(2, 3))
+    with pytest.warns(UserWarning, match="performance drop"):  # the switch is as it was: it runs, lane by lane
+        assert torch.vmap(torch.histc)(torch.zeros(2, 3)).shape == (2, 100)
+
+
+def test_schemas() -> None:
+    add = torch.ops.aten.add
+    assert isinstance(add.Tensor, schemas.OpOverload) and isinstance(add, schemas.OpOverloadPacket)
+    assert schemas.op_name(add.Tensor) == "aten::add.Tensor" and schemas.op_name(add) == "aten::add"
+    assert schemas.op_name(torch.ops.aten.relu.default) == "aten::relu.default"
+    arguments = schemas.schema_of(add.Tensor).arguments
+    assert [(a.name, str(a.type), a.kwarg_only, a.has_default_value()) for a in arguments] == [
+        ("self", "Tensor", False, False),
+        ("other", "Tensor", False, False),
+        ("alpha", "number", True, True),
+    ]
+    assert arguments[2].default_value == 1
+    mutable = [schemas.schema_of(op).is_mutable for op in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)]
+    assert mutable == [False, True]
+    aliased = [schemas.schema_of(op).returns[0].alias_info is not None for op in (torch.ops.aten.t.default, torch.ops.aten.mm.default)]
+    assert aliased == [True, False]
+    module = sys.modules.get(schemas.NN_FUNCTIONS) or getattr(torch._C, schemas.NN_FUNCTIONS.rpartition(".")[2])
+    assert module.gelu is nn.functional.gelu
+
+
+def test_storages() -> None:
+    x, other = torch.zeros(4), torch.zeros(4)
+    key = storages.storage_key(x.untyped_storage())
+    assert key == storages.storage_key(x[2:].untyped_storage()) != storages.storage_key(other.untyped_storage())
+    one, two = torch.empty(0), torch.empty(0)
+    assert storages.storage_key(one.untyped_storage()) != storages.storage_key(two.untyped_storage())
+
+
+def test_tensor_hooks() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    assert not tensor_hooks.has_gradient_hooks(parameter)
+    calls: list[str] = []
+    handle = parameter.register_hook(lambda grad: calls.append("hook"))
+    assert tensor_hooks.has_gradient_hooks(parameter) and len(tensor_hooks.hook_stores(parameter)[0]) == 1
+    handle.remove()
+    assert not tensor_hooks.has_gradient_hooks(parameter)
+    handle = parameter.register_post_accumulate_grad_hook(lambda p: calls.append("late"))
+    late = tensor_hooks.hook_stores(parameter)[1]
+    assert tensor_hooks.has_gradient_hooks(parameter) and len(late) == 1
+    parameter.sum().backward()
+    assert calls == ["late"]
+    late.update(dict.fromkeys(late, lambda p: calls.append("silenced")))  # what trial runs do: the dict itself is read at a call
+    parameter.sum().backward()
+    assert calls == ["late", "silenced"]
+
+
+def test_module_hooks() -> None:
+    register = {
+        "register_forward_hook": (lambda m, args, out: None, {}),
+        "register_forward_pre_hook": (lambda m, args: None, {}),
+        "register_full_backward_hook": (lambda m, before, after: None, {}),
+        "register_full_backward_pre_hook": (lambda m, before: None, {}),
+    }
+    for name, (hook, options) in register.items():
+        module = nn.Linear(2, 2)
+        assert not module_hooks.has_hooks(module)
+        handle = getattr(module, name)(hook, **options)
+        assert module_hooks.has_hooks(module)
+        assert any(module.__dict__[store] for store in module_hooks.CALL_HOOKS), name
+        handle.remove()
+        assert not module_hooks.has_hooks(module)
+    # every dict of hooks that torch has is known, or belongs to state dicts
+    stores = {name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name and "full_backward" not in name}
+    assert stores == set(module_hooks.HOOK_DICTS)
+    assert nn.Module().__dict__.keys() >= module_hooks.BOOKKEEPING
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    module, x = kind(3, 4, num_layers=2).double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    expected = module(x)[0]
+    parameters = dict(module.named_parameters())
+    assert [id(w) for w in module._flat_weights] == [id(parameters[name]) for name in module._flat_weights_names]
+    listed = type("Listed", (kind,), {**recurrent.listing(), "__slots__": ()})
+    recurrent.forget(module)
+    module.__class__ = listed
+    assert torch.equal(module(x)[0], expected)
+    del module._parameters["weight_hh_l0"]
+    module.__dict__["weight_hh_l0"] = parameters["weight_hh_l0"].detach() * 2  # found by name at the next call
+    assert not torch.equal(module(x)[0], expected)
+    del module.__dict__["weight_hh_l0"]
+    module.__class__ = kind
+    module._parameters["weight_hh_l0"] = parameters["weight_hh_l0"]
+    recurrent.relist(module)
+    assert torch.equal(module(x)[0], expected)
+
+
+def test_state_dicts() -> None:
+    saved = nn.Sequential(nn.BatchNorm1d(2)).state_dict()
+    given = state_dicts.versions_of(saved)
+    assert given is not None and given["0"] == {"version": 2}
+    assert state_dicts.versions_of(dict(saved)) is None
+    other = OrderedDict(saved)
+    del other["0.num_batches_tracked"]
+    state_dicts.set_versions(other, {"0": {"version": 1}})  # a checkpoint from before the counter: not missed
+    assert not nn.Sequential(nn.BatchNorm1d(2)).load_state_dict(other).missing_keys
+
+
+def test_profiler() -> None:
+    x = torch.zeros(1000)
+
+    def fn() -> None:
+        assert profiler.is_profiling()
+        (x + 1) + 1
+
+    assert not profiler.is_profiling() and profiler.has_recorder()
+    for changes in (profiler.recorded(fn), profiler.profiled(fn)):
+        assert [change for change in changes if abs(change) >= 4000] in ([4000, 4000, -4000, -4000],)
+    assert not profiler.is_profiling()
+
+
+def test_asserts() -> None:
+    asserts.assert_async(torch.tensor(True), "fine")
+    with pytest.raises(RuntimeError, match="not fine"):
+        asserts.assert_async(torch.tensor(False), "not fine")
+
+
+class Own(nn.Linear):
+    """Overrides what the lanes override."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_buffer("kept", torch.zeros(1))
+        self.register_buffer("left", torch.zeros(1), persistent=False)
+        self.calls: list[str] = []
+
+    def _apply(self, fn, recurse=True):
+        self.calls.append("apply")
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        missing, unexpected, errors = rest[2:5]
+        self.calls.append(f"load {prefix} {rest[0].get('assign_to_params_buffers', False)}")
+        assert missing == [] and isinstance(errors, list) and isinstance(unexpected, list)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.calls.append(f"save {prefix}")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def test_modules_keep_their_own_in_dicts_that_are_read_at_every_use() -> None:
+    model = nn.Sequential(Own())
+    own = model[0]
+    assert list(own._parameters) == ["weight", "bias"] and list(own._buffers) == ["kept", "left"]
+    assert model._modules == {"0": own} and own._non_persistent_buffers_set == {"left"}
+    own.__dict__["_parameters"] = {"weight": own._parameters["weight"]}
+    assert [name for name, _ in model.named_parameters()] == ["0.weight"]
+
+
+def test_modules_call_the_methods_that_lanes_override() -> None:
+    model = nn.Sequential(Own())
+    saved = model.state_dict()
+    model.load_state_dict(saved)
+    model.load_state_dict(saved, assign=True)
+    model.double()
+    assert model[0].calls == ["save 0.", "load 0. False", "load 0. True", "apply"]
