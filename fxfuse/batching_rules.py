@@ -23,6 +23,7 @@ class MissingRule(Exception):
 def batched_or_raise() -> Iterator[None]:
     """Inside, ``torch.vmap`` raises ``MissingRule`` where it would loop over the lanes.
 
+    >>> import torch
     >>> with batched_or_raise():
     ...     torch.vmap(torch.sin)(torch.zeros(2)).shape
     torch.Size([2])

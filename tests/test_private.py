@@ -112,10 +112,15 @@ def test_pytree() -> None:
     x, y = torch.zeros(1), torch.ones(2)
     tree = ((x, {"b": [y, 3]}, None), {})
     leaves, spec = pytree.tree_flatten(tree)
-    assert [id(leaf) for leaf in leaves] == [id(x), id(y), id(leaves[2]), id(None)] and leaves[2] == 3  # None is a leaf
+    assert [id(leaf) for leaf in leaves] == [id(x), id(y), id(leaves[2]), id(None)]
+    assert leaves[2] == 3
     assert [id(leaf) for leaf in pytree.tree_leaves(tree)] == [id(leaf) for leaf in leaves]
     (a, b, none), kwargs = pytree.tree_unflatten(leaves, spec)
-    assert a is x and b["b"][0] is y and b["b"][1] == 3 and none is None and kwargs == {}
+    assert a is x
+    assert b["b"][0] is y
+    assert b["b"][1] == 3
+    assert none is None
+    assert kwargs == {}
     assert pytree.tree_map_only(Tensor, lambda t: t + 1, {"x": x, "n": 4}) == {"x": torch.ones(1), "n": 4}
     assert spec == pytree.tree_flatten(tree)[1] != pytree.tree_flatten(((x,), {}))[1]
     assert {tuple, list, dict, OrderedDict} <= pytree.SUPPORTED_NODES.keys()
@@ -134,7 +139,8 @@ class Opened:
 def test_pytree_takes_classes_apart_that_are_registered() -> None:
     pytree.register_pytree_node(Opened, lambda o: ([o.value], None), lambda values, context: Opened(*values))
     leaves, spec = pytree.tree_flatten([Opened(5)])
-    assert leaves == [5] and pytree.tree_unflatten([6], spec)[0].value == 6
+    assert leaves == [5]
+    assert pytree.tree_unflatten([6], spec)[0].value == 6
 
 
 class Seen(TorchFunctionMode):
@@ -157,7 +163,9 @@ def test_torch_function() -> None:
     x, loud = torch.zeros(2), torch.zeros(2).as_subclass(Loud)
     with Seen() as seen:
         with torch_function.DisableTorchFunction():
-            assert x.stride() == (1,) and loud.is_leaf and x.dtype is torch.float32
+            assert x.stride() == (1,)
+            assert loud.is_leaf
+            assert x.dtype is torch.float32
         assert seen.count == 0
         x.stride()
         assert seen.count == 1
@@ -197,7 +205,8 @@ def test_dispatch() -> None:
         x = torch.ones(2, 2, requires_grad=True)
         with kind() as calls:
             (x @ x).sum().backward()
-        assert calls.names.count("mm") == 3 and "sum" in calls.names  # one forward, two backward
+        assert calls.names.count("mm") == 3
+        assert "sum" in calls.names
     assert dispatch.dynamo_is_imported() == ("torch._dynamo" in sys.modules)
 
 
@@ -242,13 +251,14 @@ def test_transforms() -> None:
     torch.vmap(look)(torch.zeros(2, 3))
     torch.func.grad(look)(torch.zeros(3))
     look(torch.zeros(3))
-    assert inside == [True, True, False] and not transforms.transforming()
+    assert inside == [True, True, False]
+    assert not transforms.transforming()
 
 
 def test_vmap_fallback() -> None:
     with vmap_fallback.without_vmap_fallback():
         assert torch.vmap(torch.sin)(torch.zeros(2)).shape == (2,)
-        with pytest.raises(RuntimeError, match="histc hit the vmap fallback|Batching rule not implemented for aten::histc"):
+        with pytest.raises(RuntimeError, match=r"histc hit the vmap fallback|Batching rule not implemented for aten::histc"):
             torch.vmap(torch.histc)(torch.zeros(2, 3))
     with pytest.warns(UserWarning, match="performance drop"):  # the switch is as it was: it runs, lane by lane
         assert torch.vmap(torch.histc)(torch.zeros(2, 3)).shape == (2, 100)
@@ -256,8 +266,10 @@ def test_vmap_fallback() -> None:
 
 def test_schemas() -> None:
     add = torch.ops.aten.add
-    assert isinstance(add.Tensor, schemas.OpOverload) and isinstance(add, schemas.OpOverloadPacket)
-    assert schemas.op_name(add.Tensor) == "aten::add.Tensor" and schemas.op_name(add) == "aten::add"
+    assert isinstance(add.Tensor, schemas.OpOverload)
+    assert isinstance(add, schemas.OpOverloadPacket)
+    assert schemas.op_name(add.Tensor) == "aten::add.Tensor"
+    assert schemas.op_name(add) == "aten::add"
     assert schemas.op_name(torch.ops.aten.relu.default) == "aten::relu.default"
     arguments = schemas.schema_of(add.Tensor).arguments
     assert [(a.name, str(a.type), a.kwarg_only, a.has_default_value()) for a in arguments] == [
@@ -287,12 +299,14 @@ def test_tensor_hooks() -> None:
     assert not tensor_hooks.has_gradient_hooks(parameter)
     calls: list[str] = []
     handle = parameter.register_hook(lambda grad: calls.append("hook"))
-    assert tensor_hooks.has_gradient_hooks(parameter) and len(tensor_hooks.hook_stores(parameter)[0]) == 1
+    assert tensor_hooks.has_gradient_hooks(parameter)
+    assert len(tensor_hooks.hook_stores(parameter)[0]) == 1
     handle.remove()
     assert not tensor_hooks.has_gradient_hooks(parameter)
     handle = parameter.register_post_accumulate_grad_hook(lambda p: calls.append("late"))
     late = tensor_hooks.hook_stores(parameter)[1]
-    assert tensor_hooks.has_gradient_hooks(parameter) and len(late) == 1
+    assert tensor_hooks.has_gradient_hooks(parameter)
+    assert len(late) == 1
     parameter.sum().backward()
     assert calls == ["late"]
     late.update(dict.fromkeys(late, lambda p: calls.append("silenced")))  # what trial runs do: the dict itself is read at a call
@@ -345,7 +359,8 @@ def test_recurrent(kind: type[nn.RNNBase]) -> None:
 def test_state_dicts() -> None:
     saved = nn.Sequential(nn.BatchNorm1d(2)).state_dict()
     given = state_dicts.versions_of(saved)
-    assert given is not None and given["0"] == {"version": 2}
+    assert given is not None
+    assert given["0"] == {"version": 2}
     assert state_dicts.versions_of(dict(saved)) is None
     other = OrderedDict(saved)
     del other["0.num_batches_tracked"]
@@ -360,7 +375,8 @@ def test_profiler() -> None:
         assert profiler.is_profiling()
         (x + 1) + 1
 
-    assert not profiler.is_profiling() and profiler.has_recorder()
+    assert not profiler.is_profiling()
+    assert profiler.has_recorder()
     for changes in (profiler.recorded(fn), profiler.profiled(fn)):
         assert [change for change in changes if abs(change) >= 4000] in ([4000, 4000, -4000, -4000],)
     assert not profiler.is_profiling()
@@ -388,7 +404,9 @@ class Own(nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         missing, unexpected, errors = rest[2:5]
         self.calls.append(f"load {prefix} {rest[0].get('assign_to_params_buffers', False)}")
-        assert missing == [] and isinstance(errors, list) and isinstance(unexpected, list)
+        assert missing == []
+        assert isinstance(errors, list)
+        assert isinstance(unexpected, list)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -399,8 +417,10 @@ class Own(nn.Linear):
 def test_modules_keep_their_own_in_dicts_that_are_read_at_every_use() -> None:
     model = nn.Sequential(Own())
     own = model[0]
-    assert list(own._parameters) == ["weight", "bias"] and list(own._buffers) == ["kept", "left"]
-    assert model._modules == {"0": own} and own._non_persistent_buffers_set == {"left"}
+    assert list(own._parameters) == ["weight", "bias"]
+    assert list(own._buffers) == ["kept", "left"]
+    assert model._modules == {"0": own}
+    assert own._non_persistent_buffers_set == {"left"}
     own.__dict__["_parameters"] = {"weight": own._parameters["weight"]}
     assert [name for name, _ in model.named_parameters()] == ["0.weight"]
 
