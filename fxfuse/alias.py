@@ -23,6 +23,12 @@ class StaleAlias(FxfuseError):
     """The members of a pack no longer agree in shape, dtype or device; the region answers through its loop."""
 
 
+def _lie(members: Sequence[Tensor]) -> list[Any]:
+    """Where and how the members lie in memory: ``p.data = p.data.t()`` of a square weight, or ``.conj()``, stays at its address."""
+    lazy = map(Tensor.is_conj, members) if members[0].is_complex() else ()
+    return [*map(Tensor.data_ptr, members), *map(Tensor.stride, members), *lazy]
+
+
 class _Alias(torch.autograd.Function):
     """The buffer as a function of the Parameters that are views of it: no copy forward, slices backward."""
 
@@ -43,11 +49,11 @@ class AliasPack:
     recipe: Recipe
     places: list[tuple[nn.Module, str]]  # the owner and the name of each member
     buffer: Tensor | None = None
-    pointers: list[int] = field(default_factory=list)
+    seen: list[Any] = field(default_factory=list)  # where the members lay in memory when they were packed
     written: bool = False  # a program updates it: running statistics
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "buffer": None, "pointers": []}  # a copy's members lie apart: packed at its first call
+        return {**self.__dict__, "buffer": None, "seen": []}  # a copy's members lie apart: packed at its first call
 
     def members(self) -> list[Tensor]:
         """The members as they are registered now."""
@@ -63,7 +69,7 @@ class AliasPack:
                 raise StaleAlias(f"{self.recipe.name} is updated, and a traced call would update a copy of it")
             return pack(self.recipe, members)
         buffer = self.buffer
-        if buffer is None or list(map(Tensor.data_ptr, members)) != self.pointers:
+        if buffer is None or _lie(members) != self.seen:
             buffer = self.bind(members)
         if torch.is_grad_enabled() and self.recipe.kind == "parameter":
             result: Tensor = _Alias.apply(buffer, self.recipe, *members)  # type: ignore[no-untyped-call]
@@ -86,5 +92,5 @@ class AliasPack:
             buffer = pack(self.recipe, [member.detach() for member in members])
             for index, member in enumerate(members):
                 member.data = lane_view(self.recipe, buffer, index)
-        self.buffer, self.pointers = buffer, list(map(Tensor.data_ptr, members))
+        self.buffer, self.seen = buffer, _lie(members)
         return buffer

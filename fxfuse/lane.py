@@ -318,7 +318,11 @@ class LaneMixin(nn.Module):
         # A lane that is reached without its region (lane.load_state_dict, or a second path to it) knows original names only.
         original = loading[1] if ours and loading is not None else any(prefix + name in state_dict for name in info.slots)
         if not original or not info.slots:
+            absent = [prefix + name for name in info.slots if prefix + name not in state_dict]
             super()._load_from_state_dict(state_dict, prefix, *rest)
+            for key in absent:  # BatchNorm adds the counter that it misses in a dict without versions: the pack has it
+                if state_dict.pop(key, None) is not None and key in rest[3]:
+                    rest[3].remove(key)
             return
         # Assigning cannot change the storage of one lane alone (the region packs whole packs before this): copy instead.
         assign = rest[0].get("assign_to_params_buffers", False)

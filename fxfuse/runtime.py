@@ -3,7 +3,7 @@
 Comes in: a ``graph.Program`` and a way to find its tensors and modules in the region. Goes out: ``run(args, kwargs)``, which
 returns the region's result, or ``MISS`` where the guard does not hold. Tensors are looked up in their owner's dict at every
 call (one dict lookup each), so that reassigned Parameters are seen and no stale weight is ever used; views of them are kept between
-calls without grad, for as long as object, address and strides are the same.
+calls without grad, for as long as object, address, strides and conjugation are the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 import keyword
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,13 +184,15 @@ def compile_program(
         read = [names.index(name) for name in views.reads]
         made = [f"v{i}" for i in range(len(views.names))]
         scope.update(make_views=_function(views.graph), is_grad_enabled=torch.is_grad_enabled, is_compiling=torch.compiler.is_compiling)
-        held = [f"t{i} is not held{i}" for i in read] + [f"t{i}.data_ptr() != address{i}" for i in read]  # ``.data =`` keeps the object
-        held += [f"t{i}.stride() != stride{i}" for i in read if len(facts[i].shape) > 1]
-        lines.append(f"    if is_grad_enabled() or is_compiling() or {' or '.join(held)}:")
+        # Read as one tuple: another thread may be about to hold others. ``.data =`` keeps the object, and maybe the address.
+        kept = [name for i in read for name in (f"held{i}", f"address{i}", f"stride{i}", f"conj{i}")]
+        lines.append(f"    {', '.join([*kept, *made])}, = held")
+        changed = [f"t{i} is not held{i}" for i in read] + [f"t{i}.data_ptr() != address{i}" for i in read]
+        changed += [f"t{i}.stride() != stride{i}" for i in read if facts[i].shape]
+        changed += [f"t{i}.is_conj() is not conj{i}" for i in read if facts[i].dtype.is_complex]
+        lines.append(f"    if is_grad_enabled() or is_compiling() or {' or '.join(changed)}:")
         lines.append(f"        {', '.join(made)}, = make_views(None, {', '.join(f't{i}' for i in read)})")
-        lines.append("    else:")
-        lines.append(f"        {', '.join(made)}, = held_views")
-        hold = _holder(scope, read, [places[i][1] for i in read])
+        hold = _holder(scope, [places[i][1] for i in read], len(made))
         hold(True)
     given = ["None", *everything, *(f"module{i}" for i in range(len(modules))), *made]
     lines.append(f"    out = graph({', '.join(given)})")
@@ -211,22 +214,22 @@ def _nothing_to_hold(wanted: bool) -> None:
     """For programs that make no views of weights."""
 
 
-def _holder(scope: dict[str, Any], read: list[int], sources: list[Source]) -> Callable[[bool], None]:
+def _holder(scope: dict[str, Any], sources: list[Source], views: int) -> Callable[[bool], None]:
     """A function that makes the views of weights anew for calls without grad, or (False) lets go of them."""
 
     def hold(wanted: bool) -> None:
-        tensors = tuple(place.fetch() for place in sources) if wanted else ()
-        usable = wanted and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors) and not torch.compiler.is_compiling()
+        tensors: tuple[Any, ...] = ()
+        if wanted:
+            with suppress(FxfuseError):  # members of an alias that no longer fit together: the call itself says so
+                tensors = tuple(place.fetch() for place in sources)
+        usable = bool(tensors) and all(type(t) in (torch.Tensor, nn.Parameter) for t in tensors) and not torch.compiler.is_compiling()
         made: tuple[torch.Tensor, ...] = ()
         if usable:
             with torch.inference_mode(False), torch.no_grad():
                 made = scope["make_views"](None, *(tensor.detach() for tensor in tensors))
             usable = are_views(made, tensors)
-        for position, i in enumerate(read):
-            scope[f"held{i}"] = tensors[position] if usable else None
-            scope[f"address{i}"] = tensors[position].data_ptr() if usable else 0
-            scope[f"stride{i}"] = tensors[position].stride() if usable else ()
-        scope["held_views"] = made if usable else ()
+        held = [fact for t in tensors for fact in (t, t.data_ptr(), t.stride(), t.is_conj())] if usable else [None] * 4 * len(sources)
+        scope["held"] = (*held, *(made if usable else [None] * views))
 
     return hold
 
