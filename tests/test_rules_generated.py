@@ -27,6 +27,7 @@ from fxfuse.passes.program import make_program
 from fxfuse.passes.rules import has_rule, rule_of, table
 from fxfuse.passes.rules.base import RULES
 from fxfuse.passes.vectorize import prepare
+from fxfuse.observe import observe
 from fxfuse.tracer import record
 from fxfuse.weights import unpackable
 
@@ -52,6 +53,9 @@ def test_the_table_in_the_readme_is_that_of_the_rules() -> None:
 
 def layouts(sample: Sample) -> Iterator[tuple[Layout, ...]]:
     """Each operand in each layout, beside others that are slices of one tensor, and beside others that are weights."""
+    if sample.free:  # the lanes are no free dim: they stand behind one
+        yield (1,) * len(sample.operands)
+        return
     found: dict[tuple[Layout, ...], None] = {}
     for others in (0, "own"):
         rest: list[Layout] = [others if operand.per_lane else "shared" for operand in sample.operands]
@@ -135,9 +139,13 @@ def _differentiable(tensor: Tensor) -> bool:
 
 def packed(model: Loop, op: str) -> nn.Module | CannotVectorize:
     """The model with ``op`` computed by its rule for all lanes, or what the rule refuses."""
-    trace = record(model, tuple(model.inputs), {})
+    if model.sample.free:
+        observed = observe(model, tuple(model.inputs), {})
+        trace, sizes = observed.trace, observed.sizes
+    else:
+        trace, sizes = record(model, tuple(model.inputs), {}), []
     assert not trace.failure, trace.failure
-    lifted = lift(trace, trace.frames[0], [], frozenset())
+    lifted = lift(trace, trace.frames[0], sizes, frozenset())
     assert not hasattr(lifted, "reason"), lifted
     prepare(lifted, 2)
     bundles = find_bundles(lifted.graph, has_rule, lambda bundle: False, 2)
@@ -239,12 +247,13 @@ def test_the_rule_equals_vmap_and_the_loop(op: str) -> None:
         for seed, (layout, lanes, wide) in enumerate(cases(sample)):
             where = f"{op}, sample {number}, {layout}, {lanes} lanes{', complex' if wide else ''}"
             model = Loop(sample, layout, lanes, wide, seed)
+            start = copy.deepcopy(model) if sample.module is not None else model  # running statistics and counters go on from here
             try:
                 loop, gradients = results(model, model.inputs)
             except (RuntimeError, TypeError, ValueError) as error:
                 refusals.append(str(error))  # no complex numbers in this op, no such view of such strides
                 continue
-            made = packed(model, op)
+            made = packed(start, op)
             if isinstance(made, CannotVectorize):
                 assert op not in RULES or wide or any(str(made).startswith(known) for known in sample.refused), f"{where}: {made}"
                 refusals.append(str(made))
@@ -254,6 +263,8 @@ def test_the_rule_equals_vmap_and_the_loop(op: str) -> None:
             close(got, loop, where)
             for name, gradient in gradients.items():
                 near(own[name], gradient, f"{where}: gradient of {name}")
+            for name, tensor in packing.original_state_dict(made).items():
+                near(tensor, model.state_dict()[name], f"{where}: {name}")
             if sample.oracle:
                 out, ideal = results(model, model.inputs, over_lanes(model))
                 close(got, out, f"{where}, vmap")
