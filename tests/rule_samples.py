@@ -128,6 +128,23 @@ def _convolution(name: str) -> list[Sample]:
     ]
 
 
+def _numpy_stack(name: str) -> list[Sample]:
+    function = in_torch(name)
+    return [call(lambda a, b: function([a, b]), shape, shape, oracle=name != "column_stack") for shape in ((3, 4), (3,), ())]
+
+
+def _pool_with_indices(kind: str, d: int) -> list[Sample]:
+    function = getattr(F, f"{kind}_pool{d}d")
+    return [call(lambda x: function(x, 2, return_indices=True), (2, 3, *((4,) * d)))]
+
+
+def _fractional_pool(d: int, end: str) -> list[Sample]:
+    function, name = getattr(F, f"fractional_max_pool{d}d"), f"fractional_max_pool{d}d{end}"
+    sentence = f"{name} draws its own windows"
+    image = (2, 3, *((5,) * d))
+    return [call(lambda x: function(x, 2, 2, return_indices=bool(end)), image, never=True, oracle=False, refused=(sentence,))]
+
+
 def _unpool(d: int) -> list[Sample]:
     function = getattr(F, f"max_unpool{d}d")
     shape = (2, 3, *((2,) * d))
@@ -185,7 +202,9 @@ SAMPLES: dict[str, list[Sample]] = {
         of_module(lambda: nn.BatchNorm1d(3), (5, 3)), of_module(lambda: nn.BatchNorm2d(3, affine=False, momentum=0.3), (4, 3, 2, 2)),
     ] for name in ("batch_norm_update", "add_")},
     "cumulative_batch_norm": [of_module(lambda: nn.BatchNorm1d(3, momentum=None), (5, 3), oracle=False)],
-    "instance_norm_update": [of_module(lambda: nn.InstanceNorm1d(3, affine=a, track_running_stats=True), (2, 3, 4)) for a in (True, False)],
+    "instance_norm_update": [
+        of_module(lambda a=a: nn.InstanceNorm1d(3, affine=a, track_running_stats=True), (2, 3, 4)) for a in (True, False)
+    ],
     "instance_norm": [of_module(lambda: nn.InstanceNorm1d(3, affine=True), (2, 3, 4)), call(lambda x: F.instance_norm(x), (2, 3, 4))],
     "group_norm": [of_module(lambda: nn.GroupNorm(2, 4), (3, 4, 2)), call(lambda x: F.group_norm(x, 2), (3, 4))],
     "rms_norm": [call(lambda x, w: F.rms_norm(x, (4,), w, 1e-6), (3, 4), (4,)), call(lambda x: F.rms_norm(x, (4,)), (2, 3, 4))],
@@ -230,7 +249,8 @@ SAMPLES: dict[str, list[Sample]] = {
     # elementwise
     **each("clone zeros_like ones_like contiguous", in_torch, (3, 4)),
     "contiguous": [call(lambda x: x.mT.contiguous(), (3, 4))], "detach": [call(lambda x: x.detach() * x, (3, 4))],
-    "full_like": [call(lambda x: torch.full_like(x, 2.5), (3, 4))], "to": [call(lambda x, c=c: c(x), (3, 4)) for c in (lambda x: x.to(torch.float32), lambda x: x.type("torch.FloatTensor"))],
+    "full_like": [call(lambda x: torch.full_like(x, 2.5), (3, 4))],
+    "to": [call(lambda x: x.to(torch.float32), (3, 4)), call(lambda x: x.type("torch.FloatTensor"), (3, 4))],
     "type_as": [call(lambda x, y: x.type_as(y), (3, 4), below(3, 2))],
     "masked_fill": [
         call(lambda x, m: x.masked_fill(m, -2.0), (3, 4), truth(4)), call(torch.masked_fill, (3, 4), truth(3, 4), (), oracle=False),
@@ -253,8 +273,8 @@ SAMPLES: dict[str, list[Sample]] = {
     **each("rand_like randn_like", lambda n: lambda x: in_torch(n)(x) * 0 + x, (3, 4)),
     **each("rand randn", lambda n: lambda x: in_torch(n)(3, 4) * 0 + x, (3, 4)),
     "bernoulli": [call(lambda x: torch.bernoulli((x > 0).double()), (3, 4))],
-    "rrelu": [call(lambda x: F.rrelu(x, 0.3, 0.3, training=True), (3, 4), oracle=False), call(lambda x: F.rrelu(x, 0.1, 0.4), (3, 4), oracle=False)],
-    "gumbel_softmax": [call(lambda x: F.gumbel_softmax(x * 1e9, dim=d), (3, 4)) for d in (0, -1)],
+    "rrelu": [call(lambda x, t=t: F.rrelu(x, 0.3, 0.3 if t else 0.4, training=t), (3, 4), oracle=False) for t in (True, False)],
+    "gumbel_softmax": [call(lambda x, d=d: F.gumbel_softmax(x * 1e9, dim=d), (3, 4)) for d in (0, -1)],
     # tensors made from numbers
     **each("new_zeros new_ones", lambda n: lambda x: getattr(x, n)(3, 4).cos() * x, (3, 4)),
     "new_full": [call(lambda x: x.new_full((3, 4), 2.5) * x, (3, 4))],
@@ -307,7 +327,8 @@ SAMPLES: dict[str, list[Sample]] = {
     # indices
     "__getitem__": [
         call(lambda x, i: x[i], (5, 3), below(5, 2)), call(lambda x, i: x[:, i], (3, 5), below(5, 2, 2)),
-        call(lambda x, i, j: x[i, :, j], (5, 2, 4), below(5, 3), below(4, 3)), call(lambda x, i, j: x[i, 1, j], (5, 2, 4), below(5), below(4)),
+        call(lambda x, i, j: x[i, :, j], (5, 2, 4), below(5, 3), below(4, 3)),
+        call(lambda x, i, j: x[i, 1, j], (5, 2, 4), below(5), below(4)),
         call(lambda x, i, j: x[1:, i, j], (3, 5, 4), below(5, 2, 1), below(4, 3)), call(lambda x, i: x[..., i, None], (3, 5), below(5, 2)),
     ],
     "gather": [call(lambda x, i: x.gather(1, i), (3, 5), below(5, 3, 2)), call(lambda x, i: x.gather(-2, i), (4, 3), below(4, 2, 3))],
@@ -326,10 +347,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "prod_of": [call(lambda a, b, c: a * b * c, (3, 4), (3, 4), (3, 4))],
     **{f"{m}_of": [call(lambda a, b, c, f=f: f(f(a, b), c), (3, 4), (3, 4), (3, 4))] for m, f in (("min", torch.minimum), ("max",
     torch.maximum))},
-    **{
-        name: [call(lambda a, b, f=in_torch(name): f([a, b]), s, s, oracle=name != "column_stack") for s in ((3, 4), (3,), ())]
-        for name in "hstack vstack dstack row_stack column_stack".split()
-    },
+    **{name: _numpy_stack(name) for name in "hstack vstack dstack row_stack column_stack".split()},
     # reductions and scans
     **{name: reduced(name) for name in "sum mean amax amin prod var std logsumexp all any nansum nanmean".split()},
     "count_nonzero": [call(lambda x: (x > 0).count_nonzero(1), (3, 4)), call(lambda x: (x > 0).count_nonzero(), (3, 4))],
@@ -356,18 +374,9 @@ SAMPLES: dict[str, list[Sample]] = {
     # pools, resampling
     **{f"{k}_pool{d}d": _pool(k, d) for k in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)},
     **{f"lp_pool{d}d": _pool("lp", d) for d in (1, 2, 3)},
-    **{
-        f"{k}_pool{d}d_with_indices": [call(lambda x, f=getattr(F, f"{k}_pool{d}d"): f(x, 2, return_indices=True), (2, 3, *((4,) * d)))]
-        for k in ("max", "adaptive_max") for d in (1, 2, 3)
-    },
+    **{f"{k}_pool{d}d_with_indices": _pool_with_indices(k, d) for k in ("max", "adaptive_max") for d in (1, 2, 3)},
     **{f"max_unpool{d}d": _unpool(d) for d in (1, 2, 3)},
-    **{
-        f"fractional_max_pool{d}d{end}": [
-            call(lambda x, f=getattr(F, f"fractional_max_pool{d}d"), w=bool(end): f(x, 2, 2, return_indices=w), (2, 3, *((5,) * d)),
-                 never=True, oracle=False, refused=(f"fractional_max_pool{d}d{end} draws its own windows",))
-        ]
-        for d in (2, 3) for end in ("", "_with_indices")
-    },
+    **{f"fractional_max_pool{d}d{end}": _fractional_pool(d, end) for d in (2, 3) for end in ("", "_with_indices")},
     "interpolate": [call(lambda x: F.interpolate(x, scale_factor=2), (2, 3, 4, 4))],
     "grid_sample": [call(lambda x, g: F.grid_sample(x, g, align_corners=False), (1, 2, 3, 3), (1, 2, 2, 2))],
     "affine_grid": [call(lambda t: F.affine_grid(t, (2, 1, 3, 3), align_corners=False), (2, 2, 3), oracle=False)],

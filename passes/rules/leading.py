@@ -12,6 +12,7 @@ import torch
 from ..bundle import Bundle
 from ..emit import CannotVectorize, Emitter, Packed
 from .base import rank, rule, shared, tensors, unpacked
+from .fallback import by_vmap
 
 _DIMS = ("dim", "dim1", "dim2", "dims")
 # Shapes are found by running an op on zeros, which these do not take.
@@ -79,7 +80,7 @@ def _cross(emitter: Emitter, bundle: Bundle) -> Packed:
 
 
 @rule("linalg_solve", lowering="lanes in front")
-def _solve(emitter: Emitter, bundle: Bundle) -> Packed:
-    if rank(bundle.members[0].args[0]) != rank(bundle.members[0].args[1]):
-        raise CannotVectorize("linalg.solve of a vector")
+def _solve(emitter: Emitter, bundle: Bundle) -> Packed | tuple[Packed, str]:
+    if rank(bundle.members[0].args[0]) != rank(bundle.members[0].args[1]):  # a vector: which one is, shapes tell, and lanes change those
+        return by_vmap(emitter, bundle)
     return leading(emitter, bundle)
