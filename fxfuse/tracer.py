@@ -232,6 +232,8 @@ class Recorder(TorchFunctionMode):
             self.event(func, args, kwargs, "runs a backward pass")
         elif action == "dtype":
             self.trace.reads_dtype = True
+            if name == "type" and (len(args) > 1 or kwargs):  # x.type(torch.float32), x.type("torch.FloatTensor")
+                return self.call(Tensor.to, (args[0], func(*args, **kwargs).dtype), {}, "to")
         return func(*args, **kwargs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any], name: str) -> Any:

@@ -295,7 +295,7 @@ class SharedTower(nn.Module):
 def test_lanes_called_twice(kind: str) -> None:
     model = randomized(SharedTower(lambda c: nn.BatchNorm1d(c, **BATCH_NORMS[kind])))
     fused, _ = assert_equal_after(model, randn(6, 6))
-    checks.assert_heavy(fused, randn(6, 6), 4)
+    checks.assert_heavy(fused, randn(6, 6), None, 4)  # in eval mode no statistics move: both calls are one
 
 
 def test_unused_lane_still_counts() -> None:

@@ -49,11 +49,11 @@ def unfolded(emitter: Emitter, node: Any, place: int, lanes: int) -> Packed:
     return Packed(emitter.call(tuple, pieces), place)
 
 
-def _spatial(kinds: str, dims: str = "1d 2d 3d") -> tuple[str, ...]:
-    return tuple(f"{kind}_pool{d}{end}" for kind in kinds.split() for d in dims.split() for end in ("", "_with_indices"))
+def _spatial(kinds: str, end: str = "") -> tuple[str, ...]:
+    return tuple(f"{kind}_pool{d}d{end}" for kind in kinds.split() for d in (1, 2, 3))
 
 
-@rule(*_spatial("max avg lp adaptive_max adaptive_avg"), lowering="fold into batch")
+@rule(*_spatial("max avg lp adaptive_max adaptive_avg"), *_spatial("max adaptive_max", "_with_indices"), lowering="fold into batch")
 def _pool(emitter: Emitter, bundle: Bundle) -> Packed:
     return in_batch(emitter, bundle, int(bundle.name.split("pool")[1][0]) + 1)
 
@@ -68,16 +68,28 @@ def _fractional_pool(emitter: Emitter, bundle: Bundle) -> Packed:
     raise CannotVectorize(f"{bundle.name} draws its own windows for every sample of the batch")
 
 
-@rule("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "channel_shuffle", lowering="fold into batch")
+@rule("interpolate", "channel_shuffle", lowering="fold into batch")
 def _resize(emitter: Emitter, bundle: Bundle) -> Packed:
     return in_batch(emitter, bundle, None)
 
 
-@rule("grid_sample", "affine_grid", lowering="fold into batch")
-def _grid(emitter: Emitter, bundle: Bundle) -> Packed:
-    if bundle.name == "affine_grid":
-        raise CannotVectorize("affine_grid takes its batch as a number")
+@rule("grid_sample", lowering="fold into batch")
+def _grid_sample(emitter: Emitter, bundle: Bundle) -> Packed:
     return in_batch(emitter, bundle, None)
+
+
+@rule("affine_grid", lowering="fold into batch")
+def _affine_grid(emitter: Emitter, bundle: Bundle) -> Packed:
+    op, lanes = bundle.op, len(bundle.members)
+    assert op is not None
+    args = tensors(emitter, bundle)
+    if args["theta"].dim is None:
+        return Packed(emitter.respell(op, unpacked(args)), None)
+    node, place = fold(emitter, args["theta"])
+    own: Any = bundle.members[0].args[0]
+    batch = emitter.call("size", node, 0) if 0 in own.meta["dyn"] else node.meta["val"].shape[0]  # the op takes it as a number
+    args.update(theta=node, size=(batch, *args["size"][1:]))
+    return unfolded(emitter, emitter.respell(op, unpacked(args)), place, lanes)
 
 
 @rule("fold", lowering="fold into batch")

@@ -86,7 +86,7 @@ rule(
 )(pointwise)  # fmt: skip
 
 
-@rule("clone", "detach", "zeros_like", "ones_like", "full_like", "to", "type", "type_as", lowering="pointwise")
+@rule("clone", "detach", "zeros_like", "ones_like", "full_like", "to", "type_as", lowering="pointwise")
 def _same_shape(emitter: Emitter, bundle: Bundle) -> Packed:
     op = bundle.op
     assert op is not None

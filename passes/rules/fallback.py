@@ -23,6 +23,7 @@ from ..ops import Op
 from .base import Rule
 
 LOWERING = "vmap"
+_WRONG = frozenset({"select_scatter"})  # gradients over lanes that torch 2.13 gets wrong
 _OURS = frozenset({"index_write"})  # of the functions in passes/functional.py, those that are all torch inside
 
 
@@ -42,6 +43,8 @@ def by_vmap(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
     assert op is not None
     if _mutates(op):
         raise CannotVectorize(f"{op.name} writes into its arguments")
+    if op.name in _WRONG:
+        raise CannotVectorize(f"the gradient of {op.name} over lanes is wrong in torch")
     columns = [[member.args[i] for member in bundle.members] for i in range(len(op.names))]
     positional, named = op.invocation(tuple(_fetched(emitter, column) for column in columns))
     values, keywords = [*positional, *named.values()], tuple(named)

@@ -12,6 +12,7 @@ import torch
 from ..bundle import Bundle
 from ..emit import CannotVectorize, Emitter, Packed
 from .base import rank, rule, shared, tensors, unpacked
+from .fallback import by_vmap
 
 _DIMS = ("dim", "dim1", "dim2", "dims")
 # Shapes are found by running an op on zeros, which these do not take.
@@ -43,7 +44,7 @@ def leading(emitter: Emitter, bundle: Bundle, contiguous: bool = False) -> Packe
     return Packed(emitter.respell(op, tuple(args.values()), zeros=bundle.name not in _NOT_OF_ZEROS), 0)
 
 
-@rule("diagonal", "view_as_real", "adjoint", "mH", "H", view=True)
+@rule("diagonal", "view_as_real", "adjoint", "mH", view=True)
 @rule(
     "tril", "triu", "diag_embed", "pixel_shuffle", "pixel_unshuffle", "rot90", "cosine_similarity", "pairwise_distance", "cdist",
     "linalg_cross", "linalg_det", "linalg_slogdet", "linalg_inv", "inverse", "linalg_cholesky", "linalg_matrix_power", "linalg_pinv",
@@ -52,6 +53,13 @@ def leading(emitter: Emitter, bundle: Bundle, contiguous: bool = False) -> Packe
 )  # fmt: skip
 def _leading(emitter: Emitter, bundle: Bundle) -> Packed:
     return leading(emitter, bundle)
+
+
+@rule("H", view=True)
+def _h(emitter: Emitter, bundle: Bundle) -> Packed:
+    assert bundle.op is not None
+    value: Packed = emitter.operand(bundle, bundle.op.names[0])  # ``H`` itself is for matrices alone
+    return Packed(emitter.call(torch.adjoint, value.node if value.dim is None else emitter.at(value, 0)), None if value.dim is None else 0)
 
 
 @rule("view_as_complex", view=True)
@@ -72,7 +80,7 @@ def _cross(emitter: Emitter, bundle: Bundle) -> Packed:
 
 
 @rule("linalg_solve", lowering="lanes in front")
-def _solve(emitter: Emitter, bundle: Bundle) -> Packed:
-    if rank(bundle.members[0].args[0]) != rank(bundle.members[0].args[1]):
-        raise CannotVectorize("linalg.solve of a vector")
+def _solve(emitter: Emitter, bundle: Bundle) -> Packed | tuple[Packed, str]:
+    if rank(bundle.members[0].args[0]) != rank(bundle.members[0].args[1]):  # a vector: which one is, shapes tell, and lanes change those
+        return by_vmap(emitter, bundle)
     return leading(emitter, bundle)

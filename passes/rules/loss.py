@@ -32,6 +32,9 @@ def _loss(emitter: Emitter, bundle: Bundle) -> Packed:
     if len({column[name].meta["shape"] for name in ("input", "target") if name in packed}) > 1:
         raise CannotVectorize(f"{bundle.name} of tensors of different shapes")
     full = max(ranks.values())
+    if any(value.dim is not None for value in packed.values()):  # losses do not broadcast: one tensor for all lanes is given to each
+        lanes = len(bundle.members)
+        packed = {n: v if v.dim is not None else Packed(emitter.front(v, lanes), 0) for n, v in packed.items()}
     nodes, lane = aligned(emitter, [(value, ranks[name]) for name, value in packed.items()], full)
     args.update(zip(packed, nodes, strict=True), reduction="none")
     elements = emitter.respell(op, tuple(args.values()))

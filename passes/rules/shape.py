@@ -210,11 +210,18 @@ def _stacked(emitter: Emitter, bundle: Bundle) -> Packed:
     given: list[Any] = [emitter.operand(bundle, "tensors")[i] for i in range(len(bundle.members[0].args[0]))]  # type: ignore[arg-type]
     ranks = [rank(node) for node in bundle.members[0].args[0]]  # type: ignore[union-attr]
     lanes = len(bundle.members)
-    nodes = [emitter.front(value, lanes) for value in given]
-    least = {"hstack": 1, "vstack": 2, "row_stack": 2, "dstack": 3, "column_stack": 2}[bundle.name]
-    if bundle.name in ("vstack", "row_stack"):  # [N] is a row
-        nodes = [emitter.call("reshape", n, (lanes, 1, -1)) if r < 2 else n for n, r in zip(nodes, ranks, strict=True)]
-    elif min(ranks) < least:
-        raise CannotVectorize(f"{bundle.name} of tensors of fewer than {least} dims")
-    dim = {"vstack": 0, "row_stack": 0, "dstack": 2}.get(bundle.name, 1 if max(ranks) > 1 else 0)
+    nodes = [_at_least(emitter, bundle.name, emitter.front(value, lanes), r) for value, r in zip(given, ranks, strict=True)]
+    dim = {"vstack": 0, "row_stack": 0, "dstack": 2}.get(bundle.name, 1 if bundle.name == "column_stack" or max(ranks) > 1 else 0)
     return Packed(emitter.call(torch.cat, nodes, dim + 1), 0)
+
+
+def _at_least(emitter: Emitter, name: str, node: Any, own: int) -> Any:
+    """``[G, ...]`` of a lane's rank ``own`` with the dims that the op adds: ``[N]`` is a row, to ``column_stack`` a column."""
+    if own == 0:
+        return emitter.call("reshape", node, (-1, *([1] * {"hstack": 1, "dstack": 3}.get(name, 2))))
+    if name == "dstack":
+        node = emitter.call(torch.unsqueeze, node, 1) if own == 1 else node
+        return emitter.call(torch.unsqueeze, node, -1) if own < 3 else node
+    if name == "hstack" or own > 1:
+        return node
+    return emitter.call(torch.unsqueeze, node, 2 if name == "column_stack" else 1)

@@ -52,8 +52,9 @@ def _places(emitter: Emitter, bundle: Bundle) -> Packed:
         return Packed(emitter.call(torch.cat, forks, dim), dim)
     # K tensors, N places each: lanes in the order (tensor, place), as the bundle has them.
     outer = emitter.fetch(distinct)
-    if outer.dim is None:
-        raise CannotVectorize("equal tensors are sliced as if they were different")
+    if outer.dim is None:  # equal tensors (a fill per lane) are one here: its places serve all
+        fork = _fork(emitter, bundle, outer.node, dim, per_source[0])
+        return emitter.pick(Packed(fork, dim), len(per_source[0]), list(range(len(per_source[0]))) * len(distinct))
     inner_dim = physical(dim, outer.dim)
     node = _fork(emitter, bundle, outer.node, inner_dim, per_source[0])
     # A slice leaves its width behind its position, as a new dim; a selected position is where the dim was.
