@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .determinism import preserved_state
 from .entries import FORWARD, INSIDE, Entry
 from .errors import ArgumentError
 from .graph import Program, Refusal, RegionPlan
+from .held import Places
 from .inputs import resample
 from .observe import Observation
 from .options import Options
@@ -82,6 +84,11 @@ class Builder:
         self.model, self.work, self.options, self.report = model, work, options, report
         self.chosen: dict[str, Chosen] = {}  # by region path
         self.followers: dict[str, list[tuple[Region, Recorded]]] = {}  # further ways in to the same region
+
+    @cached_property
+    def places(self) -> Places:
+        """Where the recorded copy holds the objects that it passes on."""
+        return Places(self.work)
 
     def plans(self, recorded: Sequence[Recorded]) -> list[RegionPlan]:
         """The plans of all regions of all ways in."""
@@ -238,7 +245,7 @@ class Builder:
         owner = self.work.get_submodule(plan.path)
         for way, observation, lifted, graph, method in built.graphs:
             resolve_packed(graph, packs)
-            program = make_program(observation.trace, lifted, graph)
+            program = self.places.named(make_program(observation.trace, lifted, graph))
             for same in [observation, *(o for o in way.observations if o.same_as is observation)]:
                 flags = dict(zip(way.root.modules(), same.flags, strict=True))
                 key = tuple(flags[m] for m in owner.modules())
