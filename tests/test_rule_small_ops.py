@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from small_ops import LAYOUTS, Ops, assert_ops_fuse
 from torch import nn
 
+import fxfuse
+
 SCANS = "cumsum cumprod logcumsumexp argsort softmax log_softmax".split()
 
 ALONG: Ops = {
@@ -169,7 +171,7 @@ def test_numbers_of_another_dtype_in_plain_attributes_promote_as_in_the_loop(nam
 
         def forward(self, x):
             combine = getattr(torch, name)
-            return torch.stack([combine(net(x[:, i : i + 2]), knot) for i, (net, knot) in enumerate(zip(self.nets, self.knots, strict=True))])
+            return torch.stack([combine(self.nets[i](x[:, i : i + 2]), self.knots[i]) for i in range(4)])
 
     model, x = Knots(), torch.rand(5, 6)
     fused = fxfuse.optimize(model, x, objective="launches", tune=False)
