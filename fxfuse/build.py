@@ -173,7 +173,7 @@ class Builder:
         planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared, way))
         with hooks_silent(self.work):
             choice = planner.plan()
-        for refusal in [*prepared.refusals, *([choice.refusal] if choice.refusal is not None else [])]:
+        for refusal in [*prepared.refusals, *planner.left, *([choice.refusal] if choice.refusal is not None else [])]:
             refuse(self.report, refusal, way.entry)
         if choice.refusal is not None or choice.vectorized is None:
             return None
@@ -184,7 +184,9 @@ class Builder:
             place = f" ({prepared.lifted.place})" if prepared.lifted.place else ""
             where = path or "the model"
             self.report.facts.append(f"{where} is fused for the recorded sizes only: {prepared.lifted.specialised}{place}")
-        self.chosen[path] = Chosen(region, way, choice, planner.prefer, packs)
+        if choice.skipped:
+            region = Region(frame, prepared.without(choice.skipped))
+        self.chosen[path] = Chosen(region, way, choice, planner.prefer, packs, choice.skipped)
         return self._started(self.chosen[path])
 
     def _started(self, chosen: Chosen) -> _Built:

@@ -28,7 +28,7 @@ def _to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if trace is None:
         return _usual(self, *args, **kwargs)
     with torch._C.DisableTorchFunction():
-        parsed: Any = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
+        parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
         device, dtype, _, layout = parsed
         there = layout is None and _is_there(self, device, dtype)
     if not there:

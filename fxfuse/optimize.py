@@ -73,7 +73,7 @@ def optimize(
             inputs, or a dict of each one's own example (a tensor, a tuple, or ``(args, kwargs)``), with which ``example_inputs`` may
             be left out. They share the packed weights with forward.
         mode: what is timed: "train" forward and backward, "infer" the forward. The result is right in both.
-        objective: "time" fuses what measures faster; "launches" fuses everything that is legal, whatever it costs.
+        objective: "time" fuses what measures faster; "launches" fuses everything that is legal, whatever its time.
         lowering: "auto" chooses by measurement; "grouped_conv" and "bmm" force that form where it exists.
         tune: measure candidates; False takes the rules' first choice.
         tune_for: a batch size, or example inputs, to time at instead of ``example_inputs``; a list of them must all gain.
