@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .determinism import preserved_state
 from .entries import FORWARD, INSIDE, Entry
 from .errors import ArgumentError
 from .graph import Program, Refusal, RegionPlan
+from .held import Places
 from .inputs import resample
 from .observe import Observation
 from .options import Options
@@ -82,6 +84,11 @@ class Builder:
         self.model, self.work, self.options, self.report = model, work, options, report
         self.chosen: dict[str, Chosen] = {}  # by region path
         self.followers: dict[str, list[tuple[Region, Recorded]]] = {}  # further ways in to the same region
+
+    @cached_property
+    def places(self) -> Places:
+        """Where the recorded copy holds the objects that it passes on."""
+        return Places(self.work)
 
     def plans(self, recorded: Sequence[Recorded]) -> list[RegionPlan]:
         """The plans of all regions of all ways in."""
@@ -166,7 +173,7 @@ class Builder:
         planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared, way))
         with hooks_silent(self.work):
             choice = planner.plan()
-        for refusal in [*prepared.refusals, *([choice.refusal] if choice.refusal is not None else [])]:
+        for refusal in [*prepared.refusals, *planner.left, *([choice.refusal] if choice.refusal is not None else [])]:
             refuse(self.report, refusal, way.entry)
         if choice.refusal is not None or choice.vectorized is None:
             return None
@@ -177,7 +184,9 @@ class Builder:
             place = f" ({prepared.lifted.place})" if prepared.lifted.place else ""
             where = path or "the model"
             self.report.facts.append(f"{where} is fused for the recorded sizes only: {prepared.lifted.specialised}{place}")
-        self.chosen[path] = Chosen(region, way, choice, planner.prefer, packs)
+        if choice.skipped:
+            region = Region(frame, prepared.without(choice.skipped))
+        self.chosen[path] = Chosen(region, way, choice, planner.prefer, packs, choice.skipped)
         return self._started(self.chosen[path])
 
     def _started(self, chosen: Chosen) -> _Built:
@@ -238,7 +247,7 @@ class Builder:
         owner = self.work.get_submodule(plan.path)
         for way, observation, lifted, graph, method in built.graphs:
             resolve_packed(graph, packs)
-            program = make_program(observation.trace, lifted, graph)
+            program = self.places.named(make_program(observation.trace, lifted, graph))
             for same in [observation, *(o for o in way.observations if o.same_as is observation)]:
                 flags = dict(zip(way.root.modules(), same.flags, strict=True))
                 key = tuple(flags[m] for m in owner.modules())

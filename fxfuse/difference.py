@@ -113,7 +113,8 @@ class Validation:
 
     ``ok``: no tensor differs by more than rounding, and something was compared. ``proved``: in every mode, at least one run that the
     fused model answered itself, not through the original's forward, agreed in float64. ``fallbacks``: reasons of runs that it
-    answered through the original's forward (there the comparison says nothing of the rewrite), with their number.
+    answered through the original's forward (there the comparison says nothing of the rewrite), with their number; ``missed``: how many of
+    the ``calls`` of each region those were.
     """
 
     ok: bool = True
@@ -123,6 +124,8 @@ class Validation:
     reason: str = ""
     proved: bool = False
     fallbacks: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    missed: Counter[str] = field(default_factory=Counter)
     rounding: list[Rounding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     modes: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ from fxfuse.alias import AliasPack, StaleAlias
 from fxfuse.errors import FallbackError, FxfuseError, HeldElsewhereError
 from fxfuse.graph import Program, Recipe, RegionPlan
 from fxfuse.guards import Facts
+from fxfuse.held import Held, Kept, objects_in, resolved
 from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, Watch, become, lane_info, restore, shared_views
 from fxfuse.private import recurrent
 from fxfuse.private.module_hooks import CALL_HOOKS
@@ -57,6 +58,7 @@ class RegionState(Watch):
     holder: str | None = None  # the name of the pack among the region's children
     facts: dict[str, Facts] = field(default_factory=dict)  # of the tensors that programs read, at installation
     hooks: tuple[Any, ...] = ()  # of the submodules, at installation
+    objects: dict[Held, Kept] = field(default_factory=dict)  # that guards ask for, at installation
     aliases: dict[str, AliasPack] = field(default_factory=dict)  # packing="alias": by packed name
     active: int = 0  # calls that are in the original forward now
     compiled: dict[tuple[bool, ...], Compiled] = field(default_factory=dict)  # never copied or saved
@@ -135,7 +137,7 @@ class RegionState(Watch):
 
     def _compile(self, program: Program) -> Compiled:
         aliases = {name: Source(alias, None, "tensor") for name, alias in self.aliases.items()}
-        return compile_program(program, self.region, self.facts, aliases)
+        return compile_program(resolved(program, self.objects), self.region, self.facts, aliases)
 
     def _compiled_others(self, name: str, flags: tuple[bool, ...]) -> list[Compiled]:
         key = (name, flags)
@@ -472,7 +474,7 @@ def install(
             taken[module] = plan.path
         prepared.append(surgery)
     for surgery in prepared:
-        _operate(surgery, strict, _packing(surgery.plan, packing))
+        _operate(model, surgery, strict, _packing(surgery.plan, packing))
     return model
 
 
@@ -624,12 +626,13 @@ def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
             yield from _tensors_in(item, depth - 1)
 
 
-def _operate(surgery: _Surgery, strict: bool, packing: Literal["packed", "alias"]) -> None:
+def _operate(model: nn.Module, surgery: _Surgery, strict: bool, packing: Literal["packed", "alias"]) -> None:
     plan, region = surgery.plan, surgery.region
     everyone = {**surgery.modules, **surgery.hidden}
     state = RegionState(plan=plan, strict=strict, packing=packing, modules=list(surgery.modules), hidden=list(surgery.hidden))
     state.hidden_flags = tuple(module.training for module in state.hidden)
     state.hooks = _hooks(state.modules)
+    state.objects = objects_in(model, plan.all_programs())
     state.holder = surgery.holder
     root = Pack(state)
     slots: dict[nn.Module, dict[str, Slot]] = {module: {} for module in everyone}

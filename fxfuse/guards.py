@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.graph import Guard, TensorGuard
+from fxfuse.held import Kept
 from fxfuse.private.fake_tensors import FakeTensor
 
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq, "!=": operator.ne}
@@ -39,6 +40,8 @@ class Facts:
 def _same_constant(given: Any, recorded: Any) -> bool:
     if given is recorded:
         return True
+    if type(recorded) is Kept:
+        return recorded.holds(given)
     if type(given) is not type(recorded) or isinstance(recorded, Tensor):
         return False
     try:
@@ -160,7 +163,7 @@ def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (
     for i, (leaf, x) in enumerate(zip(guard.leaves, leaves, strict=True)):
         if not isinstance(leaf, TensorGuard):
             if not (x is leaf[1] if leaf[1] is None or isinstance(leaf[1], bool) else _same_constant(x, leaf[1])):
-                return f"input {i} is {_short(x)}, recorded {_short(leaf[1])}"
+                return _other_object(i, x, leaf[1])
             continue
         if type(x) not in (Tensor, torch.nn.Parameter, FakeTensor):
             return f"input {i} is {_short(x)}, recorded a plain tensor"
@@ -214,6 +217,12 @@ def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (
     if _autocast(where):
         return f"autocast is on for {where}"
     return None
+
+
+def _other_object(index: int, given: Any, recorded: Any) -> str:
+    if type(recorded) is Kept and given is recorded.value:
+        return f"input {index}, {_short(given)}, has other attributes than when it was recorded"
+    return f"input {index} is {_short(given)}, recorded {_short(recorded.value if type(recorded) is Kept else recorded)}"
 
 
 def _shape(shape: tuple[int | None, ...]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -73,7 +74,7 @@ def optimize(
             inputs, or a dict of each one's own example (a tensor, a tuple, or ``(args, kwargs)``), with which ``example_inputs`` may
             be left out. They share the packed weights with forward.
         mode: what is timed: "train" forward and backward, "infer" the forward. The result is right in both.
-        objective: "time" fuses what measures faster; "launches" fuses everything that is legal, whatever it costs.
+        objective: "time" fuses what measures faster; "launches" fuses everything that is legal, whatever its time.
         lowering: "auto" chooses by measurement; "grouped_conv" and "bmm" force that form where it exists.
         tune: measure candidates; False takes the rules' first choice.
         tune_for: a batch size, or example inputs, to time at instead of ``example_inputs``; a list of them must all gain.
@@ -195,6 +196,7 @@ class _Pipeline:
             ]
         self.work = model
         self.builder = Builder(model, model, options, report)
+        self.compared: list[Validation] = []  # of the last comparison, one for each way in
         self.keep_integers = False  # fresh inputs are made with the example's own integers
 
     @contextmanager
@@ -351,7 +353,8 @@ class _Pipeline:
         """The plans that pass; a region that does not is undone alone, and of a region only the lane sets that differ."""
         with self.stage("validate"):
             outcome = self._compared(original, result)
-            if outcome.ok:
+            plans = self._answering(plans)
+            if outcome.ok or not plans:
                 return plans
 
             def alone(plan: RegionPlan) -> Validation:
@@ -365,6 +368,27 @@ class _Pipeline:
             if kept and not self._compared(original, self._installed(kept)).ok:
                 return []
             return kept
+
+    def _answering(self, plans: list[RegionPlan]) -> list[RegionPlan]:
+        """The plans that answered a call themselves while they were compared; a region that always runs its loop is none that fused."""
+        kept: list[RegionPlan] = []
+        for plan in plans:
+            where = plan.path or type(self.model).__name__
+            calls = sum(outcome.calls[path] for outcome, path in self._places(plan))
+            missed = sum(outcome.missed[path] for outcome, path in self._places(plan))
+            if not calls or missed < calls or any(name != FORWARD for name in plan.methods):
+                kept.append(plan)
+                continue
+            fallbacks = sum((outcome.fallbacks for outcome in self.compared), Counter[str]())
+            reasons = [reason for reason, _ in fallbacks.most_common() if reason.partition(": ")[0].endswith(where)]
+            said = reasons[0].partition(": ")[2] if reasons else "no call fits what was recorded"
+            self.report.refused.append(Refusal(f"{where} would run its loop at every call: {said}", plan.place, plan.path))
+        return kept
+
+    def _places(self, plan: RegionPlan) -> list[tuple[Validation, str]]:
+        """Every way in, as compared last, with the region's path there."""
+        found = zip(self.entries, self.compared, strict=True)
+        return [(outcome, entry.frame_path(plan.path, FORWARD)) for entry, outcome in found]
 
     def _mended(self, plan: RegionPlan, reason: str, check: Callable[[RegionPlan], Validation]) -> RegionPlan | None:
         """The plan without the lane sets that make it differ, tried one by one; None where nothing is left."""
@@ -395,6 +419,7 @@ class _Pipeline:
             outcomes.append(compare(entry.root(original), entry.root(result), [example, *others], must_run=1))
             if entry.is_method:
                 self.report.methods[entry.name] = outcomes[-1]
+        self.compared = outcomes
         self.report.validation = next((outcome for outcome in outcomes if not outcome.ok), outcomes[0])
         return self.report.validation
 

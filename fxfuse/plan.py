@@ -22,7 +22,7 @@ from .memory import peak_bytes
 from .options import Options
 from .passes.chunk import fitting_chunks, widest
 from .passes.emit import Packs
-from .passes.vectorize import Prepared, Vectorized, vectorize
+from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
 from .timing import medians, ratio
 from .workbench import Case, Workbench
 
@@ -48,6 +48,7 @@ class Choice:
     vectorized: Vectorized | None
     lowering: dict[Any, str]
     chunks: int = 1
+    skipped: frozenset[LaneSet] = frozenset()  # lane sets that stay as they are
     refusal: Refusal | None = None
     seconds: tuple[float, float] | None = None
     peak: tuple[int, int] | None = None
@@ -65,6 +66,7 @@ class Planner:
         cases = list(cases) or [frame.raw or ((), {})]
         self.benches = [Workbench(region, case, self.train, frame.parent >= 0) for case in cases]
         self.prefer = _preferred(options)
+        self.left: list[Refusal] = []  # of lane sets that do not pay
 
     def plan(self) -> Choice:
         """Search, measure, decide."""
@@ -135,10 +137,36 @@ class Planner:
                     counted = _launches(bench.program(other.vectorized))
                     if counted.total < least.total:
                         choice.vectorized, choice.lowering, least = other.vectorized, other.lowering, counted
+            if least.total > loop.total:
+                least = self._without_dear_ones(choice, loop, least)
         choice.launches = (loop, least)
-        if least.total >= loop.total and least.heavy >= loop.heavy:
-            choice.refusal = self._refusal(f"left as a loop: packed launches {least.total} ops, the loop {loop.total}")
+        if choice.refusal is None and least.total >= loop.total and least.heavy >= loop.heavy:
+            said = f"left as a loop: packed launches {least.total} ops, the loop {loop.total}"
+            choice.refusal = self.left.pop() if self.left else self._refusal(said)
         return choice
+
+    def _without_dear_ones(self, choice: Choice, loop: Launches, least: Launches) -> Launches:
+        """Leave lane sets that cost more launches than they save heavy ones, where all together launch more than the loop: what gathers
+        and checks the operands of two or three lanes may be dearer than the lanes."""
+        for lanes, place in self.prepared.lane_sets().items():
+            skipped = choice.skipped | {lanes}
+            rest = self.prepared.without(skipped)
+            made = vectorize(rest.cut(choice.chunks), self.packs, choice.lowering, self.prefer)
+            counted = loop if made is None else _launches(self.benches[0].program(made))
+            more, saved = least.total - counted.total, counted.heavy - least.heavy
+            if more <= max(saved, 0):
+                continue
+            what = f"left as a loop: packed launches {more} ops more, to save {saved} that carry parameters"
+            refusal = replace(self._refusal(what), place=place)
+            choice.skipped, least = skipped, counted
+            if made is None:
+                choice.refusal = refusal
+                break
+            self.left.append(refusal)
+            choice.vectorized = made
+            if least.total <= loop.total:
+                break
+        return least
 
     # -- time ---------------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +37,8 @@ class Run:
     unsaved: dict[str, Tensor] = field(default_factory=dict)  # buffers that are in no state dict; a fused model may have others
     error: BaseException | None = None
     fallbacks: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)  # of the fused regions, by path
+    missed: Counter[str] = field(default_factory=Counter)  # of those, the ones that ran the loop
     precisions: set[torch.dtype] = field(default_factory=set)  # narrower than float64, seen in results of ops
     undefined: set[str] = field(default_factory=set)  # random ops that ran with real random numbers
 
@@ -70,7 +72,7 @@ def run(
     inputs = {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
     versions = {name: version(leaf) for name, leaf in inputs.items()}
     saved = {p: p.grad for p in model.parameters()}
-    before = _fallbacks(model)
+    before, missed = _fallbacks(model), _missed(model)
     random = Derandomized()
     with preserved_state(model), torch.set_grad_enabled(gradients):
         for p in saved:
@@ -78,7 +80,7 @@ def run(
         try:
             if mode != "given":
                 model.train(mode == "train")
-            with _precise(dtype), random:
+            with _precise(dtype), random, _counted(model, result.calls):
                 out = model(*args, **kwargs)
                 leaves = dict(named_leaves(out, "output"))
                 result.flags = {n: leaf.requires_grad for n, leaf in leaves.items() if isinstance(leaf, Tensor)}
@@ -102,7 +104,7 @@ def run(
         finally:
             for p, grad in saved.items():
                 p.grad = grad
-    result.fallbacks = _fallbacks(model) - before
+    result.fallbacks, result.missed = _fallbacks(model) - before, _missed(model) - missed
     result.precisions, result.undefined = random.precisions, random.undefined
     return result
 
@@ -187,6 +189,33 @@ def _fallbacks(model: nn.Module) -> Counter[str]:
         for reason, number in state.fallbacks.items():
             counts[f"{path or type(model).__name__}: {reason}"] += number
     return counts
+
+
+def _missed(model: nn.Module) -> Counter[str]:
+    """Calls of each region itself, not of another of its methods, that ran the loop."""
+    counts: Counter[str] = Counter()
+    for path, state in regions(model).items():
+        others = tuple(f"{method}: " for method in state.plan.methods)
+        counts[path] += sum(number for reason, number in state.fallbacks.items() if not (others and reason.startswith(others)))
+    return counts
+
+
+@contextmanager
+def _counted(model: nn.Module, calls: Counter[str]) -> Iterator[None]:
+    """Counts the calls of the fused regions."""
+
+    def counting(path: str) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            calls[path] += 1
+
+        return count
+
+    handles = [state.region.register_forward_pre_hook(counting(path)) for path, state in regions(model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class Value:
 
     tensor: torch.Tensor
     origin: str  # "made" | "input" | "attribute" | "constant"
-    name: str = ""  # of an attribute: its path in the model
+    name: str = ""  # of an attribute: its path in the model; of a constant: the call that read it out of data
     storage: int = 0  # equal for tensors that share memory
     shape: tuple[int, ...] = ()  # as it was when first seen: an in-place resize would show
 
@@ -77,5 +77,6 @@ class Trace:
     frames: list[Frame]
     comparisons: list[tuple[Comparison, int, Place | None]]  # with the frame and the line in which it was made
     reads_dtype: bool = False
+    moves: bool = False  # a module was moved to the device on which it is
     failure: str = ""  # the run raised: why
     updates: dict[int, Any] | None = None  # passes.updates: which events update buffers, found once

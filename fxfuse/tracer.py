@@ -34,6 +34,7 @@ from fxfuse.private.versions import version
 from .containers import opened
 from .determinism import preserved_state
 from .graph import Place
+from .moves import moves_noted
 from .sizes import SizeOf, TracedInt
 from .step_by_step import step_by_step
 from .trace import Event, Frame, Ref, Trace, Value
@@ -221,6 +222,11 @@ class Recorder(TorchFunctionMode):
             return self.numel(args[0])
         if action == "read":
             self.event(func, args, kwargs, f"reads tensor data into Python ({name.strip('_')})")
+            found = func(*args, **kwargs)
+            for tensor in found if isinstance(found, tuple) else (found,):  # where(mask), nonzero(), unique()
+                if isinstance(tensor, Tensor) and id(tensor) not in self.known:
+                    self.add(tensor, "constant", name.strip("_"))
+            return found
         elif action == "iterate" and args[0].dim() > 0:  # ``for row in x``
             return iter(self.call(Tensor.unbind, (args[0], 0), {}, "unbind"))
         elif action == "set":
@@ -609,7 +615,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
 
 def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) -> None:
-    with recorder:
+    with moves_noted(recorder.trace), recorder:
         model(*args, **kwargs)
 
 

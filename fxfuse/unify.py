@@ -92,6 +92,8 @@ class Unifier:
         if left.origin == "attribute" and left.name != right.name:
             raise _Different(f": {left.name} against {right.name}")
         if left.origin == "constant" and left.tensor is not right.tensor and not _both_empty(left.tensor, right.tensor):
+            if left.name:
+                raise _Different(f": what {left.name}() gives depends on the data")
             raise _Different(": a tensor made where recording cannot see it (nn.Parameter(...), from_numpy, ...)")
         if len(left.shape) != len(right.shape) or left.tensor.dtype != right.tensor.dtype:
             raise _Different(": tensors of another rank or dtype")
@@ -157,7 +159,10 @@ def interchangeable(one: Trace, other: Trace) -> Unifier | None:
     For runs in two modes of a model (train and eval). More than the steps must agree: every module call with its arguments and
     results, what keeps a call out of a graph (grad mode, data read by Python), and every comparison of sizes that becomes a guard.
     """
-    if one.failure or other.failure or not one.frames or len(one.frames) != len(other.frames) or one.reads_dtype != other.reads_dtype:
+    if one.failure or other.failure or not one.frames or len(one.frames) != len(other.frames) or (one.reads_dtype, one.moves) != (
+        other.reads_dtype,
+        other.moves,
+    ):
         return None
     unifier = Unifier(one, other)
     if unifier.compare(one.frames[0], other.frames[0]) is not None or len(one.comparisons) != len(other.comparisons):

@@ -272,6 +272,8 @@ class _Check:
             if other.original.error is None and (pair.original.error is not None or not other.fused.fallbacks):
                 pair = other
         self.result.fallbacks.update(pair.fused.fallbacks)
+        self.result.calls.update(pair.fused.calls)
+        self.result.missed.update(pair.fused.missed)
         for op in sorted(pair.original.undefined | pair.fused.undefined):
             self._note(f"{op} drew real random numbers: what depends on it cannot be compared")
         return pair

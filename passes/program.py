@@ -45,7 +45,7 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     equal = tuple((places[0], other) for places in one_size for other in places[1:])
     generic = not lifted.factories and not trace.reads_dtype and not _spells_dtype(graph)
     checks = _strongest(lifted.size_checks)
-    guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, not lifted.factories)
+    guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, not lifted.factories and not trace.moves)
     return Program(graph, guard, frame.in_spec, frame.out_spec)
 
 

@@ -479,3 +479,60 @@ def test_recipe_of_unequal_rows() -> None:
     for other in wrong:
         with pytest.raises(fxfuse.FxfuseError, match="concatenates rows"):
             recipes.check(other)
+
+
+class Columns(nn.Module):
+    """Tables by the columns of one tensor, as gluonts embeds static categories."""
+
+    def __init__(self, sizes: list[int], width: int = 4, layers: int = 0) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+        self.nets = nn.ModuleList(nn.Linear(width, 3) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = torch.cat([table(x[:, i]) for i, table in enumerate(self.tables)], 1)
+        return found, *[net(found[:, : net.in_features]).tanh() for net in self.nets]
+
+
+def columns_of(sizes: list[int]) -> torch.Tensor:
+    return torch.stack([torch.randint(0, size, (6,)) for size in sizes], 1)
+
+
+def test_few_tables_whose_checks_launch_more_than_they_save_stay() -> None:
+    sizes = [5, 3]
+    fused = fxfuse.optimize(Columns(sizes), columns_of(sizes), objective="launches", tune=False)
+    report = fxfuse.report(fused)
+    assert not report.fused
+    assert [each.reason for each in report.refused] == ["left as a loop: packed launches 2 ops more, to save 1 that carry parameters"]
+
+
+def test_they_stay_alone() -> None:
+    """What else there is to fuse in the region fuses."""
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = nn.ModuleList(nn.Embedding(size, 2 + size // 2) for size in (6, 7, 2, 3, 8, 9, 4, 5))
+            self.nets = nn.ModuleList(nn.Linear(5, 3) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return *[table(x[:, i]) for i, table in enumerate(self.tables)], *[net(y).tanh() for net in self.nets]
+
+    model, x = Pairs().double(), (torch.randint(0, 2, (6, 8)), torch.randn(6, 5, dtype=torch.float64))
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    report = fxfuse.report(fused)
+    assert "linear" in [op.op for op in report.fused[0].ops]
+    assert report.refused
+    assert all(each.reason.startswith("left as a loop: packed launches") for each in report.refused)
+    assert report.launches is not None
+    assert report.launches[1] <= report.launches[0]
+    for training in (True, False):
+        for a, b in zip(fused.train(training)(*x), model.train(training)(*x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert not report.fallbacks
+
+
+def test_many_tables_are_worth_their_checks() -> None:
+    sizes = [5, 3, 9, 2, 2, 7, 4, 3]
+    fused = fxfuse.optimize(Columns(sizes), columns_of(sizes), objective="launches", tune=False)
+    assert [op.op for op in fxfuse.report(fused).fused[0].ops if op.op == "embedding"] == ["embedding"]

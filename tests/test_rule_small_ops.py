@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from small_ops import LAYOUTS, Ops, assert_ops_fuse
 from torch import nn
 
+import fxfuse
+
 SCANS = "cumsum cumprod logcumsumexp argsort softmax log_softmax".split()
 
 ALONG: Ops = {
@@ -154,3 +156,27 @@ FAMILIES: dict[str, Any] = {"along": ALONG, "shapes": SHAPES, "pointwise": POINT
 @pytest.mark.parametrize("family", FAMILIES)
 def test_small_ops(family: str, layout: str) -> None:
     assert_ops_fuse(FAMILIES[family], (4, 6), layout, random_in_train=family == "pointwise")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.float16])
+@pytest.mark.parametrize("name", ["minimum", "add", "div", "pow", "lt", "atan2"])
+def test_numbers_of_another_dtype_in_plain_attributes_promote_as_in_the_loop(name, dtype):
+    """A zero-dimensional tensor counts less in type promotion than the packed numbers would."""
+
+    class Knots(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList(nn.Linear(2, 3) for _ in range(4))
+            self.knots = [torch.tensor(i % 3 + 1).to(dtype) for i in range(4)]
+
+        def forward(self, x):
+            combine = getattr(torch, name)
+            return torch.stack([combine(self.nets[i](x[:, i : i + 2]), self.knots[i]) for i in range(4)])
+
+    model, x = Knots(), torch.rand(5, 6)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    assert fxfuse.report(fused).fused
+    assert not fxfuse.report(fused).refused
+    got, want = fused(x), model(x)
+    assert got.dtype is want.dtype
+    torch.testing.assert_close(got, want, equal_nan=True)

@@ -82,7 +82,9 @@ def numbers(arg: Any) -> Any:
         if arg.dim is not None:
             raise CannotVectorize("lanes use sizes that differ")
         return arg.node
-    return type(arg)(numbers(a) for a in arg) if type(arg) in (tuple, list) else arg
+    if isinstance(arg, list):  # fx makes lists of a class of its own
+        return [numbers(a) for a in arg]
+    return tuple(numbers(a) for a in arg) if isinstance(arg, tuple) else arg
 
 
 def sizes_of(emitter: Emitter, value: Packed, lane: Node) -> tuple[Any, ...]:

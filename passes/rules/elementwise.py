@@ -58,7 +58,15 @@ def pointwise(emitter: Emitter, bundle: Bundle) -> Packed:
     dtypes = {node.meta["dtype"] for node in promoted.values()}
     # A zero-dimensional tensor counts less in promotion: one that all lanes share stays as it is.
     if len(dtypes) > 1 and any(r == 0 and value.dim is not None for value, r in tensor_operands):
-        raise CannotVectorize(f"{bundle.name} mixes dtypes with zero-dimensional tensors, whose promotion packing would change")
+        if len(promoted) != 2:
+            raise CannotVectorize(f"{bundle.name} mixes dtypes with zero-dimensional tensors, whose promotion packing would change")
+        stand_ins = [torch.empty([1] * rank(node), dtype=node.meta["dtype"]) for node in promoted.values()]
+        common = torch.result_type(stand_ins[0], stand_ins[1])
+        # A lane's number, of one dimension when packed, would count in full: it is cast to what the loop computes in.
+        tensor_operands = [
+            (Packed(emitter.call("to", value.node, common), value.dim) if r == 0 and value.dim is not None else value, r)
+            for value, r in tensor_operands
+        ]
     lane: int | None
     if all(value.dim is None for value, _ in tensor_operands) and not op.random:
         made, lane = [value.node for value, _ in tensor_operands], 0 if per_lane else None

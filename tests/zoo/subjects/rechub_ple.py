@@ -5,8 +5,6 @@ from zoo import ctr
 PACKAGE = "torch-rechub==0.9.0"
 ROWS = 256
 HEAVY = 90
-# The features are objects that the model holds and passes on: a copy of the model has others than the guard knows.
-FALLS_BACK = "embedding: input 39 is <DenseFeature d0>"
 
 
 def model():
