@@ -66,6 +66,8 @@ class Frame:
     poison: str = ""  # why this module's forward cannot be a region, or part of one
     children: list[int] = field(default_factory=list)
     raw: tuple[Any, Any] | None = None  # the args and kwargs themselves
+    untracked: bool = False  # called under ``no_grad``
+    switched: str = ""  # called under another switch that a graph does not repeat: which
 
 
 @dataclass
