@@ -46,6 +46,7 @@ class Event:
     place: Place | None
     frame: int
     poison: str = ""  # why a region must not contain this call; empty: it may
+    untracked: bool = False  # called under ``no_grad``; what it gives is detached by the next events
 
 
 @dataclass(slots=True)

@@ -312,7 +312,9 @@ class Recorder(TorchFunctionMode):
             if with_gradient is not None:
                 results[index] = with_gradient
                 detached.append(Event(Tensor.detach, (with_gradient,), {}, ref, (), place, frame))
-        events.append(Event(func, tuple(described), described_kwargs, results[0] if isinstance(made, Ref) else made, (), place, frame))
+        if isinstance(made, Ref):
+            made = results[0]
+        events.append(Event(func, tuple(described), described_kwargs, made, (), place, frame, untracked=True))
         events.extend(detached)
         return out
 

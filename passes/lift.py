@@ -76,6 +76,7 @@ class _Lifter(Updating):
                 continue
             self.place, self.at = event.place, event.frame
             self.path = self.trace.frames[event.frame].path if event.frame >= 0 else ""
+            self.untracked = event.untracked
             update = self.updates.get(index)
             if update is not None:
                 self._update(event, update)
