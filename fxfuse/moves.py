@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .private.parse_to import parse_to
+from .private.torch_function import DisableTorchFunction
 from .trace import Trace
 
 _lock = threading.Lock()
@@ -27,9 +29,8 @@ def _to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     trace: Trace | None = getattr(_here, "trace", None)
     if trace is None:
         return _usual(self, *args, **kwargs)
-    with torch._C.DisableTorchFunction():
-        parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
-        device, dtype, _, layout = parsed
+    device, dtype, _, layout = parse_to(*args, **kwargs)
+    with DisableTorchFunction():
         there = layout is None and _is_there(self, device, dtype)
     if not there:
         return _usual(self, *args, **kwargs)

@@ -70,6 +70,10 @@ class Planner:
 
     def plan(self) -> Choice:
         """Search, measure, decide."""
+        if self.train and self.options.tune and not all(bench.trains() for bench in self.benches):
+            self.train = False  # a model that can only be run forward is timed so
+            for bench in self.benches:
+                bench.train = False
         base = self.emit({})
         if base is None:
             return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))

@@ -55,6 +55,10 @@ def closed_frames(observation: Observation) -> frozenset[int]:
     for frame in trace.frames:
         if STATE in frame.module.__dict__:
             frame.poison = frame.poison or "it is fused already; fxfuse.unfuse(model) gives the model to fuse anew"
+    for frame in reversed(trace.frames):  # the inner ones first: a call that stays must stay where the switch was thrown
+        if frame.switched and frame.parent >= 0 and (frame.poison or has_hooks(frame.module)):
+            outer = trace.frames[frame.parent]
+            outer.poison, outer.place = outer.poison or frame.switched, outer.place if outer.poison else frame.place
     return frozenset(frame.index for frame in trace.frames if frame.poison or has_hooks(frame.module))
 
 

@@ -46,6 +46,7 @@ class Event:
     place: Place | None
     frame: int
     poison: str = ""  # why a region must not contain this call; empty: it may
+    untracked: bool = False  # called under ``no_grad``; what it gives is detached by the next events
 
 
 @dataclass(slots=True)
@@ -66,6 +67,8 @@ class Frame:
     poison: str = ""  # why this module's forward cannot be a region, or part of one
     children: list[int] = field(default_factory=list)
     raw: tuple[Any, Any] | None = None  # the args and kwargs themselves
+    untracked: bool = False  # called under ``no_grad``
+    switched: str = ""  # called under another switch that a graph does not repeat: which
 
 
 @dataclass

@@ -50,7 +50,7 @@ _ACTIONS: dict[str, str] = {
         "dim ndim ndimension device layout is_cuda is_cpu requires_grad is_contiguous is_leaf is_sparse "
         "is_quantized is_mkldnn is_meta is_mps is_mtia is_xpu is_signed is_nested is_inference is_conj is_neg get_device names has_names "
         "_backward_hooks grad_fn is_sparse_csr _is_view is_ipu is_maia is_vulkan is_xla is_hpu is_distributed is_shared is_pinned "
-        "__len__ stride storage_offset _set_grad_enabled set_grad_enabled".split(),
+        "__len__ stride storage_offset set_grad_enabled".split(),
         "fact",
     ),
     **dict.fromkeys("dtype type element_size itemsize nbytes is_floating_point is_complex finfo".split(), "dtype"),
@@ -60,7 +60,7 @@ _ACTIONS: dict[str, str] = {
         "_unique _unique2 unique_dim __dlpack__ bincount histc cpu_numpy".split(),
         "read",
     ),
-    "multi_head_attention_forward": "open",
+    "multi_head_attention_forward": "open", "_set_grad_enabled": "tracking",
     "size": "size", "numel": "numel", "nelement": "numel", "__iter__": "iterate", "__set__": "set", "backward": "backward",
 }  # fmt: skip
 # Of the same name as a property and as a method: only the property is a plain fact.
@@ -97,6 +97,8 @@ _DATA_SHAPED: dict[str, Callable[[Any, Any], bool]] = {
 # Calls that make a tensor of data, and how many numbers of a numpy array a graph may spell out.
 _FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "new_tensor"))
 _MOST_NUMBERS = 4096
+_UNTRACKED = "runs without gradient tracking (no_grad, or a custom autograd Function)"
+_AUTOCAST = "switches autocast"
 # Types of arguments that stand for themselves in the record.
 _PLAIN = frozenset((int, float, bool, str, type(None), type(Ellipsis), complex, torch.dtype, torch.device))
 _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
@@ -140,6 +142,8 @@ class Recorder(TorchFunctionMode):
         self.places: dict[tuple[str, int], Place] = {}
         self.autocast = any_autocast_enabled()
         self.kept: _Kept | None = None
+        self.untracked = False  # inside of ``no_grad``
+        self.in_function = False  # a custom autograd Function was seen, which switches tracking off unseen
 
     # -- values -------------------------------------------------------------------------------------------------------------------
 
@@ -240,6 +244,8 @@ class Recorder(TorchFunctionMode):
             self.trace.reads_dtype = True
             if name == "type" and (len(args) > 1 or kwargs):  # x.type(torch.float32), x.type("torch.FloatTensor")
                 return self.call(Tensor.to, (args[0], func(*args, **kwargs).dtype), {}, "to")
+        elif action == "tracking":
+            self._tracking(bool(args[0]))
         return func(*args, **kwargs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any], name: str) -> Any:
@@ -274,9 +280,9 @@ class Recorder(TorchFunctionMode):
         if kwargs and kwargs.get("out") is not None:
             poison = "writes through out="
         elif not torch.is_grad_enabled():
-            poison = "runs without gradient tracking (no_grad, or a custom autograd Function)"
+            poison = _UNTRACKED if mutated or not self.untracked else ""
         elif any_autocast_enabled() != self.autocast:
-            poison = "switches autocast"
+            poison = _AUTOCAST
         else:
             for tensor in tensors:
                 if type(tensor) is nn.Parameter and tensor.grad_fn is not None:
@@ -294,8 +300,40 @@ class Recorder(TorchFunctionMode):
             poison = f"makes a tensor whose size depends on the data ({name.strip('_')})"
         frame = self.stack[-1] if self.stack else -1
         place = self.place(sys._getframe(1))
-        self.trace.events.append(Event(func, tuple(described), described_kwargs, made, mutated, place, frame, poison))
+        events = self.trace.events
+        if not self.untracked or poison or mutated:
+            events.append(Event(func, tuple(described), described_kwargs, made, mutated, place, frame, poison))
+            return out
+        # ``f(x)`` under ``no_grad`` is ``f(x).detach()``: a graph holds that, not the switch.
+        results = [made] if isinstance(made, Ref) else made if isinstance(made, list) else []
+        detached: list[Event] = []
+        for index, ref in enumerate(results):
+            with_gradient = self._with_gradient(ref, tensors) if isinstance(ref, Ref) else None
+            if with_gradient is not None:
+                results[index] = with_gradient
+                detached.append(Event(Tensor.detach, (with_gradient,), {}, ref, (), place, frame))
+        if isinstance(made, Ref):
+            made = results[0]
+        events.append(Event(func, tuple(described), described_kwargs, made, (), place, frame, untracked=True))
+        events.extend(detached)
         return out
+
+    def _with_gradient(self, ref: Ref, arguments: list[Tensor]) -> Ref | None:
+        """A value for what an untracked call computes before it is detached; None where there is nothing to detach."""
+        values = self.trace.values
+        seen = values[ref.value]
+        if not (seen.tensor.is_floating_point() or seen.tensor.is_complex()) or any(seen.tensor is tensor for tensor in arguments):
+            return None
+        is_view = any(values[self.known[id(tensor)].value].storage == seen.storage for tensor in arguments)
+        # Not the storage of its detached self, unless that is a view: a write to the one is none to the other.
+        values.append(Value(seen.tensor, seen.origin, seen.name, seen.storage if is_view else -len(values), seen.shape))
+        return Ref(len(values) - 1)
+
+    def _tracking(self, on: bool) -> None:
+        """``no_grad`` and its like, about to switch. A switch inside of a custom autograd Function says nothing on what is around it."""
+        if not torch.is_grad_enabled() and not self.untracked:
+            self.in_function = True
+        self.untracked = not on and not self.in_function
 
     def _spelled_out(self, func: Any, described: list[Any], args: Any, kwargs: Any, out: Tensor, poison: str) -> tuple[Any, Any, Any, str]:
         """A tensor made of a numpy array: the same made of its numbers, which a graph can hold."""
@@ -393,6 +431,11 @@ class Recorder(TorchFunctionMode):
             self.note_comparisons()
         frame = Frame(index, parent, path, module, leaves, spec, len(trace.events))
         frame.raw = (args, kwargs)
+        frame.untracked = self.untracked
+        if not torch.is_grad_enabled() and not self.untracked:
+            frame.switched = _UNTRACKED
+        elif any_autocast_enabled() != self.autocast:
+            frame.switched = _AUTOCAST
         frame.place = self.place(sys._getframe(1))
         frame.poison = poison
         trace.frames.append(frame)

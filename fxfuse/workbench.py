@@ -115,6 +115,14 @@ class Workbench:
 
         return train
 
+    def trains(self) -> bool:
+        """Does a backward of the original work at all? (One that writes into what autograd saved runs forward, and raises here.)"""
+        try:
+            self.loop()()
+        except RuntimeError:
+            return False
+        return True
+
 
 def _walk(root: nn.Module, target: str) -> torch.Tensor:
     at: Any = root

@@ -27,8 +27,9 @@ Node = torch.fx.Node
 # Each merge of two classes costs a pass over the graph.
 MOST_MERGES = 16
 
-# What nodes of one class have in common besides their op. "unread": it runs for the buffers that it or its users update.
-FACTS = ("shape", "dyn", "dtype", "device", "unread")
+# What nodes of one class have in common besides their op. "unread": it runs for the buffers that it or its users update. "untracked": under
+# ``no_grad``, so that a target network is not packed with the one that trains.
+FACTS = ("shape", "dyn", "dtype", "device", "unread", "untracked")
 
 # Which argument of a slicing op is the lane's position, and may differ from lane to lane.
 POSITIONS = {"select": ("index",), "slice_along": ("start", "stop"), "pick_along": ("positions",)}

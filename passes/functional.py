@@ -38,6 +38,17 @@ def index_write(base: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
     return copy
 
 
+def index_write_(base: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """``index_write`` into ``base`` itself, which nothing else reads.
+
+    >>> index_write_(torch.zeros(2, 2), (slice(None), 0), torch.ones(2))
+    tensor([[1., 0.],
+            [1., 0.]])
+    """
+    base[index] = value
+    return base
+
+
 def sum_of(tensors: list[torch.Tensor]) -> torch.Tensor:
     """``tensors[0] + tensors[1] + ...``, from left to right.
 

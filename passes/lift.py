@@ -78,6 +78,7 @@ class _Lifter(Updating):
                 continue
             self.place, self.at = event.place, event.frame
             self.path = self.trace.frames[event.frame].path if event.frame >= 0 else ""
+            self.untracked = event.untracked
             update = self.updates.get(index)
             if update is not None:
                 self._update(event, update)
@@ -118,7 +119,10 @@ class _Lifter(Updating):
         node = self.graph.call_module(called.path[len(prefix) :] if prefix else called.path, tuple(args), dict(kwargs))
         node.meta.update(place=called.place, path=called.path, shape=None, dyn=frozenset())
         structure = tree_unflatten(list(range(len(called.out))), called.out_spec)
+        made = [leaf for leaf in called.out if isinstance(leaf, Ref) and leaf.value not in self.env]
         self._bind_outputs(node, structure, called.out)
+        for leaf in made if called.untracked else ():
+            self.env[leaf.value] = self._call(torch.Tensor.detach, (self.env[leaf.value],), {}, leaf)
         return called.end
 
     def _bind_outputs(self, node: torch.fx.Node, structure: Any, leaves: list[Any]) -> None:

@@ -37,7 +37,7 @@ class Nodes(FreeSizes):
         self.cse: dict[Any, torch.fx.Node] = {}
         self.path = frame.path
         self.at = frame.index  # the frame that the current event belongs to
-        self.random = self.factories = False
+        self.random = self.factories = self.untracked = False
 
     def _describe(self, node: torch.fx.Node, value: int) -> None:
         seen = self.trace.values[value]
@@ -47,6 +47,8 @@ class Nodes(FreeSizes):
                 value=value, shape=seen.shape, dyn=self.dynamic.get(value, frozenset()), dtype=tensor.dtype, device=tensor.device,
                 stride=tensor.stride() if tensor.layout is torch.strided else None, place=self.place, path=self.path, frame=self.at,
             )  # fmt: skip
+            if self.untracked:
+                node.meta["untracked"] = True
 
     def _node(self, op: Op, args: tuple[Any, ...], value: int | None) -> torch.fx.Node:
         key = None
@@ -57,6 +59,8 @@ class Nodes(FreeSizes):
             except TypeError:
                 key, known = None, None
             if known is not None:
+                if not self.untracked:
+                    known.meta.pop("untracked", None)
                 return known
         else:
             self.random = True

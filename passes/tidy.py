@@ -1,7 +1,7 @@
 """Fewer views and less memory: what the rules write step by step, in one step.
 
-Comes in: an emitted graph with meta tensors. Goes out: the same graph, in place, with the fewest views, and with ReLU in the memory of what
-it reads.
+Comes in: an emitted graph with meta tensors. Goes out: the same graph, in place, with the fewest views, and with ReLU and writes in the
+memory of what they read.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 
-from .functional import drop_unused
+from .functional import drop_unused, index_write, index_write_
 from .views import shorten_views
 
 # What these return is new memory, and not needed for their backward.
 _FRESH = (torch.addcmul, torch.baddbmm, torch.bmm, torch.matmul, torch.add, F.linear, torch.conv1d, torch.conv2d, torch.conv3d)
+# What these return is new memory that no backward needs either, and may be written.
+_WRITABLE = (torch.zeros, torch.ones, torch.full, torch.empty, index_write, index_write_)
 _SPLITTING = (torch.unflatten, torch.unsqueeze, torch.flatten, torch.squeeze)
 
 
@@ -41,6 +43,7 @@ def tidy(graph: torch.fx.Graph) -> None:
             node.replace_all_uses_with(made)
     drop_unused(graph)
     _reuse_memory(graph)
+    _write_in_place(graph)
 
 
 def _drop_round_trips(graph: torch.fx.Graph) -> None:
@@ -63,6 +66,15 @@ def _reuse_memory(graph: torch.fx.Graph) -> None:
         (source,) = node.args
         if isinstance(source, torch.fx.Node) and source.op == "call_function" and source.target in _FRESH and len(source.users) == 1:
             node.target = torch.relu_
+
+
+def _write_in_place(graph: torch.fx.Graph) -> None:
+    """A chain of writes into one buffer copies it at the first write at most."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is index_write:
+            base = node.args[0]
+            if isinstance(base, torch.fx.Node) and base.op == "call_function" and base.target in _WRITABLE and len(base.users) == 1:
+                node.target = index_write_
 
 
 def _root(node: torch.fx.Node) -> torch.fx.Node:

@@ -152,6 +152,9 @@ class Writes(Indexing):
     def _functional(self, event: Event, name: str, args: Any, kwargs: Any, target: int) -> Any:
         """What ``target`` holds after the in-place call ``name``."""
         if name == "__setitem__":
+            last = args[0]
+            if isinstance(last, torch.fx.Node) and last.target is _WRITE and last.args[1:] == tuple(args[1:3]):
+                return last  # the second half of ``x[i] += y``: what the first wrote into the view is there already
             return self._node(_WRITE, (args[0], args[1], args[2]), target)
         if name == "copy_":
             return self._node(_SLOT, (args[1], args[0]), target)

@@ -76,7 +76,7 @@ class LayerByLayer(Nets):
         return torch.concat(outs, dim=1)
 
 
-@case(most_heavy=4)
+@case(heavy=4)
 class AttributesByName(nn.Module):
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ class NamedTupleOutput(Nets):
         return Output(torch.cat(parts, 1).sum(1) + self.bias, tuple(parts))
 
 
-@case(most_heavy=2)
+@case(heavy=2)
 class TwoLoops(nn.Module):
     def __init__(self):
         super().__init__()
@@ -188,7 +188,7 @@ class TwoTensors(Nets):
         return torch.cat([net(t[:, i : i + 1]) for t in (a, b) for i, net in enumerate(self.nets)], 1)
 
 
-@case(most_heavy=3, x=randn(3, 12))
+@case(heavy=3, x=randn(3, 12))
 class Tree(nn.Module):
     def __init__(self):
         super().__init__()
@@ -384,7 +384,7 @@ class ResidualCells(nn.Module):
         return torch.concat([cell(x[:, i].reshape(-1, 1)) for i, cell in enumerate(self.cells)], dim=1)
 
 
-@case(most_heavy=2)
+@case(heavy=2)
 class OtherActivations(nn.Module):
     def __init__(self):
         super().__init__()
@@ -395,7 +395,7 @@ class OtherActivations(nn.Module):
         return torch.stack([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
 
 
-@case(most_heavy=2)
+@case(heavy=2)
 class InPlaceActivations(nn.Module):
     def __init__(self):
         super().__init__()
@@ -427,7 +427,7 @@ class BuffersPerLane(Nets):
         return torch.cat([net(((x[:, i] - self.mean[i]) / self.std[i]).unsqueeze(-1)) for i, net in enumerate(self.nets)], 1)
 
 
-@case(randn(5, 4, 3), most_heavy=2)
+@case(randn(5, 4, 3), heavy=2)
 class MatmulOfSlices(nn.Module):
     def __init__(self):
         super().__init__()
@@ -438,7 +438,7 @@ class MatmulOfSlices(nn.Module):
         return torch.stack([torch.relu(x[:, i] @ self.w1[i] + self.b1[i]) @ self.w2[i] for i in range(4)], 1)
 
 
-@case(randn(5, 4, 3), most_heavy=2)
+@case(randn(5, 4, 3), heavy=2)
 class EinsumOfSlices(MatmulOfSlices):
     def forward(self, x):
         outs = []
@@ -448,7 +448,7 @@ class EinsumOfSlices(MatmulOfSlices):
         return torch.stack(outs, dim=1)
 
 
-@case(randn(5, 4, 3), most_heavy=1)
+@case(randn(5, 4, 3), heavy=1)
 class LinearOfSlices(nn.Module):
     def __init__(self):
         super().__init__()
@@ -458,7 +458,7 @@ class LinearOfSlices(nn.Module):
         return torch.stack([F.linear(x[:, i], self.weight[i], self.bias[i]) for i in range(x.size(1))], 1)
 
 
-@case(most_heavy=1)
+@case(heavy=1)
 class ListsOfParameters(nn.Module):
     def __init__(self):
         super().__init__()
@@ -472,7 +472,7 @@ class ListsOfParameters(nn.Module):
 # -- pairs, gates, experts --------------------------------------------------------------------------------------------------------
 
 
-@case(most_heavy=1)
+@case(heavy=1)
 class Pairs(nn.Module):
     def __init__(self):
         super().__init__()
@@ -483,7 +483,7 @@ class Pairs(nn.Module):
         return torch.stack([torch.tanh(self.nets[f"{i}_{j}"](x[:, [i, j]])) for i, j in pairs], 1).sum(1)
 
 
-@case(randn(5, 4, 3), most_heavy=1)
+@case(randn(5, 4, 3), heavy=1)
 class BilinearPairs(nn.Module):
     def __init__(self):
         super().__init__()
@@ -494,7 +494,7 @@ class BilinearPairs(nn.Module):
         return torch.cat([torch.mul(self.maps[i](rows[i]), rows[j]) for i, j in itertools.combinations(range(4), 2)], dim=1)
 
 
-@case(most_heavy=4)
+@case(heavy=4)
 class SoftmaxGate(nn.Module):
     def __init__(self):
         super().__init__()
@@ -507,7 +507,7 @@ class SoftmaxGate(nn.Module):
         return out
 
 
-@case(most_heavy=5)
+@case(heavy=5)
 class GatesAndTowers(nn.Module):
     def __init__(self):
         super().__init__()
@@ -521,7 +521,7 @@ class GatesAndTowers(nn.Module):
         return tuple(torch.sigmoid(tower(m)) for tower, m in zip(self.towers, mixed))
 
 
-@case((X, torch.tensor([1, 0, 2, 3, 1])), most_heavy=2)
+@case((X, torch.tensor([1, 0, 2, 3, 1])), heavy=2)
 class MaskedExperts(nn.Module):
     def __init__(self):
         super().__init__()
@@ -534,7 +534,7 @@ class MaskedExperts(nn.Module):
         return out, torch.stack([expert(x) for expert in self.experts], 1)[torch.arange(x.size(0)), route]
 
 
-@case(randn(4, 6, 3), most_heavy=4)
+@case(randn(4, 6, 3), heavy=4)
 class AttentionHeads(nn.Module):
     class Head(nn.Module):
         def __init__(self):
@@ -556,7 +556,7 @@ class AttentionHeads(nn.Module):
         return self.proj(torch.cat([head(x) for head in self.heads], dim=-1))
 
 
-@case((X, randn(5, 2, seed=3)), most_heavy=2)
+@case((X, randn(5, 2, seed=3)), heavy=2)
 class Critics(nn.Module):
     def __init__(self):
         super().__init__()
@@ -575,7 +575,7 @@ class Critics(nn.Module):
 # -- time series and images -------------------------------------------------------------------------------------------------------
 
 
-@case(randn(3, 6, 8), most_heavy=1)
+@case(randn(3, 6, 8), heavy=1)
 class DLinear(nn.Module):
     def __init__(self):
         super().__init__()
@@ -593,7 +593,7 @@ class DLinear(nn.Module):
         return (a + b).permute(0, 2, 1)
 
 
-@case(randn(3, 3, 8, 8), most_heavy=1)
+@case(randn(3, 3, 8, 8), heavy=1)
 class SharedConvPerChannel(nn.Module):
     def __init__(self):
         super().__init__()
@@ -603,7 +603,7 @@ class SharedConvPerChannel(nn.Module):
         return torch.cat([F.relu(self.conv(channel)) for channel in torch.split(x, 1, dim=1)], dim=1).mean((2, 3))
 
 
-@case(randn(3, 4, 5, 7), most_heavy=1)
+@case(randn(3, 4, 5, 7), heavy=1)
 class Conv2dPerRow(nn.Module):
     def __init__(self):
         super().__init__()
@@ -613,7 +613,7 @@ class Conv2dPerRow(nn.Module):
         return torch.cat([conv(x[:, :, i : i + 1, :]) for i, conv in enumerate(self.convs)], 2)
 
 
-@case(randn(2, 6, 9, 9), most_heavy=2)
+@case(randn(2, 6, 9, 9), heavy=2)
 class ConvThenLinear(nn.Module):
     def __init__(self):
         super().__init__()
@@ -625,7 +625,7 @@ class ConvThenLinear(nn.Module):
         return torch.stack([linear(torch.flatten(F.elu(conv(part)), 1)) for conv, linear, part in parts], dim=-1).prod(-1)
 
 
-@case(randn(3, 4, 5), most_heavy=1)
+@case(randn(3, 4, 5), heavy=1)
 class TransposedPerChannel(nn.Module):
     def __init__(self):
         super().__init__()
@@ -635,7 +635,7 @@ class TransposedPerChannel(nn.Module):
         return torch.cat([conv(x[:, i : i + 1]) for i, conv in enumerate(self.convs)], 1)
 
 
-@case(randn(5, 8), most_heavy=1)
+@case(randn(5, 8), heavy=1)
 class Windows(nn.Module):
     def __init__(self):
         super().__init__()
@@ -645,7 +645,7 @@ class Windows(nn.Module):
         return torch.cat([net(x[:, i : i + 5]) for i, net in enumerate(self.nets)], 1)
 
 
-@case(randn(5, 8), most_heavy=1)
+@case(randn(5, 8), heavy=1)
 class AllButOne(nn.Module):
     def __init__(self):
         super().__init__()
@@ -655,7 +655,7 @@ class AllButOne(nn.Module):
         return torch.cat([net(torch.cat([x[:, :i], x[:, i + 1 :]], 1)) for i, net in enumerate(self.nets)], 1)
 
 
-@case((randn(4, 3, 6), randn(4, 5, seed=3)), most_heavy=3)
+@case((randn(4, 3, 6), randn(4, 5, seed=3)), heavy=3)
 class Hypernetworks(nn.Module):
     def __init__(self):
         super().__init__()
@@ -672,7 +672,7 @@ class Hypernetworks(nn.Module):
 def test_loop(name):
     cls, x, heavy, options = CASES[name]
     torch.manual_seed(0)
-    assert_fused_equals(randomized(cls(), seed=5), x, most_heavy=heavy, batches=(1, 2, 7), validate=False, tune=False, **options)
+    assert_fused_equals(randomized(cls(), seed=5), x, heavy=heavy, batches=(1, 2, 7), validate=False, tune=False, **options)
 
 
 # -- loops over the batch: one program for the recorded size, the loop for others ------------------------------------------------------
@@ -698,7 +698,7 @@ class NetsPerRow(Nets):
     ("cls", "x", "heavy"), [(KernelPerSample, (randn(3, 3, 6, 6), randn(3, 6)), 2), (NetsPerRow, (randn(5, 4),), 3)]
 )
 def test_loop_over_the_batch(cls, x, heavy):
-    assert_fused_equals(randomized(cls()), x, most_heavy=heavy, batches=(1, 2, 7), specialised=True, validate=False, tune=False)
+    assert_fused_equals(randomized(cls()), x, heavy=heavy, batches=(1, 2, 7), specialised=True, validate=False, tune=False)
 
 
 # -- lanes that agree in part -----------------------------------------------------------------------------------------------------

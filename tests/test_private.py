@@ -432,3 +432,15 @@ def test_modules_call_the_methods_that_lanes_override() -> None:
     model.load_state_dict(saved, assign=True)
     model.double()
     assert model[0].calls == ["save 0.", "load 0. False", "load 0. True", "apply"]
+
+
+def test_parse_to() -> None:
+    """What ``nn.Module.to`` is asked for."""
+    from fxfuse.private.parse_to import parse_to
+
+    assert parse_to("cpu") == (torch.device("cpu"), None, False, None)
+    assert parse_to(torch.float64) == (None, torch.float64, False, None)
+    assert parse_to(torch.zeros(1, dtype=torch.float16))[:2] == (torch.device("cpu"), torch.float16)
+    assert parse_to(memory_format=torch.channels_last)[3] is torch.channels_last
+    with pytest.raises(TypeError):
+        parse_to("no such device", 3)

@@ -36,13 +36,14 @@ from . import (
     shape,
     slicing,
     state,
+    weight_norm,
 )
 from .base import RULES, Rule
 
 FAMILIES = (
     *(along, attention, batch, batch_norm, bilinear, conv, elementwise, embedding, factories, fallback, fft),
     *(group_norm, indexing, items, joins, layer_norm, leading, linear, local_response_norm, loss, matmul, pad),
-    *(prelu, random, recurrent, reduce, shape, slicing, state),
+    *(prelu, random, recurrent, reduce, shape, slicing, state, weight_norm),
 )
 
 
