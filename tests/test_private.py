@@ -23,6 +23,7 @@ from fxfuse.private import (
     dispatch,
     fake_tensors,
     module_hooks,
+    parse_to,
     profiler,
     pytree,
     recurrent,
@@ -436,11 +437,9 @@ def test_modules_call_the_methods_that_lanes_override() -> None:
 
 def test_parse_to() -> None:
     """What ``nn.Module.to`` is asked for."""
-    from fxfuse.private.parse_to import parse_to
-
-    assert parse_to("cpu") == (torch.device("cpu"), None, False, None)
-    assert parse_to(torch.float64) == (None, torch.float64, False, None)
-    assert parse_to(torch.zeros(1, dtype=torch.float16))[:2] == (torch.device("cpu"), torch.float16)
-    assert parse_to(memory_format=torch.channels_last)[3] is torch.channels_last
+    assert parse_to.parse_to("cpu") == (torch.device("cpu"), None, False, None)
+    assert parse_to.parse_to(torch.float64) == (None, torch.float64, False, None)
+    assert parse_to.parse_to(torch.zeros(1, dtype=torch.float16))[:2] == (torch.device("cpu"), torch.float16)
+    assert parse_to.parse_to(memory_format=torch.channels_last)[3] is torch.channels_last
     with pytest.raises(TypeError):
-        parse_to("no such device", 3)
+        parse_to.parse_to("no such device", 3)

@@ -15,7 +15,8 @@ def _weight_norm(emitter: Emitter, bundle: Bundle) -> Packed:
     along = numbers(dim)
     lane_rank, lanes = rank(bundle.members[0].args[0]), len(bundle.members)
     if v.dim is None and g.dim is None:
-        return Packed(emitter.call(torch._weight_norm, v.node, g.node, along), None)
+        assert bundle.op is not None
+        return Packed(emitter.respell(bundle.op, (v.node, g.node, along)), None)
     if along is None or not -1 <= along < lane_rank:
         raise CannotVectorize(f"a weight norm over dim {along}")
     direction, magnitude = emitter.front(v, lanes), emitter.front(g, lanes)
