@@ -78,7 +78,7 @@ def optimize(
         lowering: "auto" chooses by measurement; "grouped_conv" and "bmm" force that form where it exists.
         tune: measure candidates; False takes the rules' first choice.
         tune_for: a batch size, or example inputs, to time at instead of ``example_inputs``; a list of them must all gain.
-        max_memory: bytes that a fused region may allocate at its peak; a region that needs more stays a loop.
+        max_memory: bytes that a fused region may allocate at its peak; one that needs more is computed in chunks of lanes, or stays a loop.
         validate: prove outputs, input gradients and every parameter gradient equal, in float64, on data and batch sizes not seen before.
         strict: a call that does not fit what was recorded raises ``FallbackError``; otherwise it runs the original forward.
         min_lanes: the fewest lanes worth fusing.
