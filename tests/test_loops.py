@@ -672,7 +672,8 @@ class Hypernetworks(nn.Module):
 def test_loop(name):
     cls, x, heavy, options = CASES[name]
     torch.manual_seed(0)
-    assert_fused_equals(randomized(cls(), seed=5), x, most_heavy=heavy, batches=(1, 2, 7), validate=False, tune=False, **options)
+    options = {"most_heavy": heavy, **options}
+    assert_fused_equals(randomized(cls(), seed=5), x, batches=(1, 2, 7), validate=False, tune=False, **options)
 
 
 # -- loops over the batch: one program for the recorded size, the loop for others ------------------------------------------------------
