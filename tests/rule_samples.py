@@ -159,10 +159,11 @@ def _recurrent(name: str) -> dict[str, list[Sample]]:
     sequence, cell = getattr(torch, name), getattr(torch, f"{name}_cell")
     rest = (True, 1, 0.0, False, False, True)
     weights = ((gates, 3), (gates, 2), (gates,), (gates,))
+    two_layers = of_module(lambda: module(3, 2, num_layers=2, bidirectional=True, bias=False), (4, 2, 3), oracle=False)
     return {
         name: [
             of_module(lambda: module(3, 2, batch_first=True), (2, 4, 3), oracle=False),
-            of_module(lambda: module(3, 2, num_layers=2, bidirectional=True, bias=False), (4, 2, 3), oracle=False),
+            *([two_layers] if name != "rnn_relu" else []),
             call(lambda x, h, *w: sequence(x, (h, h * 2) if lstm else h, list(w), *rest), (3, 4, 3), (1, 3, 2), *weights, oracle=False),
         ],
         f"{name}_cell": [

@@ -284,10 +284,13 @@ class GivenCells(nn.Module):
 
 # Of the forms that a rule has, "time" (not timed here) takes its first choice, "launches" the batched products.
 @pytest.mark.parametrize(
-    ("shared_input", "shared_cell", "objective"),
-    [(True, False, "time"), (True, False, "launches"), (False, False, "time"), (False, True, "time"), (True, True, "time")],
-)
-@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+    ("cell", "shared_input", "shared_cell", "objective"),
+    [
+        (nn.LSTMCell, True, False, "time"), (nn.LSTMCell, True, False, "launches"), (nn.LSTMCell, False, False, "time"),
+        (nn.LSTMCell, False, True, "time"), (nn.LSTMCell, True, True, "time"), (nn.GRUCell, True, False, "time"),
+        (nn.GRUCell, False, True, "time"), (nn.RNNCell, False, False, "time"), (nn.RNNCell, True, True, "time"),
+    ],
+)  # fmt: skip
 def test_cells_with_states(cell: Any, shared_input: bool, shared_cell: bool, objective: str) -> None:
     model = checks.randomized(GivenCells(cell, shared_input, shared_cell))
     x = checks.randn(4, 3, 3), checks.randn(4, 3, 4, seed=2)

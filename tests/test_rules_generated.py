@@ -2,7 +2,8 @@
 
 Generated: for each op that has a rule, and each of its samples (tests/rule_samples.py), lanes are made that have their operands at every
 place a rule can meet them (lane axis at each position of one tensor, a tensor of one's own, one tensor for all), in 2, 3 and 5
-lanes, in float64 and, where the op takes them, complex numbers. The rule's packed result, its gradients, and nothing else, is compared.
+lanes, in float64 and, where the op takes them, complex numbers. The rule's packed result, its gradients and the buffers that it updates
+are compared, and nothing else.
 """
 
 from __future__ import annotations
