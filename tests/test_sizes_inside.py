@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxfuse
 from checks import assert_fused_equals
 
 Step = Callable[[torch.Tensor], torch.Tensor]
@@ -49,3 +50,33 @@ class Lanes(nn.Module):
 @pytest.mark.parametrize("name", OPS)
 def test_sizes(name: str) -> None:
     assert_fused_equals(Lanes(OPS[name]), torch.randn(5, 6, dtype=torch.float64), heavy=2 if name == "layer_norm" else 1)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(2, 4, dtype=torch.float64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, rows: int, parts: int) -> torch.Tensor:
+        return torch.stack([net(x[:, i : i + 2]) * (i + 1) / rows for i, net in enumerate(self.nets)]).chunk(parts, 2)[0]
+
+
+class PassesSizes(nn.Module):
+    """Hands a size to its block as a number, as the aggregations of torch_geometric get ``dim_size``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Scaled()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x.sin(), x.shape[0], x.shape[1] // 3).cos()
+
+
+def test_a_size_that_the_caller_passes_on_is_guarded() -> None:
+    model, x = PassesSizes(), torch.randn(5, 6, dtype=torch.float64)
+    fused = assert_fused_equals(model, x, heavy=1, specialised=True)
+    assert [plan.path for plan in fxfuse.report(fused).fused] == ["block"]
+    before = sum(fxfuse.report(fused).fallbacks.values())
+    for rows, parts, misses in ((5, 2, 0), (7, 2, 1), (5, 1, 2)):  # the numbers are the caller's; those that were recorded run packed
+        torch.testing.assert_close(fused.block(x, rows, parts), model.block(x, rows, parts), rtol=1e-12, atol=1e-14)
+        assert sum(fxfuse.report(fused).fallbacks.values()) == before + misses
