@@ -106,12 +106,16 @@ class FreeSizes:
         return False
 
     def _number(self, expr: Any) -> int:
-        """A size expression without free sizes, as recorded."""
-        if isinstance(expr, SizeOf):
-            return self.trace.values[expr.value].shape[expr.dim]
-        if isinstance(expr, SizeOp):
-            return int(getattr(operator, expr.op)(*[self._number(arg) for arg in expr.args]))
-        return int(expr)
+        return recorded_number(self.trace, expr)
+
+
+def recorded_number(trace: Trace, expr: Any) -> int:
+    """A size expression without free sizes, as recorded."""
+    if isinstance(expr, SizeOf):
+        return trace.values[expr.value].shape[expr.dim]
+    if isinstance(expr, SizeOp):
+        return int(getattr(operator, expr.op)(*[recorded_number(trace, arg) for arg in expr.args]))
+    return int(expr)
 
 
 def _merged(sizes: Sizes) -> dict[int, frozenset[int]]:

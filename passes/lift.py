@@ -66,7 +66,7 @@ class _Lifter(Updating):
                 self._describe(node, leaf.value)
                 self.env[leaf.value] = node
                 self.inputs.add(leaf.value)
-            elif isinstance(leaf, (SizeOf, SizeOp)):
+            elif self._free(leaf):
                 raise SizeDependent("a size is passed into the region as a number", frame.place)
         self._comparisons()
         index = frame.start

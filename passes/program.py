@@ -13,9 +13,11 @@ import torch.fx
 
 from fxfuse.graph import Guard, Program, Recipe, SizeCheck, TensorGuard
 from fxfuse.private.pytree import tree_flatten
+from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Frame, Ref, Trace
 
 from .emit import Packs
+from .free_sizes import recorded_number
 from .functional import slice_along
 from .lifted import Lifted
 
@@ -30,7 +32,8 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     one_size: list[list[tuple[int, int]]] = [[] for _ in lifted.sizes]
     for index, leaf in enumerate(frame.leaves):
         if not isinstance(leaf, Ref):
-            leaves.append(("constant", leaf))
+            fixed = isinstance(leaf, SizeOf | SizeOp)  # a size that the caller passes on as a number
+            leaves.append(("constant", recorded_number(trace, leaf) if fixed else leaf))
             same.append(index)
             continue
         value = trace.values[leaf.value]

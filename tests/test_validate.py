@@ -597,10 +597,12 @@ def test_inside_of_inference_mode(original):
 
 
 class State:
-    def __init__(self):
+    def __init__(self, region):
         from collections import Counter
 
-        self.fallbacks = Counter()
+        from fxfuse.graph import RegionPlan
+
+        self.region, self.plan, self.fallbacks = region, RegionPlan("", [], {}), Counter()
 
 
 def test_answers_through_the_original_are_recorded(original, monkeypatch):
@@ -613,12 +615,13 @@ def test_answers_through_the_original_are_recorded(original, monkeypatch):
             return Loop.forward(self, x)
 
     fused = like(original, FallsBack)
-    fused.__dict__["state"] = State()
+    fused.__dict__["state"] = State(fused)
     monkeypatch.setattr(runs, "regions", lambda model: {"": model.__dict__["state"]} if "state" in model.__dict__ else {})
     result = verify(original, fused, data())
     assert result.ok
     assert not result.proved
     assert set(result.fallbacks) == {"FallsBack: batch size 12 was recorded"}
+    assert result.calls[""] == result.missed[""] > 0
     assert "answered by the original's forward" in str(result)
     assert "not every mode could be checked" in str(result)
 

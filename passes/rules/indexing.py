@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..bundle import Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
-from .base import physical, rank, rule, shared
+from .base import is_tensor, numbers, physical, rank, rule, shared
 from .elementwise import aligned, pointwise
 
 
@@ -100,6 +100,14 @@ def _getitem(emitter: Emitter, bundle: Bundle) -> Packed:
     items = list(index) if type(index) is tuple else [index]
     if any(not _covered(item) for item in items):
         raise CannotVectorize("lanes index by lists, or by slices whose bounds are free")
+    counted = [isinstance(item, Packed) and not is_tensor(own) for item, own in zip(items, _lane_items(bundle), strict=True)]
+    if any(counted):  # x[x.shape[0] - 1]
+        if any(isinstance(item, Packed) and not size for item, size in zip(items, counted, strict=True)):
+            raise CannotVectorize("lanes index by sizes and by tensors at once")
+        taken = [numbers(item) for item in items]
+        source = emitter.at(x, 0) if x.dim is not None else x.node
+        out = emitter.call(operator.getitem, source, tuple(taken) if x.dim is None else (slice(None), *taken))
+        return Packed(out, None if x.dim is None else 0)
     lanes = len(bundle.members)
     ranks = [rank(own) if isinstance(item, Packed) else 0 for item, own in zip(items, _lane_items(bundle), strict=True)]
     dtypes = [item.node.meta["val"].dtype for item in items if isinstance(item, Packed)]
@@ -124,8 +132,8 @@ def _getitem(emitter: Emitter, bundle: Bundle) -> Packed:
         lane = None if not own_x else 0 if _adjacent(made) else width  # behind the dims of separate indices, which have moved to the front
         return Packed(out, lane)
     if own_x:
-        numbers = emitter.constant(list(range(lanes)), emitter.device(bundle.members))
-        made = [emitter.call(torch.reshape, numbers, (lanes, *([1] * width))) if width else numbers, *made]
+        own = emitter.constant(list(range(lanes)), emitter.device(bundle.members))
+        made = [emitter.call(torch.reshape, own, (lanes, *([1] * width))) if width else own, *made]
     out = emitter.call(operator.getitem, source, tuple(made))
     kept = [item for item in (made[1:] if own_x else made) if not isinstance(item, int)]  # numbers take their dim away first
     first = next(k for k, item in enumerate(kept) if isinstance(item, Node))
