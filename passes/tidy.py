@@ -1,7 +1,7 @@
 """Fewer views and less memory: what the rules write step by step, in one step.
 
-Comes in: an emitted graph with meta tensors. Goes out: the same graph, in place, with the fewest views, and with ReLU and writes in the memory of
-what they read.
+Comes in: an emitted graph with meta tensors. Goes out: the same graph, in place, with the fewest views, and with ReLU and writes in the
+memory of what they read.
 """
 
 from __future__ import annotations
