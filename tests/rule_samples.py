@@ -213,7 +213,8 @@ SAMPLES: dict[str, list[Sample]] = {
     "embedding": [call(F.embedding, below(5, 3), (5, 4)), call(lambda w: F.embedding(torch.tensor([[1, 0], [3, 3]]), w), (5, 4))],
     "embedding_bag": [call(lambda i, w: F.embedding_bag(i, w, mode="mean"), below(5, 3, 2), (5, 4), oracle=False)],
     "_weight_norm": [
-        call(torch._weight_norm, (3, 4), (3, 1), oracle=False), call(lambda v, g: torch._weight_norm(v, g, 1), (3, 4, 2), (1, 4, 1), oracle=False),
+        call(torch._weight_norm, (3, 4), (3, 1), oracle=False),
+        call(lambda v, g: torch._weight_norm(v, g, 1), (3, 4, 2), (1, 4, 1), oracle=False),
         call(lambda v, g: torch._weight_norm(v, g, -1), (3, 4), (), oracle=False),
     ],
     "bilinear": [call(F.bilinear, (3, 2), (3, 4), (5, 2, 4), (5,), oracle=False)],

@@ -37,6 +37,11 @@ def _loss(emitter: Emitter, bundle: Bundle) -> Packed:
         packed = {n: v if v.dim is not None else Packed(emitter.front(v, lanes), 0) for n, v in packed.items()}
     nodes, lane = aligned(emitter, [(value, ranks[name]) for name, value in packed.items()], full)
     args.update(zip(packed, nodes, strict=True), reduction="none")
+    # One target for all lanes: torch warns of losses that broadcast, or refuses them.
+    pair = [name for name in ("input", "target") if name in packed]
+    for name, other in zip(pair, reversed(pair), strict=True):
+        if packed[name].dim is None and packed[other].dim is not None:
+            args[name] = emitter.call("expand_as", args[name], args[other])
     elements = emitter.respell(op, tuple(args.values()))
     if reduction == "none":
         return Packed(elements, lane)
