@@ -22,10 +22,10 @@ X = randn(5, 4)
 CASES: dict[str, tuple[type[nn.Module], Any, int, dict[str, Any]]] = {}
 
 
-def case(x: Any = X, most_heavy: int = 3, **options: Any):
+def case(x: Any = X, heavy: int = 3, **options: Any):
     """Register a model with its example, and how many heavy launches its fused forward may make."""
     def register(cls):
-        CASES[cls.__name__] = (cls, x, most_heavy, options)
+        CASES[cls.__name__] = (cls, x, heavy, options)
         return cls
 
     return register

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..bundle import Bundle
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter, Packed
 from .base import numbers, physical, rank, rule
 
 
@@ -17,10 +17,8 @@ def _weight_norm(emitter: Emitter, bundle: Bundle) -> Packed:
     if v.dim is None and g.dim is None:
         assert bundle.op is not None
         return Packed(emitter.respell(bundle.op, (v.node, g.node, along)), None)
-    if along is None or not -1 <= along < lane_rank:
-        raise CannotVectorize(f"a weight norm over dim {along}")
     direction, magnitude = emitter.front(v, lanes), emitter.front(g, lanes)
-    kept = -1 if along == -1 else along  # torch's own spelling of one norm for the whole tensor
+    kept = -1 if along == -1 else along % lane_rank  # -1 is torch's own spelling of one norm for the whole tensor
     over = [physical(d, 0) for d in range(lane_rank) if d != kept]
     norm = emitter.call(torch.linalg.vector_norm, direction, 2, over, True)
     if along == -1:
