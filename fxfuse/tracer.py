@@ -102,6 +102,7 @@ _FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "new_tensor"))
 _MOST_NUMBERS = 4096
 # Types of arguments that stand for themselves in the record.
 _PLAIN = frozenset((int, float, bool, str, type(None), type(Ellipsis), complex, torch.dtype, torch.device))
+_OLD_TYPE = type(torch.FloatTensor)
 _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
 _TENSOR = tree_flatten(torch.empty(0))[1]
 
@@ -245,6 +246,10 @@ class Recorder(TorchFunctionMode):
                 self.kept.before_backward()
             self.event(func, args, kwargs, "runs a backward pass")
         elif action == "dtype":
+            if name == "type" and len(args) + len(kwargs) > 1:  # x.type(torch.float32): a conversion
+                # torch.LongTensor has no spelling in a graph, its name does
+                args = tuple([f"{arg.__module__}.{arg.__name__}" if type(arg) is _OLD_TYPE else arg for arg in args])
+                return self.call(func, args, kwargs, name)
             self.trace.reads_dtype = True
         return func(*args, **kwargs)
 
