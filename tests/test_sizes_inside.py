@@ -1,4 +1,4 @@
-"""Sizes inside lanes: in lists (as einops and hand-written code pass them), as indices, as factors; at batch sizes not seen before."""
+"""Sizes and types inside lanes: in lists (as einops and hand-written code pass them), as indices, as factors; at unseen batch sizes."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ OPS: dict[str, Step] = {
     "the last row, a column": lambda y: y[y.size(0) - 1, :3],
     "a row, with the rest": lambda y: y[..., y.shape[0] - y.shape[0], :],
     "a row, a new dim": lambda y: y[None, y.shape[0] - 1],
+    "a type by name": lambda y: y.softmax(-1, dtype=torch.float32).type(torch.float64),
+    "a type as text": lambda y: y.type("torch.DoubleTensor").exp(),
+    "a type of old": lambda y: y.softmax(-1).type(torch.FloatTensor).type(torch.DoubleTensor),
+    "the type of another": lambda y: y.float().type(y.dtype) + y.type(y.type()),
     "a factor": lambda y: y * y.shape[0] / y.size(1),
 }
 

@@ -101,10 +101,11 @@ def _same_shape(emitter: Emitter, bundle: Bundle) -> Packed:
     args = tensors(emitter, bundle)
     # A second tensor is there for its dtype and device alone.
     lanes = {name: value for name, value in args.items() if isinstance(value, Packed)}
-    unknown = sorted(set(lanes) - {"input", "other"})
+    first = op.names[0]  # "input", where a schema names it
+    unknown = sorted(set(lanes) - {first, "other"})
     if unknown:
         raise CannotVectorize(f"{bundle.name} reads {unknown[0]} from a tensor")
-    return Packed(emitter.respell(op, unpacked(args)), lanes["input"].dim)
+    return Packed(emitter.respell(op, unpacked(args)), lanes[first].dim)
 
 
 @rule("bucketize", "searchsorted", lowering="pointwise")

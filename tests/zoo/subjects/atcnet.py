@@ -6,7 +6,7 @@ from zoo.imports import bare, without
 
 PACKAGE = "braindecode==1.8.1"
 ROWS = 8
-HEAVY = 36
+HEAVY = 20
 
 
 def model():

@@ -4,7 +4,7 @@ import torch
 
 PACKAGE = "transformers==5.23.0"
 ROWS = 8
-HEAVY = 11
+HEAVY = 4
 
 
 def model():

@@ -5,7 +5,7 @@ from torch import nn
 
 PACKAGE = "transformers==5.23.0"
 ROWS = 4
-HEAVY = 10
+HEAVY = 2
 
 
 def model():

@@ -4,7 +4,7 @@ from zoo import ctr
 
 PACKAGE = "deepctr-torch==0.3.0"
 ROWS = 256
-HEAVY = 59
+HEAVY = 9
 
 
 def model():

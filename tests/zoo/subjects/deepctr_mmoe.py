@@ -4,7 +4,7 @@ from zoo import ctr
 
 PACKAGE = "deepctr-torch==0.3.0"
 ROWS = 256
-HEAVY = 33
+HEAVY = 8
 
 
 def model():

@@ -4,7 +4,7 @@ from zoo import ctr
 
 PACKAGE = "deepctr-torch==0.3.0"
 ROWS = 128
-HEAVY = 68
+HEAVY = 6
 
 
 def model():

@@ -7,7 +7,7 @@ from zoo.imports import without
 
 PACKAGE = "torchensemble==0.2.0"
 ROWS = 32
-HEAVY = 15
+HEAVY = 6
 
 
 class LeNet(nn.Module):

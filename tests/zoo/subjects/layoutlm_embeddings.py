@@ -4,7 +4,7 @@ import torch
 
 PACKAGE = "transformers==5.23.0"
 ROWS = 8
-HEAVY = 10
+HEAVY = 3
 
 
 def model():

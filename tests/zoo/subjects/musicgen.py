@@ -4,7 +4,7 @@ import torch
 
 PACKAGE = "transformers==5.23.0"
 ROWS = 2
-HEAVY = 20
+HEAVY = 17
 
 
 def model():

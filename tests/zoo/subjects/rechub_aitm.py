@@ -4,7 +4,7 @@ from zoo import ctr
 
 PACKAGE = "torch-rechub==0.9.0"
 ROWS = 128
-HEAVY = 56
+HEAVY = 19
 
 
 def model():

@@ -4,7 +4,7 @@ from zoo import ctr
 
 PACKAGE = "torch-rechub==0.9.0"
 ROWS = 256
-HEAVY = 90
+HEAVY = 18
 
 
 def model():

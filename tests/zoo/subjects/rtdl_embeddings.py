@@ -4,7 +4,7 @@ import torch
 
 PACKAGE = "rtdl_revisiting_models==0.0.2"
 ROWS = 32
-HEAVY = 18
+HEAVY = 11
 SIZES = [3, 17, 5, 40, 8, 8, 100, 2]
 
 

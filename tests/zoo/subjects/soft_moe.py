@@ -4,7 +4,7 @@ import torch
 
 PACKAGE = "soft-moe-pytorch==0.1.9"
 ROWS = 8
-HEAVY = 19
+HEAVY = 5
 
 
 def model():

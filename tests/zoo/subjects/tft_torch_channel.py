@@ -6,7 +6,7 @@ from zoo.imports import bare, without
 
 PACKAGE = "tft-torch==0.0.6"
 ROWS = 64
-HEAVY = 6
+HEAVY = 2
 SIZES = [10, 10, 10, 25, 4]
 
 

@@ -4,7 +4,7 @@ import torch
 
 PACKAGE = "torchfm==0.7.0"
 ROWS = 64
-HEAVY = 9
+HEAVY = 2
 
 
 def model():
