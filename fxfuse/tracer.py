@@ -447,8 +447,12 @@ class Recorder(TorchFunctionMode):
         if parent >= 0:
             trace.frames[parent].children.append(index)
         stack.append(index)
+        tracking = torch.is_grad_enabled()
         try:
             out = forward(*args, **kwargs)
+            if torch.is_grad_enabled() != tracking:  # for whoever called it, too: only the calls themselves do that
+                for outer in stack:
+                    trace.frames[outer].poison = trace.frames[outer].poison or _UNTRACKED
         finally:
             if self.sizes:
                 self.note_comparisons()

@@ -280,3 +280,20 @@ class DeepSupervision(Nets):
 @pytest.mark.filterwarnings("ignore:reduction")
 def test_one_target_for_all_heads(loss: Callable[..., Tensor]) -> None:
     assert_fused_equals(randomized(DeepSupervision(loss)), randn(5, 4), heavy=1, **QUICK)
+
+
+class LeavesTrackingOff(Nets):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.set_grad_enabled(False)
+        return torch.stack([net(x) for net in self.nets])
+
+
+def test_a_forward_that_leaves_tracking_off_still_does() -> None:
+    model, x = randomized(LeavesTrackingOff()), randn(5, 4)
+    fused = fxfuse.optimize(model, x, objective="launches", **QUICK)
+    assert any("gradient tracking" in str(refusal) for refusal in fxfuse.report(fused).refused)
+    try:
+        fused(x)
+        assert not torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)

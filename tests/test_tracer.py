@@ -312,9 +312,10 @@ class Straight(torch.autograd.Function):
         return gradient
 
 
-def no_grad(self, x):
+def no_grad_write(self, x):
+    y = x * 2
     with torch.no_grad():
-        y = x * 2
+        y += 1  # which leaves the gradient of y as it was
     return y + x
 
 
@@ -347,7 +348,7 @@ def backward(self, x):
 
 
 POISONED = {
-    "no_grad": (no_grad, "gradient tracking"), "Function": (lambda self, x: Straight.apply(x * 1.5), "gradient tracking"),
+    "no_grad": (no_grad_write, "gradient tracking"), "Function": (lambda self, x: Straight.apply(x * 1.5), "gradient tracking"),
     "out=": (lambda self, x: torch.add(x, x, out=torch.empty(3, 3)), "out="), "autocast": (autocast, "autocast"),
     "data": (set_data, "sets the data"), "a number": (lambda self, x: x * torch.finfo(torch.result_type(x, x)).eps, "result_type"),
     "backward": (backward, "backward pass"),
@@ -368,7 +369,7 @@ def test_set_grad_enabled_in_forward_is_undone():
 
     trace = recorded(model_of(forward), torch.ones(3))
     assert torch.is_grad_enabled()
-    assert "gradient tracking" in poisons(trace)[0]
+    assert "gradient tracking" in trace.frames[0].poison
 
 
 def test_recording_tracks_gradients_wherever_it_is_called():
