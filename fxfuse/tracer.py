@@ -101,7 +101,6 @@ _UNTRACKED = "runs without gradient tracking (no_grad, or a custom autograd Func
 _AUTOCAST = "switches autocast"
 # Types of arguments that stand for themselves in the record.
 _PLAIN = frozenset((int, float, bool, str, type(None), type(Ellipsis), complex, torch.dtype, torch.device))
-_OLD_TYPE = type(torch.FloatTensor)
 _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
 _TENSOR = tree_flatten(torch.empty(0))[1]
 
@@ -242,10 +241,6 @@ class Recorder(TorchFunctionMode):
                 self.kept.before_backward()
             self.event(func, args, kwargs, "runs a backward pass")
         elif action == "dtype":
-            if name == "type" and len(args) + len(kwargs) > 1:  # x.type(torch.float32): a conversion
-                # torch.LongTensor has no spelling in a graph, its name does
-                args = tuple([f"{arg.__module__}.{arg.__name__}" if type(arg) is _OLD_TYPE else arg for arg in args])
-                return self.call(func, args, kwargs, name)
             self.trace.reads_dtype = True
             if name == "type" and (len(args) > 1 or kwargs):  # x.type(torch.float32), x.type("torch.FloatTensor")
                 return self.call(Tensor.to, (args[0], func(*args, **kwargs).dtype), {}, "to")
