@@ -204,7 +204,8 @@ class _Pipeline:
         start = time.perf_counter()
         try:
             # The passes make a million objects and no garbage; what runs the model itself collects as usual.
-            with paused() if name in ("record", "find lanes", "rewrite and pack", "measure") else nullcontext():
+            passes = name in ("record", "find lanes", "rewrite and pack", "measure") or (name == "plan" and not self.options.tune)
+            with paused() if passes else nullcontext():
                 yield
         finally:
             self.report.stages[name] = self.report.stages.get(name, 0.0) + time.perf_counter() - start
