@@ -42,6 +42,20 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def model_of(forward: Callable[..., Any], train: Callable[..., Any] | None = None, **attributes: Any) -> nn.Module:
+    """A module with this forward (and ``train``) and these attributes."""
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in attributes.items():
+                setattr(self, name, value)
+
+    Made.forward = forward  # type: ignore[method-assign]
+    if train is not None:
+        Made.train = train  # type: ignore[method-assign]
+    return Made()
+
+
 def randn(*shape: int, seed: int = 1) -> Tensor:
     """Normal float64 numbers that depend on nothing but the seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -7,23 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from checks import model_of
 from fxfuse import observe as module_under_test
 from fxfuse.collector import paused
 from fxfuse.observe import observe, observe_modes, second_batch
 from fxfuse.tracer import record
-
-
-def model_of(forward, train=None, **attributes):
-    class Made(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, value in attributes.items():
-                setattr(self, name, value)
-
-    Made.forward = forward
-    if train is not None:
-        Made.train = train
-    return Made()
 
 
 @pytest.fixture

@@ -6,21 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from checks import model_of
 from fxfuse.sizes import SizeOf
 from fxfuse.trace import Ref
 from fxfuse.tracer import record
 from fxfuse.unify import Unifier, _Different, interchangeable
-
-
-def model_of(forward, **attributes):
-    class Made(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, value in attributes.items():
-                setattr(self, name, value)
-
-    Made.forward = forward
-    return Made()
 
 
 def runs(model, *inputs):
