@@ -22,7 +22,7 @@ from fxfuse.serialize import target_from_data, target_to_data
 class Lanes(nn.Module):
     """A Linear per lane, and a function of what it gives."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], lanes: int = 3, width: int = 4) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], lanes: int = 6, width: int = 4) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(3, width) for _ in range(lanes))
         self.function = function
