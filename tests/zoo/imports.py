@@ -67,8 +67,15 @@ def silent() -> Iterator[None]:
         yield
 
 
-def without(*roots: str) -> None:
-    """Let imports of these packages succeed where they are not installed."""
+@contextlib.contextmanager
+def without(*roots: str) -> Iterator[None]:
+    """Imports of these packages succeed inside, where they are not installed. Afterwards they are absent again, as other packages ask."""
     absent = [root for root in roots if root not in sys.modules and importlib.util.find_spec(root) is None]
-    if absent:
-        sys.meta_path.append(_StandIns(*absent))
+    finder = _StandIns(*absent)
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] in absent]:
+            del sys.modules[name]

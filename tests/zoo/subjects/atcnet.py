@@ -11,8 +11,8 @@ HEAVY = 20
 
 def model():
     bare("braindecode", "braindecode.models")
-    without("torchaudio", "torchinfo", "h5py")
-    from braindecode.models.atcnet import ATCNet
+    with without("torchaudio", "torchinfo", "h5py"):
+        from braindecode.models.atcnet import ATCNet
 
     return ATCNet(n_chans=22, n_outputs=4, input_window_seconds=4.5, sfreq=250)
 

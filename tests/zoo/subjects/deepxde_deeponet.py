@@ -10,8 +10,7 @@ HEAVY = 4
 
 
 def model():
-    without("skopt")
-    with silent():
+    with without("skopt"), silent():
         from deepxde.nn.pytorch.deeponet import DeepONet
 
     return DeepONet([100, 40, 40], [2, 40, 40], "tanh", "Glorot normal", num_outputs=6, multi_output_strategy="independent")

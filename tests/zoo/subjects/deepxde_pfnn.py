@@ -10,8 +10,7 @@ HEAVY = 5
 
 
 def model():
-    without("skopt")
-    with silent():
+    with without("skopt"), silent():
         from deepxde.nn.pytorch.fnn import PFNN
 
     return PFNN([3, [50] * 4, [50] * 4, [50] * 4, [50] * 4, 4], "tanh", "Glorot uniform")

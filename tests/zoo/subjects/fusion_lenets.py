@@ -26,8 +26,8 @@ class LeNet(nn.Module):
 
 
 def model():
-    without("torchvision")
-    from torchensemble import FusionClassifier
+    with without("torchvision"):
+        from torchensemble import FusionClassifier
 
     ensemble = FusionClassifier(estimator=LeNet, n_estimators=10, cuda=False)
     ensemble.estimators_.extend(ensemble._make_estimator() for _ in range(10))

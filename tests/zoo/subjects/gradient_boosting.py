@@ -18,8 +18,8 @@ class Net(nn.Sequential):
 
 
 def model():
-    without("torchvision")
-    from torchensemble import GradientBoostingRegressor
+    with without("torchvision"):
+        from torchensemble import GradientBoostingRegressor
 
     ensemble = GradientBoostingRegressor(estimator=Net, n_estimators=8, shrinkage_rate=0.3, cuda=False)
     ensemble.estimators_.extend(ensemble._make_estimator() for _ in range(8))

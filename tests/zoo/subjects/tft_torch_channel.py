@@ -12,8 +12,8 @@ SIZES = [10, 10, 10, 25, 4]
 
 def model():
     bare("tft_torch")
-    without("omegaconf")
-    from tft_torch.tft import InputChannelEmbedding
+    with without("omegaconf"):
+        from tft_torch.tft import InputChannelEmbedding
 
     return InputChannelEmbedding(state_size=16, num_numeric=6, num_categorical=5, categorical_cardinalities=SIZES, time_distribute=True)
 

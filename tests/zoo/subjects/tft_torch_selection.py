@@ -11,8 +11,8 @@ HEAVY = 9
 
 def model():
     bare("tft_torch")
-    without("omegaconf")
-    from tft_torch.tft import VariableSelectionNetwork
+    with without("omegaconf"):
+        from tft_torch.tft import VariableSelectionNetwork
 
     return VariableSelectionNetwork(input_dim=16, num_inputs=10, hidden_dim=24, dropout=0.1)
 
