@@ -57,7 +57,6 @@ class Chosen:
     choice: Choice
     prefer: str
     packs: Packs  # before anything is packed
-    skipped: frozenset[LaneSet] = frozenset()  # lane sets that stay as they are
 
 
 @dataclass
@@ -122,7 +121,7 @@ class Builder:
         if made is None:
             return None
         region = Region(known.region.frame, prepared)
-        built = self._started(replace(known, region=region, choice=replace(choice, vectorized=made), skipped=skipped))
+        built = self._started(replace(known, region=region, choice=replace(choice, vectorized=made)))
         self._other_programs(region, known.way, built)
         for other, way in self.followers.get(path, ()):
             self._join(other, way, built)
@@ -186,7 +185,7 @@ class Builder:
             self.report.facts.append(f"{where} is fused for the recorded sizes only: {prepared.lifted.specialised}{place}")
         if choice.skipped:
             region = Region(frame, prepared.without(choice.skipped))
-        self.chosen[path] = Chosen(region, way, choice, planner.prefer, packs, choice.skipped)
+        self.chosen[path] = Chosen(region, way, choice, planner.prefer, packs)
         return self._started(self.chosen[path])
 
     def _started(self, chosen: Chosen) -> _Built:
@@ -209,8 +208,9 @@ class Builder:
     def _follow(self, prepared: Prepared, way: Recorded, built: _Built) -> Vectorized | None:
         """A further program of a region that is planned already."""
         chosen, before = built.chosen, len(prepared.refusals)
-        if chosen.skipped:
-            prepared = prepared.without(chosen.skipped)
+        skipped = chosen.region.prepared.skipped
+        if skipped:
+            prepared = prepared.without(skipped)
         made = vectorize(prepared.cut(chosen.choice.chunks), built.packs, chosen.choice.lowering, chosen.prefer)
         if way.entry.is_method:
             for refusal in prepared.refusals[before:]:

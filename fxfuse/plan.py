@@ -87,9 +87,10 @@ class Planner:
             choice = self._within_memory(choice)
         return choice
 
-    def emit(self, lowering: dict[Any, str], chunks: int = 1) -> Vectorized | None:
-        """The program with these lowerings, in so many chunks."""
-        return vectorize(self.prepared.cut(chunks), self.packs, lowering, self.prefer)
+    def emit(self, lowering: dict[Any, str], chunks: int = 1, skipped: frozenset[LaneSet] = frozenset()) -> Vectorized | None:
+        """The program with these lowerings, in so many chunks, without the lane sets in ``skipped``."""
+        prepared = self.prepared.without(skipped) if skipped else self.prepared
+        return vectorize(prepared.cut(chunks), self.packs, lowering, self.prefer)
 
     def _start(self, base: Vectorized) -> Choice:
         """What is likely best: the first lowering of each rule, in chunks that fit the cache."""
@@ -154,8 +155,7 @@ class Planner:
         and checks the operands of two or three lanes may be dearer than the lanes."""
         for lanes, place in self.prepared.lane_sets().items():
             skipped = choice.skipped | {lanes}
-            rest = self.prepared.without(skipped)
-            made = vectorize(rest.cut(choice.chunks), self.packs, choice.lowering, self.prefer)
+            made = self.emit(choice.lowering, choice.chunks, skipped)
             counted = loop if made is None else _launches(self.benches[0].program(made))
             more, saved = least.total - counted.total, counted.heavy - least.heavy
             if more <= max(saved, 0):
@@ -238,7 +238,7 @@ class Planner:
         least = used = self._peak(choice)
         while used > self.options.max_memory:
             more = min(choice.chunks * 2, lanes)
-            made = self.emit(choice.lowering, more) if more > choice.chunks else None
+            made = self.emit(choice.lowering, more, choice.skipped) if more > choice.chunks else None
             if made is None:
                 said = f"packed needs {least} bytes at its peak, in any number of chunks; max_memory allows {self.options.max_memory}"
                 choice.refusal = self._refusal(f"left as a loop: {said}")

@@ -90,7 +90,7 @@ class Prepared:
 
     def without(self, skipped: frozenset[LaneSet]) -> Prepared:
         """The same graph, with these lane sets left as they are."""
-        other = replace(self, skipped=skipped, disabled=set(self.disabled), refusals=[])
+        other = replace(self, skipped=self.skipped | skipped, disabled=set(self.disabled), refusals=[])
         other.find()
         return other
 
