@@ -25,7 +25,7 @@ import torch.fx
 from fxfuse.graph import FusedOp, Recipe
 
 from .bundle import Bundle, Bundles
-from .functional import drop_unused, numbers_like, slice_along, take_lane
+from .functional import drop_unused, numbers_like, slice_along
 from .lifted import Lifted
 from .ops import Op
 from .tidy import tidy
@@ -432,8 +432,6 @@ class Emitter:
         value, dim = self.values[bundle.index]
         if dim is None:
             return value
-        if isinstance(value.meta["val"], tuple):  # an op of several outputs
-            return self.call(take_lane, value, dim, self.bundles.position[node])
         pieces = self.pieces.get(bundle.index)
         if pieces is None:
             pieces = self.pieces[bundle.index] = self.call(torch.unbind, value, dim)

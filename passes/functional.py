@@ -188,15 +188,6 @@ def ragged_bags(
         assert_async(inside > offsets[:, 0].any(), "the bags of a lane have to begin at 0 and within the indices of the lane")
     begins = offsets + (lengths.cumsum(0) - lengths).unsqueeze(1)
     return rows.masked_fill(rows != rows.clamp(first, limit), -1), begins.flatten()
-def take_lane(outputs: tuple[torch.Tensor, ...], dim: int, lane: int) -> tuple[torch.Tensor, ...]:
-    """One lane of each of several outputs.
-
-    >>> take_lane((torch.arange(2), torch.eye(2)), 0, 1)
-    (tensor(1), tensor([0., 1.]))
-    """
-    return tuple([output.select(dim, lane) for output in outputs])
-
-
 _WRAPPED: dict[Callable[..., Any], Op] = {}
 
 

@@ -42,6 +42,11 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def mlp(inputs: int = 1, hidden: int = 6, outputs: int = 1) -> nn.Sequential:
+    """The network of most lanes here: two Linears and a ReLU."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
 def model_of(forward: Callable[..., Any], train: Callable[..., Any] | None = None, **attributes: Any) -> nn.Module:
     """A module with this forward (and ``train``) and these attributes."""
     class Made(nn.Module):

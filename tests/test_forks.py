@@ -13,14 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxfuse
-from checks import QUICK, Cases, assert_case, assert_equal_models, randn, randomized
+from checks import QUICK, Cases, assert_case, assert_equal_models, mlp, randn, randomized
 
 CASES = Cases()
 case = CASES.case
-
-
-def mlp(inputs: int = 1, hidden: int = 6, outputs: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 class Nets(nn.Module):

@@ -17,15 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxfuse
-from checks import QUICK, Cases, assert_case, assert_equal_models, randn, randomized
+from checks import QUICK, Cases, assert_case, assert_equal_models, mlp, randn, randomized
 
 CASES = Cases()
 case = CASES.case
 X = randn(5, 4)
-
-
-def mlp(inputs: int = 1, hidden: int = 6, outputs: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 class Nets(nn.Module):

@@ -13,6 +13,7 @@ import checks
 import fxfuse
 from fxfuse import recipes
 from fxfuse.graph import Recipe
+from fxfuse.memory import peak_bytes
 
 ROWS = (7, 3, 11, 5, 4, 9, 2, 6)  # unequal tables
 
@@ -530,6 +531,33 @@ def test_they_stay_alone() -> None:
         for a, b in zip(fused.train(training)(*x), model.train(training)(*x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert not report.fallbacks
+
+
+def test_they_stay_alone_in_chunks_too() -> None:
+    """What ``max_memory`` cuts into chunks is the region without the lane sets that were left out."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = nn.ModuleList(nn.Embedding(size, 2 + size // 2) for size in (6, 7, 2, 3, 8, 9, 4, 5))
+            self.nets = nn.ModuleList(nn.Linear(5, 64) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return *[table(x[:, i]) for i, table in enumerate(self.tables)], *[net(y).tanh() for net in self.nets]
+
+    model, x = Wide().double(), (torch.randint(0, 2, (512, 8)), torch.randn(512, 5, dtype=torch.float64))
+    options = {"objective": "launches", "tune": False, "mode": "infer"}
+    whole = fxfuse.optimize(model, x, **options)
+    (left,) = {each.reason for each in fxfuse.report(whole).refused}
+    with torch.no_grad():
+        needed = peak_bytes(lambda: whole.eval()(*x))
+    cut = fxfuse.optimize(model, x, max_memory=int(0.9 * needed), **options)
+    report = fxfuse.report(cut)
+    assert [op.op for op in report.fused[0].ops] == [op.op for op in fxfuse.report(whole).fused[0].ops]
+    assert all(op.lowering.endswith("chunks") for op in report.fused[0].ops)
+    assert {each.reason for each in report.refused} == {left}
+    for a, b in zip(cut.eval()(*x), model.eval()(*x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_many_tables_are_worth_their_checks() -> None:
