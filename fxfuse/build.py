@@ -183,8 +183,8 @@ class Builder:
             place = f" ({prepared.lifted.place})" if prepared.lifted.place else ""
             where = path or "the model"
             self.report.facts.append(f"{where} is fused for the recorded sizes only: {prepared.lifted.specialised}{place}")
-        if choice.skipped:
-            region = Region(frame, prepared.without(choice.skipped))
+        prepared = prepared.with_widths(choice.together)
+        region = Region(frame, prepared.without(choice.skipped) if choice.skipped else prepared)
         self.chosen[path] = Chosen(region, way, choice, planner.prefer, packs)
         return self._started(self.chosen[path])
 
@@ -205,13 +205,15 @@ class Builder:
         _add(built, chosen.way, chosen.way.observations[0], lifted, choice.vectorized, chosen.way.entry.place(frame.path)[1])
         return built
 
-    def _follow(self, prepared: Prepared, way: Recorded, built: _Built) -> Vectorized | None:
-        """A further program of a region that is planned already."""
+    def _follow(self, prepared: Prepared, way: Recorded, built: _Built, alone: bool = False) -> Vectorized | None:
+        """A further program of a region that is planned already. ``alone``: also where it has no lanes (in eval mode, without dropout,
+        too little may be left of them): it reads the packed weights, and spares the way through the original forward."""
         chosen, before = built.chosen, len(prepared.refusals)
         skipped = chosen.region.prepared.skipped
+        prepared = prepared.with_widths(chosen.choice.together)
         if skipped:
             prepared = prepared.without(skipped)
-        made = vectorize(prepared.cut(chosen.choice.chunks), built.packs, chosen.choice.lowering, chosen.prefer)
+        made = vectorize(prepared.cut(chosen.choice.chunks), built.packs, chosen.choice.lowering, chosen.prefer, alone)
         if way.entry.is_method:
             for refusal in prepared.refusals[before:]:
                 refuse(self.report, refusal, way.entry)
@@ -236,8 +238,8 @@ class Builder:
                     refuse(self.report, Refusal(f"in {mode} mode: {prepared.reason}", prepared.place, built.plan.path), way.entry)
                     continue
                 prepared.single = region.prepared.single
-                if prepared.worthwhile and self._made_relative(prepared.lifted, way, built.plan.path):
-                    made = self._follow(prepared, way, built)
+                if self._made_relative(prepared.lifted, way, built.plan.path):
+                    made = self._follow(prepared, way, built, alone=True)
                     if made is not None:
                         _add(built, way, observation, prepared.lifted, made, method)
 

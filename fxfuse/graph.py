@@ -51,14 +51,15 @@ class Recipe:
     ``style == "cat"`` the first two dims are flattened into one (``[G, s0, ...] -> [G*s0, ...]``). Zero-dimensional members
     stack to ``[G]``. Where lanes spell one map in different shapes (a Linear's ``[M, K]``, a pointwise convolution's ``[M, K, 1]``),
     ``own_shapes`` says each member's own, and members are reshaped to ``shape`` first. ``style == "rows"`` concatenates members whose
-    dim 0 differs (embedding tables), as they are; ``shape`` is then the first one's. All names are relative to the region.
+    dim 0 differs (embedding tables), as they are; ``shape`` is then the first one's. ``style == "padded"`` stacks members of unequal
+    sizes, each with zeros behind it up to ``shape``; nothing reads or trains the zeros. All names are relative to the region.
     """
 
     name: str  # of the packed tensor: "packed.nets.0.weight"
     members: tuple[str, ...]  # of the originals, in lane order: ("nets.0.0.weight", "nets.1.0.weight", ...)
-    shape: tuple[int, ...]  # of one member, as the original has it
+    shape: tuple[int, ...]  # of one member, as the original has it (``padded``: filled up)
     order: tuple[int, ...]  # permutation of a member's dims as it is stored; identity is (0, 1, ...)
-    style: Literal["stack", "cat", "rows"]
+    style: Literal["stack", "cat", "rows", "padded"]
     kind: Literal["parameter", "buffer"] = "parameter"
     requires_grad: bool = True
     own_shapes: tuple[tuple[int, ...], ...] | None = None  # of each member, where they are not all ``shape``

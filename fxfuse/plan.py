@@ -48,6 +48,7 @@ class Choice:
     vectorized: Vectorized | None
     lowering: dict[Any, str]
     chunks: int = 1
+    together: bool = False  # lanes of unequal widths in one bundle, rather than bundled by width
     skipped: frozenset[LaneSet] = frozenset()  # lane sets that stay as they are
     refusal: Refusal | None = None
     seconds: tuple[float, float] | None = None
@@ -74,18 +75,32 @@ class Planner:
             self.train = False  # a model that can only be run forward is timed so
             for bench in self.benches:
                 bench.train = False
-        base = self.emit({})
-        if base is None:
-            return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
-        if self.options.objective == "launches":
-            choice = self._fewest_launches(base)
-        elif not self.options.tune:
-            choice = self._start(base)
-        else:
-            choice = self._fastest(self._start(base))
+        choice = self._planned()
         if self.options.max_memory is not None and choice.refusal is None:
             choice = self._within_memory(choice)
         return choice
+
+    def _planned(self) -> Choice:
+        base = self.emit({})
+        forms = self._forms() if base is None or self.options.tune else [self.prepared]
+        if self.options.objective == "time" and self.options.tune:
+            return self._fastest(forms)
+        found: list[Choice] = []
+        for self.prepared in forms:
+            base = self.emit({})
+            if base is not None:
+                launches = self.options.objective == "launches"
+                found.append(self._fewest_launches(base) if launches else self._start(base))
+        if not found:
+            return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
+        best = min(found, key=lambda choice: (choice.refusal is not None, choice.launches[1].total if choice.launches else 0))
+        self.prepared = self.prepared.with_widths(best.together)
+        return best
+
+    def _forms(self) -> list[Prepared]:
+        """The region as it is prepared, and with its lanes of unequal widths bundled the other way."""
+        other = self.prepared.with_widths(not self.prepared.together)
+        return [self.prepared] if other is self.prepared or not other.worthwhile else [self.prepared, other]
 
     def emit(self, lowering: dict[Any, str], chunks: int = 1, skipped: frozenset[LaneSet] = frozenset()) -> Vectorized | None:
         """The program with these lowerings, in so many chunks, without the lane sets in ``skipped``."""
@@ -96,7 +111,10 @@ class Planner:
         """What is likely best: the first lowering of each rule, in chunks that fit the cache."""
         chunks = fitting_chunks(self.prepared.bundles)
         cut = self.emit({}, chunks) if chunks > 1 else None
-        return Choice(base, self._first(base)) if cut is None else Choice(cut, self._first(cut), chunks)
+        together = self.prepared.together
+        if cut is None:
+            return Choice(base, self._first(base), together=together)
+        return Choice(cut, self._first(cut), chunks, together)
 
     def _first(self, base: Vectorized) -> dict[Any, str]:
         return {key: self.prefer if self.prefer in options else options[0] for key, options in base.choices.items()}
@@ -119,7 +137,7 @@ class Planner:
     def _candidate(self, lowering: dict[Any, str], chunks: int) -> Iterator[Choice]:
         made = self.emit(lowering, chunks)
         if made is not None:
-            yield Choice(made, lowering, chunks)
+            yield Choice(made, lowering, chunks, self.prepared.together)
 
     def _chunk_counts(self, chosen: int) -> list[int]:
         """Numbers of chunks to try besides the one chosen: none where all lanes fit the cache with room to spare."""
@@ -135,7 +153,7 @@ class Planner:
         bench = self.benches[0]
         with preserved_state(self.region):
             loop, least = _launches(bench.forward()), _launches(bench.program(base))
-            choice = Choice(base, self._first(base))
+            choice = Choice(base, self._first(base), together=self.prepared.together)
             if self.options.tune:
                 for other in self._others(choice):
                     assert other.vectorized is not None
@@ -174,12 +192,32 @@ class Planner:
 
     # -- time ---------------------------------------------------------------------------------------------------------------------
 
-    def _fastest(self, choice: Choice) -> Choice:
-        """The lowerings and chunks that measure fastest; refused where the loop is as fast."""
-        assert choice.vectorized is not None
-        if self.prepared.single and not choice.vectorized.choices:
-            choice.refusal = self._refusal("a layer with one spelling")
-            return choice
+    def _fastest(self, forms: list[Prepared]) -> Choice:
+        """The form, its lowerings and chunks that measure fastest; refused where the loop is as fast."""
+        found: list[tuple[Choice, Steps]] = []
+        for self.prepared in forms:
+            base = self.emit({})
+            if base is None:
+                continue
+            choice = self._start(base)
+            if self.prepared.single and not base.choices:
+                choice.refusal = self._refusal("a layer with one spelling")
+                return choice
+            found.append((choice, self._descended(choice)))
+        if not found:
+            return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
+        choice, steps = found[0]
+        for other, others in found[1:]:
+            slower, seconds = self._compare(steps, others)
+            tried = [*choice.tried, *other.tried, (f"{_describe(other)} ({_widths(other)})", seconds)]
+            if slower < CLEARLY:
+                choice, steps = other, others
+            choice.tried = tried
+        self.prepared = self.prepared.with_widths(choice.together)
+        return self._decide(choice, steps)
+
+    def _descended(self, choice: Choice) -> Steps:
+        """Change ``choice`` for the better as long as that is faster; what is timed of it."""
         steps = self._steps(choice)
         close: list[tuple[Choice, Steps]] = []
         for other in self._others(choice):
@@ -191,9 +229,7 @@ class Planner:
                 choice.vectorized, choice.lowering, choice.chunks, steps = other.vectorized, other.lowering, other.chunks, others
             elif slower < CLOSE:
                 close.append((other, others))
-        if close:
-            steps = self._final(choice, steps, close[-MOST_FINALISTS:])
-        return self._decide(choice, steps)
+        return self._final(choice, steps, close[-MOST_FINALISTS:]) if close else steps
 
     def _final(self, choice: Choice, steps: Steps, close: list[tuple[Choice, Steps]]) -> Steps:
         """Time the close ones together, for longer: one comparison after the other lets noise pick the winner."""
@@ -267,6 +303,10 @@ def _preferred(options: Options) -> str:
     if options.lowering == "grouped_conv":
         return "grouped_conv"
     return "baddbmm" if options.lowering == "bmm" or options.objective == "launches" else ""
+
+
+def _widths(choice: Choice) -> str:
+    return "unequal widths together" if choice.together else "bundled by width"
 
 
 def _launches(forward: Callable[[], Any]) -> Launches:

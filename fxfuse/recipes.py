@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxfuse.errors import FxfuseError
@@ -52,12 +53,26 @@ def check(recipe: Recipe) -> None:
         raise FxfuseError(f"the recipe of {recipe.name} orders dims {recipe.order}, its members have shape {recipe.shape}")
     if recipe.style != "stack" and not recipe.shape:
         raise FxfuseError(f"the recipe of {recipe.name} concatenates members without dims; these can only be stacked")
+    if recipe.style == "padded":
+        own = recipe.own_shapes
+        if own is None or len(own) != len(recipe.members) or any(not _within(shape, recipe.shape) for shape in own):
+            raise FxfuseError(f"the recipe of {recipe.name} pads its members: it needs each one's shape, none larger than {recipe.shape}")
     if recipe.style == "rows":
         own = recipe.own_shapes
         if own is None or len(own) != len(recipe.members) or any(shape[1:] != recipe.shape[1:] for shape in own):
             raise FxfuseError(f"the recipe of {recipe.name} concatenates rows: it needs each member's shape, equal but for dim 0")
         if recipe.order != tuple(range(len(recipe.shape))):
             raise FxfuseError(f"the recipe of {recipe.name} concatenates rows: its members cannot be permuted")
+
+
+def _within(shape: Sequence[int], limit: Sequence[int]) -> bool:
+    return len(shape) == len(limit) and all(size <= most for size, most in zip(shape, limit, strict=True))
+
+
+def _filled(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The tensor with zeros behind it up to ``shape``."""
+    missing = [amount for size, most in zip(tensor.shape[::-1], shape[::-1], strict=True) for amount in (0, most - size)]
+    return F.pad(tensor, missing) if any(missing) else tensor
 
 
 def pack(recipe: Recipe, tensors: Sequence[Tensor]) -> Tensor:
@@ -77,7 +92,9 @@ def pack(recipe: Recipe, tensors: Sequence[Tensor]) -> Tensor:
             raise FxfuseError(f"{name} has shape {tuple(tensor.shape)}, its recipe says {recipe.member_shape(index)}")
     if recipe.style == "rows":
         return torch.cat(list(tensors))
-    if recipe.own_shapes is not None:
+    if recipe.style == "padded":
+        tensors = [_filled(tensor, recipe.shape) for tensor in tensors]
+    elif recipe.own_shapes is not None:
         tensors = [tensor.reshape(recipe.shape) for tensor in tensors]
     identity = recipe.order == tuple(range(len(recipe.shape)))
     stored = list(tensors) if identity else [tensor.permute(recipe.order) for tensor in tensors]
@@ -95,7 +112,19 @@ def lane_view(recipe: Recipe, packed: Tensor, index: int) -> Tensor:
     else:
         stored = packed.select(0, index)
     member = stored if recipe.order == tuple(range(len(recipe.shape))) else stored.permute(inverse(recipe.order))
-    return member if recipe.own_shapes is None else member.reshape(recipe.own_shapes[index])  # only dims of size 1 come and go: a view
+    return _own(recipe, member, index)
+
+
+def _own(recipe: Recipe, member: Tensor, index: int) -> Tensor:
+    """A member that was filled up, or spelled in another shape, as the original has it: a view."""
+    if recipe.own_shapes is None:
+        return member
+    own = recipe.own_shapes[index]
+    if recipe.style != "padded":
+        return member.reshape(own)  # only dims of size 1 come and go: a view
+    for dim, size in enumerate(own):
+        member = member if member.shape[dim] == size else member.narrow(dim, 0, size)
+    return member
 
 
 def lane_views(recipe: Recipe, packed: Tensor) -> tuple[Tensor, ...]:
@@ -109,9 +138,7 @@ def lane_views(recipe: Recipe, packed: Tensor) -> tuple[Tensor, ...]:
     if recipe.order != tuple(range(len(recipe.shape))):
         back = inverse(recipe.order)
         stored = tuple(tensor.permute(back) for tensor in stored)
-    if recipe.own_shapes is not None:
-        return tuple(tensor.reshape(own) for tensor, own in zip(stored, recipe.own_shapes, strict=True))
-    return stored
+    return stored if recipe.own_shapes is None else tuple(_own(recipe, tensor, index) for index, tensor in enumerate(stored))
 
 
 def unpack(recipe: Recipe, packed: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ class to one node leaves the graph acyclic; merging two classes with no path bet
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch.fx
 
 from .numbers import loosened, numbers_of
 from .ops import Op
+from .unequal import Group, blurred_numbers, unequal_groups
 
 Node = torch.fx.Node
 
@@ -30,6 +31,7 @@ MOST_MERGES = 16
 # What nodes of one class have in common besides their op. "unread": it runs for the buffers that it or its users update. "untracked": under
 # ``no_grad``, so that a target network is not packed with the one that trains.
 FACTS = ("shape", "dyn", "dtype", "device", "unread", "untracked")
+BLURRED_FACTS = FACTS[1:]  # sizes left out
 
 # Which argument of a slicing op is the lane's position, and may differ from lane to lane.
 POSITIONS = {"select": ("index",), "slice_along": ("start", "stop"), "pick_along": ("positions",)}
@@ -51,6 +53,8 @@ class Bundle:
     whole: int = 0  # the lanes of all chunks, where this is one chunk of several
     chunk: int = 0
     chunks: int = 1
+    unequal: bool = False  # lanes of unequal widths, computed as one
+    apart: int | None = None  # the dim, counted from the end, in which their results differ and lie end to end
 
     @property
     def op(self) -> Op | None:
@@ -72,9 +76,23 @@ class Bundles:
     position: dict[Node, int]  # of a node within its bundle
 
     def bundle(self, node: Node) -> Bundle | None:
-        """The active bundle of a node, or None."""
+        """The active bundle of a node, or None. Results of unequal widths are no pack: each is a value of its own."""
+        found = self.end_to_end(node)
+        return found if found is not None and found.apart is None else None
+
+    def end_to_end(self, node: Node) -> Bundle | None:
+        """The active bundle of a node, also where its results lie end to end."""
         index = self.of.get(node)
         return self.classes[index] if index is not None and index in self.active else None
+
+    def stretch(self, nodes: list[Node]) -> tuple[Bundle, int] | None:
+        """Where ``nodes``, of one width, lie one behind the other among results of unequal widths: the bundle, and the first's place."""
+        found = self.end_to_end(nodes[0])
+        if found is None or found.apart is None or any(self.of.get(node) != found.index for node in nodes):
+            return None
+        first = self.position[nodes[0]]
+        in_order = [self.position[node] for node in nodes] == list(range(first, first + len(nodes)))
+        return (found, first) if in_order and len({node.meta["shape"] for node in nodes}) == 1 else None
 
     def components(self, through_forks: bool = True) -> list[set[int]]:
         """Lane sets: active bundles connected through their operands. Each is kept or refused as a whole.
@@ -95,28 +113,31 @@ def find_bundles(
     is_view: Callable[[Bundle], bool],
     min_lanes: int,
     is_heavy: Callable[[Bundle], bool] | None = None,
+    groups: Sequence[Group] = (),
 ) -> Bundles:
     """Classes of equal nodes; those with at least ``min_lanes`` members that ``vectorizable`` accepts are active.
 
     ``is_view(bundle)`` tells ops that launch nothing: a bundle of those is worth computing as one only next to one that does.
     ``is_heavy`` (optional): classes of such ops that differ only in where their operands come from, and do not depend on each other,
-    are merged: a loop that fills two buffers with equal Linears is one launch, at the price of joining their inputs.
+    are merged: a loop that fills two buffers with equal Linears is one launch, at the price of joining their inputs. ``groups``: lanes of
+    unequal widths that are to be one class each (``widths_apart``).
     """
     merged: dict[Node, Node] = {}
     loose: set[Node] = set()
-    classes, of = _classes(graph, merged, loose)
+    grouped = {member: group for group in groups for member in group.members}
+    classes, of = _classes(graph, merged, loose, grouped)
     for _ in range(MOST_MERGES):
         more = loosened(graph.nodes, of, loose, lambda node, of=of: _key(node, of, {node}))  # type: ignore[misc]
         if not more:
             break
         loose |= more
-        classes, of = _classes(graph, merged, loose)
+        classes, of = _classes(graph, merged, loose, grouped)
     for _ in range(MOST_MERGES if is_heavy is not None else 0):
         pair = _mergeable(classes, of, is_heavy) if is_heavy is not None else None
         if pair is None:
             break
         merged[pair[1]] = pair[0]
-        classes, of = _classes(graph, merged, loose)
+        classes, of = _classes(graph, merged, loose, grouped)
     active = {
         b.index
         for b in classes
@@ -131,22 +152,34 @@ def find_bundles(
     return bundles
 
 
-def _classes(graph: torch.fx.Graph, merged: dict[Node, Node], loose: set[Node]) -> tuple[list[Bundle], dict[Node, int]]:
+def widths_apart(graph: torch.fx.Graph, min_lanes: int) -> list[Group]:
+    """Layers of unequal widths, and what follows them, that could be one class each."""
+
+    def key(node: Node, numbers: dict[Node, int]) -> Any:
+        return _key(node, numbers, set(), BLURRED_FACTS)
+
+    return unequal_groups(graph.nodes, blurred_numbers(graph.nodes, key), min_lanes)
+
+
+def _classes(
+    graph: torch.fx.Graph, merged: dict[Node, Node], loose: set[Node], grouped: dict[Node, Group]
+) -> tuple[list[Bundle], dict[Node, int]]:
     """Classes of equal nodes. ``merged`` sends the first member of a class to that of the class it is to join; nodes in ``loose`` may
-    differ in their numbers."""
+    differ in their numbers; those in ``grouped`` are of one class with their group."""
     classes: list[Bundle] = []
     of: dict[Node, int] = {}
     by_key: dict[Any, int] = {}
     for node in graph.nodes:
         if node.op == "output":
             continue
-        key = _key(node, of, loose)
+        group = grouped.get(node)
+        key = _key(node, of, loose) if group is None else ("unequal", id(group))
         index = by_key.get(key)
         if index is None:
             index = of[merged[node]] if node in merged else len(classes)
             by_key[key] = index
         if index == len(classes):
-            classes.append(Bundle(index, []))
+            classes.append(Bundle(index, [], unequal=group is not None, apart=None if group is None else group.dim))
         classes[index].members.append(node)
         of[node] = index
     for node, index in of.items():
@@ -158,7 +191,7 @@ def _mergeable(classes: list[Bundle], of: dict[Node, int], is_heavy: Callable[[B
     """First members of two classes of one heavy op on equal shapes, neither of which depends on the other."""
     groups: dict[Any, list[int]] = {}
     for bundle in classes:
-        if bundle.op is not None and is_heavy(bundle):
+        if bundle.op is not None and not bundle.unequal and is_heavy(bundle):
             first = bundle.members[0]
             local = tuple(_local(arg) for arg in first.args)
             facts = tuple(first.meta.get(name) for name in FACTS)
@@ -206,9 +239,9 @@ def _is_tuple(bundle: Bundle) -> bool:
     return any(isinstance(user.target, Op) and user.target.name == "item" for user in users)
 
 
-def _key(node: Node, of: dict[Node, int], loose: set[Node]) -> Any:
+def _key(node: Node, of: dict[Node, int], loose: set[Node], considered: tuple[str, ...] = FACTS) -> Any:
     meta = node.meta
-    facts = tuple(meta.get(name) for name in FACTS)
+    facts = tuple(meta.get(name) for name in considered)
     if node.op == "placeholder":
         return ("input", *facts)
     if node.op == "get_attr":

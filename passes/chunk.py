@@ -8,6 +8,7 @@ op: packed at once they are slower than the loop, in chunks several times faster
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import networkx as nx
 
@@ -24,10 +25,11 @@ def in_chunks(whole: Bundles, count: int) -> Bundles:
     classes: list[Bundle] = []
     for bundle in whole.classes:
         lanes = len(bundle.members)
-        parts = min(count, lanes) if bundle.index in whole.active else 1
+        parts = min(count, lanes) if bundle.index in whole.active and not bundle.unequal else 1
         for part in range(parts):
             members = bundle.members[lanes * part // parts : lanes * (part + 1) // parts]
-            classes.append(Bundle(len(classes), members, whole=lanes, chunk=part, chunks=parts))
+            cut = replace(bundle, index=len(classes), members=members, operands=set(), whole=lanes, chunk=part, chunks=parts)
+            classes.append(cut)
     active = {bundle.index for bundle in classes if whole.of[bundle.members[0]] in whole.active}
     of = {member: bundle.index for bundle in classes for member in bundle.members}
     position = {member: at for bundle in classes if bundle.index in active for at, member in enumerate(bundle.members)}

@@ -219,6 +219,9 @@ class Emitter:
         if bundle is not None and all(self.bundles.of.get(node) == bundle.index for node in nodes):
             value = self.values[bundle.index]
             return self.pick(value, len(bundle.members), [self.bundles.position[node] for node in nodes])
+        stretch = self.bundles.stretch(nodes)
+        if stretch is not None:
+            return self._stretch(*stretch, len(nodes))
         known = self.gathers.get(tuple(nodes))
         if known is None:
             known = self.gathers[tuple(nodes)] = self._gathered(nodes)
@@ -305,7 +308,32 @@ class Emitter:
             )  # fmt: skip
             self.packs.recipes[targets] = recipe
             self.packs.where.update((target, (recipe, lane)) for lane, target in enumerate(targets))
+        if recipe.style in ("rows", "padded"):
+            return None
         return self._viewed(self.packed(recipe, meta), recipe, order, style)
+
+    def filled_up(self, nodes: list[Node], shape: tuple[int, ...], order: tuple[int, ...]) -> Node:
+        """The lanes' own parameters, each with zeros behind it up to ``shape``, as one tensor ``[G, *shape.permute(order)]``."""
+        shapes = tuple(tuple(node.meta["shape"]) for node in nodes)
+        targets = tuple(str(node.target) for node in nodes)
+        blocked = next((t for t in targets if t in self.packs.unpackable or t in self.lifted.constants), None)
+        if blocked is not None:
+            raise CannotVectorize(f"{blocked} cannot be packed: {self.packs.unpackable.get(blocked, 'no module holds it')}")
+        if len(set(shapes)) == 1:
+            packed = self.weights(nodes, order)
+            assert packed is not None
+            return packed.node
+        recipe = self.packs.recipes.get(targets)
+        if recipe is None:
+            if any(t in self.packs.where for t in targets):
+                raise CannotVectorize(f"{targets[0]} is packed with other weights already")
+            kind, requires_grad = self.packs.kinds.get(targets[0], "parameter"), bool(nodes[0].meta.get("requires_grad"))
+            recipe = Recipe(self.packs.name(targets), targets, shape, order, "padded", kind, requires_grad, shapes)
+            self.packs.recipes[targets] = recipe
+            self.packs.where.update((target, (recipe, lane)) for lane, target in enumerate(targets))
+        if recipe.style != "padded" or recipe.order != order or recipe.shape != shape:
+            raise CannotVectorize(f"{targets[0]} is packed in another form already")
+        return self.packed(recipe, nodes[0].meta)
 
     def table(self, nodes: list[Node]) -> tuple[Node, list[int]] | str:
         """The lanes' own tables as rows of one, ``[V0 + V1 + ..., *rest]``, and where each lane's rows begin; else why they cannot be.
@@ -344,6 +372,8 @@ class Emitter:
                 return f"{names[0]} is packed in another order already"
             node = self.call(torch.flatten, node, 0, 1)
             starts: tuple[int, ...] = tuple(range(0, recipe.shape[0] * len(recipe.members), recipe.shape[0]))
+        elif recipe.style == "padded":
+            return f"{names[0]} is packed in another form already"
         else:
             starts = recipe.row_starts()
         return node, [starts[place[1]] for place in places if place is not None]
@@ -385,7 +415,7 @@ class Emitter:
         """Weights that another bundle has packed already: the same pack in another order, or part of it."""
         found = [self.packs.where.get(target) for target in targets]
         recipe = found[0][0] if found[0] is not None else None
-        if recipe is None or recipe.style == "rows" or any(f is None or f[0] is not recipe for f in found):
+        if recipe is None or recipe.style in ("rows", "padded") or any(f is None or f[0] is not recipe for f in found):
             return None
         whole = self._viewed(self.packed(recipe, nodes[0].meta), recipe, order, "stack")
         picked = self.pick(whole, len(recipe.members), [f[1] for f in found if f is not None])
@@ -398,7 +428,7 @@ class Emitter:
         known = self.singles.get(node)
         if known is not None:
             return known
-        bundle = self.bundles.bundle(node)
+        bundle, wide = self.bundles.bundle(node), self.bundles.end_to_end(node)
         if node.op == "get_attr":
             own = node.meta.get("own_shape")
             if own is None:
@@ -408,6 +438,10 @@ class Emitter:
                 made = self.call("reshape", held, node.meta["shape"])
         elif bundle is not None and bundle.index in self.values and not self._cheaper_alone(node, bundle):
             made = self._lane(bundle, node)
+        elif wide is not None and wide.apart is not None and wide.index in self.values:
+            if wide.index not in self.pieces:
+                self.pieces[wide.index] = self._stretches(wide, torch.split)
+            made = self.call(operator.getitem, self.pieces[wide.index], self.bundles.position[node])
         else:
             made = self._copy(node)
         self.singles[node] = made
@@ -436,6 +470,21 @@ class Emitter:
         if pieces is None:
             pieces = self.pieces[bundle.index] = self.call(torch.unbind, value, dim)
         return self.call(operator.getitem, pieces, self.bundles.position[node])
+
+    def _stretch(self, bundle: Bundle, first: int, count: int) -> Packed:
+        """Lanes of one width that lie one behind the other among others: a view."""
+        assert bundle.apart is not None
+        whole, shape = self.values[bundle.index].node, bundle.members[first].meta["shape"]
+        start = sum(member.meta["shape"][bundle.apart] for member in bundle.members[:first])
+        dim, width = len(shape) + bundle.apart, int(shape[bundle.apart])
+        part = self.call(slice_along, whole, dim, start, start + count * width, 1)
+        return Packed(self.call(torch.unflatten, part, dim, (count, width)), dim)
+
+    def _stretches(self, bundle: Bundle, split: Callable[..., Any]) -> Node:
+        """The lanes' parts of what lies end to end."""
+        assert bundle.apart is not None
+        sizes = [int(member.meta["shape"][bundle.apart]) for member in bundle.members]
+        return self.call(split, self.values[bundle.index].node, sizes, bundle.apart)
 
     def _copy(self, node: Node) -> Node:
         previous, self.source = self.source, node
@@ -607,8 +656,9 @@ class Emitter:
         leaves = list(output.args[0])  # type: ignore[arg-type]
         by_bundle: dict[int, list[Node]] = {}
         for leaf in leaves:
-            bundle = self.bundles.bundle(leaf) if isinstance(leaf, Node) else None
-            if bundle is not None and bundle.index in self.values and self.values[bundle.index].dim is not None:
+            bundle = self.bundles.end_to_end(leaf) if isinstance(leaf, Node) else None
+            value = self.values.get(bundle.index) if bundle is not None else None
+            if bundle is not None and value is not None and (value.dim is not None or bundle.apart is not None):
                 by_bundle.setdefault(bundle.index, []).append(leaf)
         for index, members in by_bundle.items():
             members = list(dict.fromkeys(members))
@@ -619,9 +669,8 @@ class Emitter:
     def _separate(self, bundle: Bundle, members: list[Node]) -> None:
         """Lanes that leave the region one by one leave as tensors of their own, as they were: not as views of one pack."""
         value, dim = self.values[bundle.index]
-        assert dim is not None
         self.source = members[0]
-        pieces = self.call(torch.unbind_copy, value, dim)
+        pieces = self.call(torch.unbind_copy, value, dim) if dim is not None else self._stretches(bundle, torch.split_with_sizes_copy)
         for member in members:
             self.singles[member] = self.call(operator.getitem, pieces, self.bundles.position[member])
         self.source = None

@@ -34,7 +34,9 @@ def near_misses(bundles: Bundles, is_heavy: Callable[[Bundle], bool], region: st
             if not beside:
                 continue
             nearest = max(beside, key=lambda other: (_alike(bundle, other), len(other.members)))
-            difference = _difference(bundle.members[0], nearest.members[0])
+            facts = ("dtype", "device", "requires_grad") if nearest.unequal else ()  # lanes of any width: widths do not keep it out
+            difference = _difference(bundle.members[0], nearest.members[0], facts) if facts else ""
+            difference = difference or _difference(bundle.members[0], nearest.members[0])
             if difference:
                 name = bundle.members[0].meta.get("path") or "a lane"
                 found.setdefault(difference, Refusal(f"{name} stays out of the lanes next to it: {difference}", place, region))
@@ -51,11 +53,11 @@ def _alike(one: Bundle, other: Bundle) -> int:
     return count
 
 
-def _difference(one: Node, other: Node) -> str:
+def _difference(one: Node, other: Node, facts: tuple[str, ...] = ("shape", "dtype", "device", "requires_grad")) -> str:
     """The first argument in which two calls of one op differ, in words."""
     for name, a, b in zip(one.target.names, one.args, other.args, strict=True):  # type: ignore[union-attr]
         if isinstance(a, Node) and isinstance(b, Node):
-            for fact in ("shape", "dtype", "device", "requires_grad"):
+            for fact in facts:
                 left, right = a.meta.get(fact), b.meta.get(fact)
                 if left != right:
                     words = [list(v) if fact == "shape" and v is not None else v for v in (left, right)]

@@ -111,4 +111,8 @@ def _member(graph: torch.fx.Graph, recipe: Recipe, lane: int) -> torch.fx.Node:
     inverse = tuple(recipe.order.index(d) for d in range(len(recipe.order)))
     if inverse != tuple(range(len(inverse))):
         made = graph.call_function(torch.permute, (made, inverse))
+    if recipe.style == "padded":
+        for dim, size in enumerate(recipe.member_shape(lane)):
+            made = made if size == recipe.shape[dim] else graph.call_function(slice_along, (made, dim, 0, size, 1))
+        return made
     return made if recipe.own_shapes is None else graph.call_function(torch.reshape, (made, recipe.own_shapes[lane]))

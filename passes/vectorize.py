@@ -15,7 +15,7 @@ import torch.fx
 from fxfuse.graph import FusedOp, Place, Refusal
 
 from .buffers import join_writes
-from .bundle import Bundle, Bundles, Node, find_bundles
+from .bundle import Bundle, Bundles, Node, find_bundles, widths_apart
 from .chunk import in_chunks
 from .emit import CannotVectorize, Emitter, Packs
 from .factor import factor_shared_maps
@@ -25,6 +25,7 @@ from .lifted import Lifted
 from .picks import unify_picks
 from .pointwise_conv import unify_pointwise
 from .rules import has_rule, is_heavy, is_view, rule_of
+from .unequal import Group
 
 LaneSet = frozenset[tuple[Any, ...]]  # (op, place, path, lanes) of each of its bundles
 
@@ -44,6 +45,8 @@ class Prepared:
     chunks: int = 1
     whole: Bundles | None = None  # ``bundles`` before they were cut into chunks
     skipped: frozenset[LaneSet] = frozenset()  # lane sets that are to stay as they are
+    groups: list[Group] = field(default_factory=list)  # lanes of unequal widths that can be one bundle
+    together: bool = False  # they are; otherwise lanes are bundled by width
 
     def find(self) -> None:
         """Find the bundles anew, without what was disabled and without lane sets that save nothing."""
@@ -53,6 +56,7 @@ class Prepared:
             is_view,
             self.min_lanes,
             is_heavy if self.merge else None,
+            [group for group in self.groups if not any(m in self.disabled for m in group.members)] if self.together else (),
         )
         for component in self.bundles.components():
             if saved_launches(self.bundles, component) <= 0:
@@ -68,6 +72,14 @@ class Prepared:
         for index in component:
             for member in self.bundles.classes[index].members:
                 self.bundles.position.pop(member, None)
+
+    def with_widths(self, together: bool) -> Prepared:
+        """The same graph, with lanes of unequal widths in one bundle, or bundled by width."""
+        if together == self.together or not self.groups:
+            return self
+        other = replace(self, together=together, disabled=set(), refusals=[])
+        other.find()
+        return other
 
     def cut(self, chunks: int) -> Prepared:
         """The same lanes in so many chunks."""
@@ -97,7 +109,7 @@ class Prepared:
     def launches(self) -> int:
         """About how many ops the rewritten graph launches."""
         return sum(
-            1 if bundle.index in self.bundles.active else len(bundle.members)
+            1 + joining(bundle, self.bundles) if bundle.index in self.bundles.active else len(bundle.members)
             for bundle in self.bundles.classes
             if bundle.op is not None and not is_view(bundle)
         )
@@ -128,12 +140,14 @@ def prepare(lifted: Lifted, min_lanes: int, merge: bool = False) -> Prepared:
     unify_pointwise(lifted.graph)
     prepared = Prepared(lifted, Bundles([], {}, set(), {}), factored, min_lanes=min_lanes, merge=merge)
     prepared.find()
-    return prepared
+    prepared.groups = widths_apart(lifted.graph, min_lanes)
+    together = prepared.with_widths(True)
+    return together if together.launches() < prepared.launches() else prepared
 
 
-def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer: str) -> Vectorized | None:
-    """Emit the rewritten graph; ``packs`` is extended only where that succeeds. None where nothing is left to fuse."""
-    while prepared.worthwhile:
+def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer: str, alone: bool = False) -> Vectorized | None:
+    """Emit the rewritten graph; ``packs`` is extended only where that succeeds. None where nothing is left to fuse, unless ``alone``."""
+    while prepared.worthwhile or alone:
         attempt = copy.copy(packs)
         attempt.recipes, attempt.where, attempt.constants = dict(packs.recipes), dict(packs.where), dict(packs.constants)
         _take_constants(prepared.lifted, attempt)
@@ -144,7 +158,8 @@ def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer
             bundle = refusal.bundle
             assert bundle is not None
             place: Place | None = bundle.members[0].meta.get("place")
-            prepared.refusals.append(Refusal(str(refusal), place, prepared.lifted.frame.path))
+            if not bundle.unequal:  # else they are bundled by width
+                prepared.refusals.append(Refusal(str(refusal), place, prepared.lifted.frame.path))
             prepared.disabled.update(bundle.members)
             prepared.find()
             continue
@@ -184,13 +199,29 @@ def saved_launches(bundles: Bundles, component: set[int]) -> int:
             saved += lanes - 1
         if bundle.name in ("select", "slice_along", "size"):
             continue
-        for column in _columns(bundle):
+        saved -= joining(bundle, bundles)
+        for column in _columns(bundle) if not bundle.unequal else ():
             if all(n is column[0] for n in column) or all(n.op == "get_attr" for n in column):
                 continue
-            if all(bundles.of[n] == bundles.of[column[0]] for n in column) and bundles.of[column[0]] in bundles.active:
+            inner = bundles.bundle(column[0])
+            if (inner is not None and all(bundles.of[n] == inner.index for n in column)) or bundles.stretch(column) is not None:
                 continue
             saved -= 1
     return saved
+
+
+def joining(bundle: Bundle, bundles: Bundles) -> int:
+    """Launches that lanes of unequal widths cost besides the op itself: what brings their inputs to one width, and their results apart."""
+    if not bundle.unequal or not is_heavy(bundle):
+        return 0
+    inputs = [member.args[0] for member in bundle.members]
+    if all(x is inputs[0] for x in inputs):
+        return 0
+    shapes = {x.meta["shape"] for x in inputs}  # type: ignore[union-attr]
+    source = bundles.end_to_end(inputs[0])  # type: ignore[arg-type]
+    apart = source is not None and all(bundles.of[x] == source.index for x in inputs)  # type: ignore[index]
+    fill = 2 + (0 if apart else 1) if len(shapes) > 1 else (0 if apart else 1)
+    return fill + (0 if bundle.apart is None else 2)
 
 
 def _columns(bundle: Bundle) -> list[list[Node]]:

@@ -39,6 +39,7 @@ from . import (
     weight_norm,
 )
 from .base import RULES, Rule
+from .unequal import rule_of_widths
 
 FAMILIES = (
     *(along, attention, batch, batch_norm, bilinear, conv, elementwise, embedding, factories, fallback, fft),
@@ -49,6 +50,8 @@ FAMILIES = (
 
 def rule_of(bundle: Bundle) -> Rule | None:
     """The rule for the bundle's op: its own; the elementwise one where the operator's schema says so; else ``torch.vmap``."""
+    if bundle.unequal:
+        return rule_of_widths(bundle)
     found = RULES.get(bundle.name)
     if found is None and bundle.op is not None and bundle.op.pointwise and not bundle.op.random:
         return elementwise.POINTWISE

@@ -36,7 +36,9 @@ class Rule:
         assert isinstance(value, Packed)
         member = bundle.members[0]
         made: Any = value.node.meta.get("val")
-        if hasattr(made, "shape") and member.meta.get("shape") is not None:
+        if bundle.apart is not None:
+            _check_end_to_end(bundle, made)
+        elif hasattr(made, "shape") and member.meta.get("shape") is not None:
             shape = list(made.shape)
             if value.dim is not None:
                 lanes = shape.pop(value.dim)
@@ -47,6 +49,14 @@ class Rule:
             if made.dtype is not member.meta["dtype"]:
                 raise CannotVectorize(f"{bundle.name}: lanes would have dtype {made.dtype} instead of {member.meta['dtype']}")
         return value, lowering
+
+
+def _check_end_to_end(bundle: Bundle, made: Any) -> None:
+    assert bundle.apart is not None
+    expected = list(bundle.members[0].meta["shape"])
+    expected[bundle.apart] = sum(member.meta["shape"][bundle.apart] for member in bundle.members)
+    if list(made.shape) != expected or made.dtype is not bundle.members[0].meta["dtype"]:
+        raise CannotVectorize(f"{bundle.name}: lanes end to end would be {list(made.shape)} {made.dtype} instead of {expected}")
 
 
 RULES: dict[str, Rule] = {}

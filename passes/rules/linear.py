@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -77,29 +79,33 @@ def _own(emitter: Emitter, bundle: Bundle, x: Packed, weight_nodes: list[Node]) 
     lowering = emitter.choose(bundle, tuple(options))
     bias = bias_of(emitter, bundle)
     x_front = emitter.front(x, lanes)  # [G, ..., K]
-    x_rank = len(x_front.meta["val"].shape)
-    rows = x_front  # [G, N, K]
-    if x_rank == 2:
-        rows = emitter.call(torch.unsqueeze, x_front, 1)
-    elif x_rank > 3:
-        rows = emitter.call(torch.flatten, x_front, 1, x_rank - 2)
     bias_front = None if bias is None else emitter.front(bias, lanes)  # [G, M]
     distinct = _shared_by_calls(emitter, bundle, weight_nodes)
-    if distinct is not None:  # several calls of each network: more rows for its weight
+
+    def product(rows: Node) -> Node:
+        if distinct is None:
+            return _LOWERINGS[lowering](emitter, bundle, rows, weight_nodes, bias_front)
+        # several calls of each network: more rows for its weight
         calls = lanes // len(distinct)
         rows = emitter.call(torch.flatten, emitter.call(torch.unflatten, rows, 0, (len(distinct), calls)), 1, 2)
         bias_nodes = emitter.nodes(bundle, "bias")
-        bias_front = None if bias_nodes is None else emitter.front(emitter.fetch(bias_nodes[::calls]), len(distinct))
-        out = _LOWERINGS[lowering](emitter, bundle, rows, distinct, bias_front)
-        out = emitter.call(torch.flatten, emitter.call(torch.unflatten, out, 1, (calls, -1)), 0, 1)
-    else:
-        out = _LOWERINGS[lowering](emitter, bundle, rows, weight_nodes, bias_front)
+        own_bias = None if bias_nodes is None else emitter.front(emitter.fetch(bias_nodes[::calls]), len(distinct))
+        out = _LOWERINGS[lowering](emitter, bundle, rows, distinct, own_bias)
+        return emitter.call(torch.flatten, emitter.call(torch.unflatten, out, 1, (calls, -1)), 0, 1)
+
+    return Packed(by_rows(emitter, bundle, x_front, product), 0), lowering
+
+
+def by_rows(emitter: Emitter, bundle: Bundle, x: Node, product: Callable[[Node], Node]) -> Node:
+    """``[G, ..., K] -> [G, ..., M]`` by a product of ``[G, N, K]``."""
+    x_rank = len(x.meta["val"].shape)
     if x_rank == 2:
-        out = emitter.call(torch.squeeze, out, 1)
-    elif x_rank > 3:
-        sizes = [_size(emitter, bundle, x_front, d) for d in range(1, x_rank - 1)]
-        out = emitter.call(torch.unflatten, out, 1, tuple(sizes))
-    return Packed(out, 0), lowering
+        return emitter.call(torch.squeeze, product(emitter.call(torch.unsqueeze, x, 1)), 1)
+    if x_rank == 3:
+        return product(x)
+    out = product(emitter.call(torch.flatten, x, 1, x_rank - 2))
+    sizes = [_size(emitter, bundle, x, d) for d in range(1, x_rank - 1)]
+    return emitter.call(torch.unflatten, out, 1, tuple(sizes))
 
 
 def _shared_by_calls(emitter: Emitter, bundle: Bundle, weight_nodes: list[Node]) -> list[Node] | None:

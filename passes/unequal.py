@@ -1,0 +1,159 @@
+"""Lanes of unequal widths: layers that are one loop but for how many numbers they take or give.
+
+Comes in: a graph. Goes out: groups of nodes that can be computed as one although their sizes differ:
+
+- linear layers with weights of their own that take unequal widths, give unequal widths, or both: one product of weights filled up with
+  zeros, where that does not multiply the work by more than ``MOST_WASTE``;
+- linear layers and convolutions on one shared input that give unequal widths: one wide layer, nothing filled up;
+- elementwise ops of one tensor on what those give.
+
+Nodes are compared by value numbers that leave sizes out: members of a group have equal histories but for sizes, so they sit at the same
+height of the graph and cannot depend on each other. What a group gives lies end to end in one tensor where its widths differ; where
+they are equal, it is a pack like any other, and what follows in the lanes are ordinary bundles.
+
+Nothing is ever multiplied by a zero that fills up unless it is a zero itself: an input's inf or nan stays in its own lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx
+
+from .ops import Op
+
+Node = torch.fx.Node
+
+# A group's filled-up weights may have at most so many times the elements of the lanes' own.
+MOST_WASTE = 4.0
+
+# Which dim of a result holds its features, counted from the end.
+CONVOLUTIONS = {"conv1d": -2, "conv2d": -3, "conv3d": -4}
+
+
+# Random, but element by element: each draws its own.
+DROPOUTS = frozenset({"dropout", "alpha_dropout"})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Nodes to be computed as one. ``dim``: the dim in which their results differ, counted from the end; None where they are equal."""
+
+    members: tuple[Node, ...]
+    dim: int | None
+
+
+def unequal_groups(nodes: Iterable[Node], blurred: dict[Node, int], min_lanes: int) -> list[Group]:
+    """The groups, operands first. ``blurred``: a number for each node, equal for nodes of equal histories but for sizes."""
+    found: list[Group] = []
+    of: dict[Node, Group] = {}
+    by_number: dict[int, list[Node]] = {}
+    for node in nodes:
+        if node.op == "call_function" and isinstance(node.target, Op):
+            by_number.setdefault(blurred[node], []).append(node)
+    for members in by_number.values():  # in the order of their first members: operands come first
+        for group in _groups(members, of):
+            if len(group.members) >= min_lanes:
+                found.append(group)
+                of.update((member, group) for member in group.members)
+    return found
+
+
+def _groups(members: list[Node], of: dict[Node, Group]) -> list[Group]:
+    op = members[0].target
+    assert isinstance(op, Op)
+    if op.name == "linear" or op.name in CONVOLUTIONS:
+        return _layers(members, op)
+    if (op.pointwise and not op.random) or op.name in DROPOUTS:
+        return _elementwise(members, of)
+    return []
+
+
+def _layers(members: list[Node], op: Op) -> list[Group]:
+    """Layers of one op, by what else they must agree in."""
+    alike: dict[Any, list[Node]] = {}
+    for node in members:
+        given = dict(zip(op.names, node.args, strict=True))
+        x, weight, bias = given["input"], given["weight"], given["bias"]
+        if not _is_weight(weight) or (bias is not None and not _is_weight(bias)) or not isinstance(x, Node):
+            continue
+        assert isinstance(weight, Node)
+        if len(x.meta["shape"]) < 1 or (op.name == "linear" and len(weight.meta["shape"]) != 2):
+            continue
+        if op.name in CONVOLUTIONS:
+            if given["groups"] == 1 and len(x.meta["shape"]) == len(weight.meta["shape"]):
+                alike.setdefault((x, weight.meta["shape"][1:]), []).append(node)
+        else:
+            alike.setdefault((x.meta["shape"][:-1], x.meta["dyn"], len(x.meta["shape"])), []).append(node)
+    found: list[Group] = []
+    for group in alike.values():
+        if op.name == "linear" and len({node.args[0] for node in group}) > 1:
+            for part in _of_like_size(_apart(group)):
+                found.extend(_group(part, -1))
+        else:
+            found.extend(_group(group, CONVOLUTIONS.get(op.name, -1)))
+    return found
+
+
+def _group(members: list[Node], dim: int) -> list[Group]:
+    """The group, where its members' weights are distinct and their sizes unequal."""
+    weights = [member.args[1] for member in members]
+    sizes = {weight.meta["shape"] for weight in weights}  # type: ignore[union-attr]
+    if len(set(weights)) < len(weights) or len(sizes) < 2:
+        return []
+    widths = {member.meta["shape"][dim] for member in members}
+    return [Group(tuple(members), dim if len(widths) > 1 else None)]
+
+
+def _is_weight(arg: Any) -> bool:
+    return isinstance(arg, Node) and arg.op == "get_attr" and arg.meta.get("own_shape") is None
+
+
+def _apart(members: list[Node]) -> list[Node]:
+    """Members whose input no other member reads: several layers on one input among others are no lanes of it."""
+    inputs = [member.args[0] for member in members]
+    return [member for member, x in zip(members, inputs, strict=True) if inputs.count(x) == 1]
+
+
+def _of_like_size(members: list[Node]) -> list[list[Node]]:
+    """The members in groups that filling up makes at most ``MOST_WASTE`` times as large, in program order."""
+    parts: list[list[Node]] = []
+    for member in sorted(members, key=lambda node: node.args[1].meta["shape"]):  # type: ignore[union-attr]
+        if parts and _waste([*parts[-1], member]) <= MOST_WASTE:
+            parts[-1].append(member)
+        else:
+            parts.append([member])
+    order = {member: index for index, member in enumerate(members)}
+    return [sorted(part, key=order.__getitem__) for part in parts]
+
+
+def _waste(members: list[Node]) -> float:
+    shapes = [member.args[1].meta["shape"] for member in members]  # type: ignore[union-attr]
+    filled = len(shapes) * max(m for m, _ in shapes) * max(k for _, k in shapes)
+    return float(filled / max(1, sum(m * k for m, k in shapes)))
+
+
+def _elementwise(members: list[Node], of: dict[Node, Group]) -> list[Group]:
+    """Ops of one tensor, each on another member of one group whose results are unequal: all of them, once each."""
+    if any(len(node.all_input_nodes) != 1 for node in members):
+        return []
+    sources = [node.all_input_nodes[0] for node in members]
+    group = of.get(sources[0])
+    if group is None or group.dim is None or set(sources) != set(group.members) or len(sources) != len(group.members):
+        return []
+    if any(node.meta["shape"] != source.meta["shape"] for node, source in zip(members, sources, strict=True)):
+        return []
+    by_source = dict(zip(sources, members, strict=True))
+    return [Group(tuple(by_source[source] for source in group.members), group.dim)]
+
+
+def blurred_numbers(nodes: Iterable[Node], key: Callable[[Node, dict[Node, int]], Any]) -> dict[Node, int]:
+    """A number for each node, equal where ``key``, given the numbers of its operands, is."""
+    numbers: dict[Any, int] = {}
+    found: dict[Node, int] = {}
+    for node in nodes:
+        if node.op != "output":
+            found[node] = numbers.setdefault(key(node, found), len(numbers))
+    return found
