@@ -211,6 +211,8 @@ class Builder:
         chosen, before = built.chosen, len(prepared.refusals)
         skipped = chosen.region.prepared.skipped
         prepared = prepared.with_widths(chosen.choice.together)
+        if alone and not prepared.worthwhile:
+            prepared = prepared.whatever_it_saves()
         if skipped:
             prepared = prepared.without(skipped)
         made = vectorize(prepared.cut(chosen.choice.chunks), built.packs, chosen.choice.lowering, chosen.prefer, alone)

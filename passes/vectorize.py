@@ -47,6 +47,7 @@ class Prepared:
     skipped: frozenset[LaneSet] = frozenset()  # lane sets that are to stay as they are
     groups: list[Group] = field(default_factory=list)  # lanes of unequal widths that can be one bundle
     together: bool = False  # they are; otherwise lanes are bundled by width
+    all_lanes: bool = False  # also those that save nothing
 
     def find(self) -> None:
         """Find the bundles anew, without what was disabled and without lane sets that save nothing."""
@@ -58,7 +59,7 @@ class Prepared:
             is_heavy if self.merge else None,
             [group for group in self.groups if not any(m in self.disabled for m in group.members)] if self.together else (),
         )
-        for component in self.bundles.components():
+        for component in () if self.all_lanes else self.bundles.components():
             if saved_launches(self.bundles, component) <= 0:
                 self._leave(component)
         for component in self.bundles.components(through_forks=False) if self.skipped else ():
@@ -78,6 +79,12 @@ class Prepared:
         if together == self.together or not self.groups:
             return self
         other = replace(self, together=together, disabled=set(), refusals=[])
+        other.find()
+        return other
+
+    def whatever_it_saves(self) -> Prepared:
+        """The same graph, also with lanes that save nothing in this mode: in another they do, and their weights are packed."""
+        other = replace(self, all_lanes=True, disabled=set(self.disabled), refusals=[])
         other.find()
         return other
 

@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import QUICK, Cases, assert_case, assert_fused_equals, own_gradients, randn, randomized
 from torch import nn
 
 import fxfuse
+from checks import QUICK, Cases, assert_case, assert_fused_equals, own_gradients, randn, randomized
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
 from fxfuse.passes.unequal import MOST_WASTE
