@@ -33,6 +33,8 @@ CLEARLY = 0.97
 # Candidates within this factor of the best are timed once more, together, at the end.
 CLOSE = 1.15
 MOST_FINALISTS = 4
+# A form this much slower than another, before its lowerings are searched, is dropped: of unequal widths each has lowerings of its own.
+FAR_BEHIND = 1.5
 # Lane sets whose widest result has fewer bytes than this fit the cache with room to spare: other numbers of chunks are not tried.
 WORTH_CHUNKING = 1 << 19
 # A layer of its own that becomes a region pays for the guard at every call.
@@ -194,7 +196,7 @@ class Planner:
 
     def _fastest(self, forms: list[Prepared]) -> Choice:
         """The form, its lowerings and chunks that measure fastest; refused where the loop is as fast."""
-        found: list[tuple[Choice, Steps]] = []
+        best: tuple[Choice, Steps] | None = None
         for self.prepared in forms:
             base = self.emit({})
             if base is None:
@@ -203,18 +205,25 @@ class Planner:
             if self.prepared.single and not base.choices:
                 choice.refusal = self._refusal("a layer with one spelling")
                 return choice
-            found.append((choice, self._descended(choice)))
-        if not found:
+            best = (choice, self._descended(choice)) if best is None else self._better(best, choice)
+        if best is None:
             return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
-        choice, steps = found[0]
-        for other, others in found[1:]:
+        self.prepared = self.prepared.with_widths(best[0].together)
+        return self._decide(*best)
+
+    def _better(self, best: tuple[Choice, Steps], other: Choice) -> tuple[Choice, Steps]:
+        """The best form so far or the other one, whose lowerings are searched only where it is not far behind."""
+        choice, steps = best
+        others = self._steps(other)
+        slower, seconds = self._compare(steps, others)
+        if slower < FAR_BEHIND:
+            others = self._descended(other)
             slower, seconds = self._compare(steps, others)
-            tried = [*choice.tried, *other.tried, (f"{_describe(other)} ({_widths(other)})", seconds)]
-            if slower < CLEARLY:
-                choice, steps = other, others
-            choice.tried = tried
-        self.prepared = self.prepared.with_widths(choice.together)
-        return self._decide(choice, steps)
+        tried = [*choice.tried, *other.tried, ("unequal widths together" if other.together else "bundled by width", seconds)]
+        if slower < CLEARLY:
+            choice, steps = other, others
+        choice.tried = tried
+        return choice, steps
 
     def _descended(self, choice: Choice) -> Steps:
         """Change ``choice`` for the better as long as that is faster; what is timed of it."""
@@ -303,10 +312,6 @@ def _preferred(options: Options) -> str:
     if options.lowering == "grouped_conv":
         return "grouped_conv"
     return "baddbmm" if options.lowering == "bmm" or options.objective == "launches" else ""
-
-
-def _widths(choice: Choice) -> str:
-    return "unequal widths together" if choice.together else "bundled by width"
 
 
 def _launches(forward: Callable[[], Any]) -> Launches:
