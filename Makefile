@@ -2,7 +2,7 @@
 #   make demo    install the package and fuse a real feature-network model: report, launches, speed, differences
 #   make test    install what the tests need, then lint, types, tests
 #   make bench   the figures of README.md
-#   make zoo     models of other packages: launches before and after, right or wrong (ZOO="--time --why subject ...")
+#   make zoo     models of other packages: launches before and after, right or wrong, speed (ZOO="--no-time --why subject ...")
 #   make zoo-test   the same as tests, without the table
 PYTHON ?= python3
 VENV := .venv
