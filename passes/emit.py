@@ -11,6 +11,7 @@ have the same value. Every node carries ``meta["val"]``, a meta tensor, so that 
 from __future__ import annotations
 
 import inspect
+import itertools
 import linecache
 import math
 import operator
@@ -165,7 +166,8 @@ class Emitter:
         tensor = torch.tensor(values, dtype=torch.int64, device=device)
         held = [(name, known) for name, known in self.packs.constants.items() if name not in self.lifted.constants]
         alike = (n for n, known in held if known.dtype is tensor.dtype and known.device == tensor.device and torch.equal(known, tensor))
-        name = next(alike, f"{self.packs.holder}.index_{len(self.packs.constants)}")
+        fresh = (f"{self.packs.holder}.index_{number}" for number in itertools.count(len(self.packs.constants)))
+        name = next(alike, "") or next(name for name in fresh if name not in self.packs.constants)
         self.packs.constants.setdefault(name, tensor)
         node = self.attribute(name, tensor)
         if self.real:  # rather than zeros, by which something may be divided
