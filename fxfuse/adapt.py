@@ -3,8 +3,8 @@
 Comes in: a region and a call under ``torch.autocast`` that fits what was recorded but for the dtypes that autocast chose. Goes out: a
 program for such calls, added to the region; or why there is none, and the call runs the loop. The region's own forward is recorded once
 more, under that autocast, whose casts become casts in the graph, so that every packed op computes in the dtypes of the ops it replaces;
-then it is rewritten over the packs that are there. The result is compared with the loop in float64, where autocast does nothing, and,
-under autocast, dtype by dtype. Programs made so are not saved or copied: a copy makes its own.
+then it is rewritten over the packs that are there. The result, its casts left out, is compared with the loop as any program is, in float64
+too; with its casts, under autocast, dtype by dtype. Programs made so are not saved or copied: a copy makes its own.
 """
 
 from __future__ import annotations
@@ -29,22 +29,25 @@ from .casts import without_autocast
 from .collector import paused
 from .determinism import preserved_state
 from .entries import FORWARD, Entry
+from .errors import FallbackError
 from .fused import STATE, RegionState, unfuse
 from .graph import Guard, Program, Refusal, TensorGuard
 from .guards import explain_miss
-from .inputs import batch_size
+from .inputs import batch_size, resample
 from .lengths import tracked_len
 from .observe import observe, reads_offsets
 from .passes.emit import Packs
+from .passes.functional import autocast_to
 from .passes.program import make_program, resolve_packed
 from .passes.vectorize import vectorize
 from .regions import RegionFinder
 from .runs import run
+from .tracer import hooks_silent
 from .validate import other_examples, validate
 from .weights import unpackable
 
 _lock = threading.RLock()
-_ROOM = 2  # times the root of the narrow dtype's eps: how far results of two orders of rounding may be apart, in norm
+_ROOM = 1.5  # times the root of the narrow dtype's eps: how far results of two orders of rounding may be apart, in norm
 
 
 class Unfit(Exception):
@@ -70,14 +73,14 @@ def adapt(state: RegionState, name: str, args: tuple[Any, ...], kwargs: dict[str
         return ""
     key = (name, flags, casts, tuple(leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)))
     with _lock:
+        if any(explain_miss(c.program.guard, leaves) is None for c in state.adapted.get((name, flags), ())):
+            return None  # another thread was first
         tried = state.unfit.setdefault(key, [])
         if len(tried) >= MOST_FORMS or any(tried):
             return next(filter(None, tried), "")
         try:
             with _undisturbed():
-                made = _made(state, Entry(name, *_apart(args, kwargs)), casts)
-                if state.plan.making.validate:
-                    _prove(state, made, casts)
+                made = _best(state, name, args, kwargs, casts)
             state.extra.update(made.constants)
             compiled = state.compile(made.program, {})
         except Unfit as unfit:
@@ -113,6 +116,25 @@ def _fits(guard: Guard, leaves: list[Any]) -> bool:
     return batch_size(tuple(leaves), {}) != 0 and explain_miss(replace(guard, leaves=wanted, generic_dtype=False, autocast=casts), leaves) is None
 
 
+def _best(state: RegionState, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], casts: tuple[str, torch.dtype]) -> _Made:
+    """The program that fits most calls: one row says little of strides and free sizes, so that more are tried first."""
+    assert state.plan.making is not None
+    example = _apart(args, kwargs)
+    rows = [resample(*example, batch=3, seed=5), example] if batch_size(*example) == 1 else [example]
+    for index, given in enumerate(rows):
+        try:
+            made = _made(state, Entry(name, *given), casts)
+            if explain_miss(replace(made.program.guard, autocast=None), tree_flatten(example)[0]) is not None:
+                raise Unfit("no call fits what was recorded")
+            if state.plan.making.validate:
+                _prove(state, made, casts)
+            return made
+        except Unfit:
+            if index + 1 == len(rows):
+                raise
+    raise AssertionError("the last one raises")
+
+
 def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _Made:
     """The region recorded under ``casts`` and rewritten over its packs."""
     plan, making = state.plan, state.plan.making
@@ -131,7 +153,8 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     prepared = prepared.without(making.skipped) if making.skipped else prepared
     made = vectorize(prepared.cut(making.chunks), _packs(state, region), making.lowering, making.prefer)
     if made is None:
-        raise Unfit(str([*prepared.refusals, Refusal("nothing is left to fuse")][0]))
+        closed = [Refusal(f.poison, f.place) for f in observation.trace.frames if f.poison]
+        raise Unfit(str([*prepared.refusals, *closed, Refusal("nothing is left to fuse")][0]))
     resolve_packed(made.graph, made.packs)
     used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
     constants = {name: tensor for name, tensor in made.packs.constants.items() if name in used and name not in plan.constants}
@@ -158,32 +181,52 @@ def _packs(state: RegionState, region: nn.Module) -> Packs:
 
 
 def _prove(state: RegionState, made: _Made, casts: tuple[str, torch.dtype]) -> None:
-    """Raise ``Unfit`` where the program is not the loop."""
-    flags, entry = state.flags(), made.entry
+    """Raise ``Unfit`` where the program is not the loop: without its casts, as far as the loop runs without autocast; and with them."""
     original, fused = unfuse(state.region), copy.deepcopy(state.region)
-    trial: RegionState = fused.__dict__[STATE]
-    forward = {flags: made.program} if entry.name == FORWARD else {}
-    methods = {} if entry.name == FORWARD else {entry.name: {flags: (made.program,)}}
-    trial.plan = replace(state.plan, programs=forward, methods=methods, making=None)
+    entry, trial = made.entry, fused.__dict__[STATE]
+    roots, example = (entry.root(original), entry.root(fused)), (entry.args, entry.kwargs)
+    examples = [example, *(other_examples(example)[:2] if made.fresh else [])]
+    with hooks_silent(original), hooks_silent(fused):
+        _try_only(trial, made, without_casts(made.program), strict=False)
+        outcome = validate(*roots, examples, modes=("given",), own_dtype=False, must_run=0)
+        if not outcome.differences:  # a forward that insists on its dtype
+            outcome = validate(*roots, examples, modes=("given",), float64=False, must_run=0)
+        if outcome.differences and not outcome.ok:
+            raise Unfit(f"the rewritten form differs: {outcome.reason}")
+        _try_only(trial, made, made.program, strict=True)  # an answer of the loop would be compared with itself
+        for args, kwargs in examples:
+            with torch.autocast(casts[0], dtype=casts[1]):
+                loop, packed = (run(root, args, kwargs, mode="given", requires_grad=None) for root in roots)
+            if isinstance(packed.error, FallbackError) and args is not entry.args:
+                continue  # of other sizes
+            if loop.error is None and packed.error is not None:
+                raise Unfit(f"the rewritten form raises {type(packed.error).__name__}: {packed.error}")
+            for kind in ("outputs", "input_gradients", "parameter_gradients", "buffers") if loop.error is None else ():
+                reason = _difference(getattr(loop, kind), getattr(packed, kind), casts[1])
+                if reason:
+                    raise Unfit(f"the rewritten form differs under autocast: {reason}")
+
+
+def _try_only(trial: RegionState, made: _Made, program: Program, *, strict: bool) -> None:
+    """Make ``program`` the only one of a copied region."""
+    flags, name = trial.flags(), made.entry.name
+    forward = {flags: program} if name == FORWARD else {}
+    methods = {} if name == FORWARD else {name: {flags: (program,)}}
+    trial.plan = replace(trial.plan, programs=forward, methods=methods, making=None)
     trial.extra.update(made.constants)
     trial.facts.clear()  # what the weights are now counts
     trial.compiled.clear()
     trial.others.clear()
-    trial.strict, trial.ready = False, None
-    roots, example = (entry.root(original), entry.root(fused)), (entry.args, entry.kwargs)
-    examples = [example, *(other_examples(example)[:2] if made.fresh else [])]
-    outcome = validate(*roots, examples, modes=("given",), own_dtype=False, must_run=1)
-    if not outcome.ok or not outcome.proved:
-        raise Unfit(f"the rewritten form differs: {outcome.reason or 'it could not be compared in float64'}")
-    trial.strict = True  # an answer of the loop would be compared with itself
-    with torch.autocast(casts[0], dtype=casts[1]):
-        loop, packed = (run(root, *example, mode="given", requires_grad=None) for root in roots)
-    if packed.error is not None:
-        raise Unfit(f"the rewritten form raises {type(packed.error).__name__}: {packed.error}")
-    for kind in ("outputs", "input_gradients", "parameter_gradients", "buffers"):
-        reason = _difference(getattr(loop, kind), getattr(packed, kind), casts[1])
-        if reason:
-            raise Unfit(f"the rewritten form differs under autocast: {reason}")
+    trial.strict, trial.ready = strict, None
+
+
+def without_casts(program: Program) -> Program:
+    """The program for calls without autocast: what autocast casts stays as it is."""
+    graph = copy.deepcopy(program.graph)
+    for node in graph.nodes:
+        if node.target is autocast_to:
+            node.replace_all_uses_with(node.args[0])
+    return replace(program, graph=graph, guard=replace(program.guard, autocast=None))
 
 
 def _difference(one: dict[str, Any], two: dict[str, Any], dtype: torch.dtype) -> str:

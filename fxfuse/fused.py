@@ -315,7 +315,7 @@ class RegionMixin(LaneMixin):
         said = adapt(state, name, args, kwargs)
         if said is None:
             state.prepare()
-            return reason, state.methods[name][-1].run(args, kwargs)
+            return reason, _first_of(state.methods[name])(args, kwargs)
         return f"{reason}{said and ', and '}{said}", MISS
 
     def _fxfuse_fall_back(

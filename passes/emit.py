@@ -634,7 +634,8 @@ class Emitter:
         wanted, value = leaf.meta.get("out_stride"), node.meta.get("val")
         if wanted is None or not isinstance(value, torch.Tensor) or value.shape != torch.Size(leaf.meta["shape"]):
             return node
-        if all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
+        one_row = any(value.shape[d] == 1 for d in leaf.meta.get("dyn") or ())  # of which the strides of more rows cannot be told
+        if not one_row and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
             return node
         order = sorted(range(len(wanted)), key=lambda d: (-wanted[d], d))
         if order == list(range(len(order))):

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxfuse
-from checks import mlp, model_of, randn, randomized
+from checks import QUICK, mlp, model_of, randn, randomized
 from fxfuse import adapt, packing
 from fxfuse.errors import FallbackError
 from fxfuse.fused import regions
 from fxfuse.launches import count
+from fxfuse.passes.functional import autocast_to
 from fxfuse.private.pytree import tree_leaves, tree_map_only
 
 BF16 = torch.bfloat16
@@ -27,7 +28,7 @@ def single(value: Any) -> Any:
 
 
 def fuse(model: nn.Module, x: Any, **options: Any) -> nn.Module:
-    return fxfuse.optimize(model, x, **{"objective": "launches", "tune": False, **options})
+    return fxfuse.optimize(model, x, **{"objective": "launches", **QUICK, **options})
 
 
 def ran(model: nn.Module, x: Any, dtype: torch.dtype | None = BF16) -> tuple[list[Tensor], list[Tensor | None], dict[str, Tensor | None]]:
@@ -113,7 +114,7 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize("lowering", ["auto", "bmm", "grouped_conv"])
 def test_networks_per_column(lowering: str) -> None:
-    assert_fast(Columns(), randn(6, 4), 2, lowering=lowering)
+    assert_fast(Columns(), randn(6, 4), 2, lowering=lowering, validate=True)
 
 
 @pytest.mark.parametrize("inputs, hidden, outputs", [(1, 1, 1), (3, 5, 1), (2, 6, 4)])
@@ -224,7 +225,7 @@ def both(self: Any, x: Tensor) -> Tensor:
 def test_autocast_inside(forward: Any, outside: bool) -> None:
     model = randomized(model_of(forward, nets=nn.ModuleList(mlp(5, 6, 2) for _ in range(3)))).float()
     x = single(randn(6, 5))
-    fused = fuse(model, x)
+    fused = fuse(model, x, validate=True)
     assert fxfuse.report(fused).fused, fxfuse.report(fused)
     for batch in (x, single(randn(9, 5, seed=9))):
         got, want = ran(fused, batch, BF16 if outside else None), ran(model, batch, BF16 if outside else None)
@@ -357,7 +358,7 @@ def test_other_methods() -> None:
             return self.forward(x) * scale + torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
 
     model, x = randomized(Model()).float(), single(randn(6, 4))
-    fused = fuse(model, x, methods=["predict"])
+    fused = fuse(model, x, methods=["predict"], validate=True)
     with torch.autocast("cpu", dtype=BF16):
         assert_close(fused.predict(x), model.predict(x), "predict", 0.02)
         assert_close(fused(x), model(x), "forward", 0.02)
@@ -388,15 +389,16 @@ def test_hooked_lanes_stay_calls_under_autocast() -> None:
     model, x = randomized(Columns()).float(), single(randn(6, 4))
     dtypes: list[torch.dtype] = []
     model.nets[1].register_forward_hook(lambda module, inputs, out: dtypes.append(out.dtype))
-    fused = fuse(model, x)
+    fused = fuse(model, x, validate=True)
+    dtypes.clear()
     assert_same(model, fused, x)
-    assert dtypes == [BF16, BF16]
+    assert dtypes == [BF16, BF16]  # once each, and not while the program was made
     assert not fxfuse.report(fused).fallbacks
 
 
 def test_random_numbers_and_the_model_are_left_alone() -> None:
     model, x = randomized(Columns(make=lambda: nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))).float(), single(randn(6, 4))
-    fused = fuse(model, x)
+    fused = fuse(model, x, validate=True)
     before = torch.get_rng_state()
     assert_same(model, fused, x)
     assert torch.equal(torch.get_rng_state(), before)
@@ -422,18 +424,18 @@ def test_a_wrong_program_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*args: Any) -> Any:
         made = real(*args)
         for node in made.graph.nodes:
-            if node.target is torch.relu:
+            if node.target in (torch.relu, torch.relu_):
                 node.target = torch.tanh
         return made
 
     monkeypatch.setattr(adapt, "vectorize", wrong)
     model, x = randomized(Columns()).float(), single(randn(6, 4))
-    fused = fuse(model, x)
+    fused = fuse(model, x, validate=True)
     assert_same(model, fused, x)
     (reason,) = fxfuse.report(fused).fallbacks
     assert reason.startswith("autocast is on for cpu, and the rewritten form differs: "), reason
     with pytest.raises(FallbackError, match="autocast is on for cpu, and the rewritten form differs"), torch.autocast("cpu", dtype=BF16):
-        fuse(model, x, strict=True)(x)
+        fuse(model, x, strict=True, validate=True)(x)
 
 
 def test_a_program_of_other_dtypes_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,12 +445,12 @@ def test_a_program_of_other_dtypes_is_not_used(monkeypatch: pytest.MonkeyPatch) 
         made = real(*args)
         output = next(node for node in made.graph.nodes if node.op == "output")
         with made.graph.inserting_before(output):
-            output.args = ([made.graph.call_method("float", (leaf,)) for leaf in output.args[0]],)
+            output.args = ([made.graph.call_function(autocast_to, (leaf, torch.float32)) for leaf in output.args[0]],)
         return made
 
     monkeypatch.setattr(adapt, "vectorize", wide)
     model, x = randomized(Columns()).float(), single(randn(6, 4))
-    fused = fuse(model, x)
+    fused = fuse(model, x, validate=True)
     assert_same(model, fused, x)
     (reason,) = fxfuse.report(fused).fallbacks
     assert "output is torch.float32, the loop's torch.bfloat16" in reason, reason
