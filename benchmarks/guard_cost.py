@@ -61,7 +61,7 @@ class TwoForms(nn.Module):
         self.inner = Towers(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x, x + 1).sum() + self.inner(x[:, None], x[:, None] + 1).sum()
+        return self.inner(x, x + 1).sum() + self.inner(x[:, None].relu(), x[:, None] + 1).sum()
 
 
 class Frozen(nn.Module):

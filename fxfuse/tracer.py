@@ -38,7 +38,7 @@ from .graph import Place
 from .moves import moves_noted
 from .outside import Change, Generators, Globals, drawing, draws_itself, is_generator
 from .passes.functional import autocast_to
-from .sizes import SizeOf, TracedInt
+from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
 from .trace import Event, Frame, Ref, Trace, Value
 
@@ -191,7 +191,7 @@ class Recorder(TorchFunctionMode):
                 tensors.append(tree)
             return self.number(tree)
         if isinstance(tree, TracedInt):
-            return tree.expr if tree.log is self.sizes else int(tree)
+            return tree.expr if tree.log is self.sizes else plain(tree)
         if isinstance(tree, tuple):
             return tuple([item if type(item) in _PLAIN else self.describe(item, tensors) for item in tree])
         if isinstance(tree, list):
@@ -686,13 +686,14 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
     A run that raises gives a ``Trace`` whose ``failure`` says why.
     """
-    around = Globals(model)
+    before = around = Globals(model)
     trace, generators = _recorded(model, args, kwargs)
     if around.changes():  # a cache is filled once, and then it is read: that is the run that counts
         around = Globals(model)
         trace, generators = _recorded(model, args, kwargs)
     changes = around.changes()
-    around.restore()
+    if changes:
+        before.restore()
     if generators is not None:
         changes += _draws(model, args, kwargs, generators)
     for change in changes:

@@ -69,12 +69,15 @@ def right(model: nn.Module, fused: nn.Module, rows: tuple[int, ...] = (1, 2, 3, 
             assert got is want, (got, want)
 
 
-def outcome(model: nn.Module, reason: str | None, rows: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 8, 12), line: bool = True) -> nn.Module:
+def outcome(model: nn.Module, reason: str | tuple[str, ...] | None, rows: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 8, 12), line: bool = True) -> nn.Module:
     """``reason``: None where it fuses; else a sentence of the report, with a line of this file."""
     fused = fuse(model, X)
     report = fxfuse.report(fused)
     if reason is None:
         assert report.fused, report
+    elif isinstance(reason, tuple):  # one of these
+        texts = [str(refusal) for refusal in report.refused] + report.facts
+        assert any(each in text and (HERE in text or not line) for text in texts for each in reason), texts
     else:
         texts = [str(refusal) for refusal in report.refused] + report.facts
         assert any(reason in text and (HERE in text or not line) for text in texts), texts
@@ -87,19 +90,22 @@ def outcome(model: nn.Module, reason: str | None, rows: tuple[int, ...] = (1, 2,
 DATA = {
     "if": (lambda self, out, x: out * 2 if x.sum() > 0 else out, "reads tensor data into Python (bool)"),
     "if of a lane": (lambda self, out, x: out if (out[:, 0] > 0).any() else out * 3, "reads tensor data into Python (bool)"),
-    "while": (lambda self, out, x: [out := out / 2 for _ in iter(lambda: bool(out.abs().max() > 0.5), False)][-1:] or out,
+    "while": (lambda self, out, x: [out := out / 2 for _ in iter(lambda: bool(out.abs().max() > 0.5), False)][-1:][0] if out.sum() < 9e9 else out,
               "reads tensor data into Python (bool)"),
-    "item": (lambda self, out, x: out * x.max().item(), "reads tensor data into Python (item)"),
-    "float": (lambda self, out, x: out * float(x.mean()), "reads tensor data into Python (float)"),
-    "tolist": (lambda self, out, x: out * sum(x[0].tolist()), "reads tensor data into Python (tolist)"),
-    "numpy": (lambda self, out, x: out * torch.as_tensor(np.tanh(x.detach().numpy())), "reads tensor data into Python (numpy)"),
-    "nonzero": (lambda self, out, x: out[(x[:, 0] > 0).nonzero()[:, 0]], "reads tensor data into Python (nonzero)"),
+    "item": (lambda self, out, x: out * x.max().item(), "its steps depend on the data: mul is called with other arguments in two runs: "),
+    "float": (lambda self, out, x: out * float(x.mean()), "its steps depend on the data: mul is called with other arguments in two runs: "),
+    "tolist": (lambda self, out, x: out * sum(x[0].tolist()), "its steps depend on the data: mul is called with other arguments in two runs: "),
+    "numpy": (lambda self, out, x: out * torch.as_tensor(np.tanh(x.detach().numpy())), "its steps depend on the data: tensor is called with other arguments in two runs: "),
+    "nonzero": (lambda self, out, x: out[(x[:, 0] > 0).nonzero()[:, 0]],
+                "its steps depend on the data: __getitem__ is called with other arguments in two runs: what nonzero() gives depends on the data"),
     "boolean mask": (lambda self, out, x: out[x[:, 0] > 0], "makes a tensor whose size depends on the data (getitem)"),
-    "masked_select": (lambda self, out, x: torch.masked_select(out, x > 0), "reads tensor data into Python (masked_select)"),
+    "masked_select": (lambda self, out, x: torch.masked_select(out, x > 0) * 1,
+                      "its steps depend on the data: mul is called with other arguments in two runs: what masked_select() gives depends on the data"),
     "where of one argument": (lambda self, out, x: out[torch.where(x[:, 0] > 0)], "makes a tensor whose size depends on the data (where)"),
-    "unique": (lambda self, out, x: out.sum() + x.sign().unique().sum(), "reads tensor data into Python (unique)"),
+    "unique": (lambda self, out, x: out.sum() + x.sign().unique().sum(),
+               "its steps depend on the data: sum is called with other arguments in two runs: what unique() gives depends on the data"),
     "index of a list": (lambda self, out, x: out * [1.0, 2.0, 3.0][int(x.argmax()) % 3], "reads tensor data into Python (int)"),
-    "max in Python": (lambda self, out, x: out * max(x[0]), "reads tensor data into Python (bool)"),
+    "max in Python": (lambda self, out, x: out * max(x[0]), "its steps depend on the data: gt is called with other arguments in two runs"),
     "repeat_interleave": (lambda self, out, x: out.repeat_interleave((x[:, 0] > 0).long() + 1, 0),
                           "makes a tensor whose size depends on the data (repeat_interleave)"),
     "assert": (lambda self, out, x: out if not torch.isnan(x).any() else None, "reads tensor data into Python (bool)"),
@@ -124,7 +130,7 @@ DATA_LANES = {
 
 @pytest.mark.parametrize("name", DATA_LANES)
 def test_data_in_the_lanes(name: str) -> None:
-    outcome(with_lane(DATA_LANES[name]), "reads tensor data into Python")
+    outcome(with_lane(DATA_LANES[name]), ("its steps depend on the data: ", "reads tensor data into Python (bool)"))
 
 
 class Sparse(nn.Module):
@@ -144,7 +150,7 @@ class Sparse(nn.Module):
 
 
 def test_sparse_experts() -> None:
-    outcome(randomized(Sparse()), "reads tensor data into Python (nonzero)")
+    outcome(randomized(Sparse()), "its steps depend on the data: flatten is called with other arguments in two runs: what nonzero() gives")
 
 
 # -- sizes ----------------------------------------------------------------------------------------------------------------------------
@@ -180,6 +186,24 @@ SIZES = {
     "batch of one": lambda self, out, x: out.squeeze(0),
     "raises": lambda self, out, x: out.view(-1, 8),
     "a range with a step": lambda self, out, x: torch.stack([out[i] for i in range(0, x.shape[0], 2)]),
+    "chunks of rows": lambda self, out, x: torch.cat([out[i : i + 8].cumsum(0) for i in range(0, x.shape[0], 8)]),
+    "chunks counted": lambda self, out, x: torch.cat([c.cumsum(0) for c in (out[8 * i : 8 * i + 8] for i in range(math.ceil(len(x) / 8)))]),
+    "while there are rows": lambda self, out, x: sum(out[i : i + 8].cumsum(0).sum() for i in itertools.takewhile(lambda i: i < len(x), range(0, 99, 8))),
+    "a bit": lambda self, out, x: out if x.shape[0] & 1 else out * 2,
+    "half, compared": lambda self, out, x: out if x.shape[0] / 2 > 1 else out * 2,
+    "its root, compared": lambda self, out, x: out if math.sqrt(x.shape[0]) > 1.9 else out * 2,
+    "its square, compared": lambda self, out, x: out if x.shape[0] ** 2 > 10 else out * 2,
+    "int, compared": lambda self, out, x: out if int(x.shape[0]) > 3 else out * 2,
+    "float, compared": lambda self, out, x: out if float(len(x)) > 3 else out * 2,
+    "its bits, compared": lambda self, out, x: out if x.shape[0].bit_length() > 2 else out * 2,
+    "its text, compared": lambda self, out, x: out if str(x.shape[0]) not in ("1", "2") else out * 2,
+    "a formatted key": lambda self, out, x: out * {"n1": 2.0, "n2": 3.0}.get(f"n{x.shape[0]}", 4.0),
+    "in a tuple": lambda self, out, x: out * 2 if x.shape[0] in (1, 2) else out,
+    "in a set": lambda self, out, x: out * 2 if x.shape[0] in {1, 2} else out,
+    "in a range": lambda self, out, x: out * 2 if x.shape[0] in range(3) else out,
+    "the shape, compared": lambda self, out, x: out * 2 if x.shape == (2, 4) else out,
+    "the shape, a key": lambda self, out, x: out * {(1, 4): 2.0, (2, 4): 3.0}.get(tuple(x.shape), 4.0),
+    "the larger": lambda self, out, x: out * max(x.shape[0], 4),
     "reversed": lambda self, out, x: torch.stack([out[i] for i in reversed(range(x.shape[0]))]),
 }
 
@@ -194,6 +218,23 @@ def test_sizes(name: str) -> None:
     assert report.fused or report.refused
     for reason in report.fallbacks:
         assert reason.startswith("input 0 has s"), reason  # "shape (2, 4), recorded (5, 4)", "size 2 in dim 0, recorded > 3"
+
+
+UNSEEN = {
+    "a remainder as an index": lambda self, out, x: out * (2.0, 3.0, 4.0)[x.shape[0] % 3],
+    "numpy, compared": lambda self, out, x: out if np.prod(x.shape) > 12 else out * 2,
+    "a list by its size": lambda self, out, x: out * ([2.0] * 2 + [3.0] * 97)[x.shape[0]],
+    "a slice of a list": lambda self, out, x: sum(([out] * 4)[: x.shape[0]]),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_sizes_that_are_read_unseen(name: str) -> None:
+    """Nothing tells a recording of these: the validation at other sizes does."""
+    model = with_after(UNSEEN[name])
+    fused = fuse(model, X, validate=True)
+    right(model, fused)
+    assert fxfuse.report(fused).fused or "the rewritten form differs" in str(fxfuse.report(fused))
 
 
 def test_a_loop_over_rows_says_so() -> None:
@@ -388,7 +429,7 @@ def test_attributes_that_forward_changes(how: str) -> None:
     model = randomized(Counting(how))
     fused, twin = fuse(model, X), copy.deepcopy(model)
     texts = [str(refusal) for refusal in fxfuse.report(fused).refused]
-    assert any(text.startswith(f"forward changes self.{how} ") and HERE in text for text in texts), texts
+    assert any(text == f"forward changes self.{how}" for text in texts), texts
     for n in range(5):
         x = randn(5, 4, seed=n)
         assert_close(fused(x), twin(x), f"call {n}")
