@@ -39,7 +39,7 @@ class Towers(nn.Module):
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
-        self.towers = nn.ModuleList(nn.Linear(4, 3) for _ in range(inputs))
+        self.towers = nn.ModuleList(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)) for _ in range(inputs))
 
     def forward(self, *xs: Tensor) -> Tensor:
         return torch.stack([tower(x) for tower, x in zip(self.towers, xs, strict=True)])

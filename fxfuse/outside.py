@@ -24,6 +24,7 @@ from torch import nn
 from .graph import Place
 
 _PLAIN = (int, float, complex, str, bytes, type(None))
+_NOT_THE_USERS = frozenset({"torch", "builtins", "fxfuse", "typing", "abc"})
 _MOST_ITEMS = 10_000
 _SOURCES = {"Random": "random", "RandomState": "numpy.random", "Generator": "numpy.random"}
 
@@ -240,12 +241,28 @@ class _Cell:
             return self
 
 
+def line_of_attribute(module: nn.Module, name: str) -> Place | None:
+    """The last line of the module's own methods that names this attribute: where it is changed, mostly."""
+    for base in type(module).__mro__:
+        if base.__module__.partition(".")[0] in _NOT_THE_USERS:
+            continue
+        codes = [function.__code__ for value in vars(base).values() if (function := _function(value)) is not None]
+        codes.sort(key=lambda code: code.co_name in ("__init__", "reset_parameters"))
+        while codes:
+            code = codes.pop(0)
+            line = dict(_lines(code)).get(name)
+            if line is not None and code.co_name != "__init__":
+                return Place(code.co_filename, line)
+            codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return None
+
+
 @functools.cache
 def _named(kind: type) -> tuple[tuple[Any, str, type, Place], ...]:
     """What the methods of a class, torch's own aside, name outside of themselves: where it lies, its name, a line that names it."""
     found: dict[tuple[int, str], tuple[Any, str, type, Place]] = {}
     for base in kind.__mro__:
-        if base.__module__.partition(".")[0] in ("torch", "builtins", "fxfuse", "typing", "abc"):
+        if base.__module__.partition(".")[0] in _NOT_THE_USERS:
             continue
         functions = [function for value in vars(base).values() if (function := _function(value)) is not None]
         done: set[CodeType] = set()

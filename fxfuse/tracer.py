@@ -36,7 +36,7 @@ from .containers import opened
 from .determinism import preserved_state
 from .graph import Place
 from .moves import moves_noted
-from .outside import Change, Generators, Globals, drawing, draws_itself, is_generator
+from .outside import Change, Generators, Globals, drawing, draws_itself, is_generator, line_of_attribute
 from .passes.functional import autocast_to
 from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
@@ -676,8 +676,9 @@ def _watched(model: nn.Module, args: Any, kwargs: Any) -> Iterator[Recorder]:
         changed = {each.path: name for each in watched if (name := each.stop())}
         recorder.kept.restore()
         for frame in recorder.trace.frames if changed else ():
-            if frame.path in changed:
-                frame.poison = frame.poison or f"forward changes self.{changed[frame.path]}"
+            if frame.path in changed and not frame.poison:
+                frame.poison = f"forward changes self.{changed[frame.path]}"
+                frame.place = line_of_attribute(frame.module, changed[frame.path]) or frame.place
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:

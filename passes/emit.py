@@ -101,6 +101,8 @@ class Emitter:
         self.singles: dict[Node, Any] = {}
         self.values: dict[int, Packed] = {}
         self.pieces: dict[int, Node] = {}
+        self.separated: dict[int, Node] = {}  # pieces that are tensors of their own
+        self.strided: dict[Node, Node] = {}  # results, laid out as in the recording
         self.picked: dict[tuple[Node, int, tuple[int, ...]], Node] = {}
         self.attributes: dict[str, Node] = {}
         self.gathers: dict[tuple[Node, ...], Node] = {}  # what was joined for one bundle serves others
@@ -589,7 +591,7 @@ class Emitter:
         from .rules.single import respelled
 
         self.source = node
-        made = join(self, node)
+        made = self._own(node) if node.meta.get("alone") and node.meta.get("out_stride") is not None else join(self, node)
         if made is None:
             made = self._piece(node)
         if made is None and isinstance(node.target, Op) and node.target.name == "pick_along":
@@ -623,14 +625,34 @@ class Emitter:
         value, dim = self.values[bundle.index]
         assert dim is not None
         self.source = members[0]
-        pieces = self.call(torch.unbind_copy, value, dim)
+        pieces = self.separated.get(bundle.index) or self.call(torch.unbind_copy, value, dim)
         for member in members:
             self.singles[member] = self.call(operator.getitem, pieces, self.bundles.position[member])
         self.source = None
 
+    def _own(self, node: Node) -> Any:
+        """A tensor of which several results are views (``returned``): in memory of its own, laid out as in the recording."""
+        source: Any = node.args[0]
+        bundle = self.bundles.bundle(source)
+        packed = self.values.get(bundle.index) if bundle is not None else None
+        if bundle is None or packed is None or packed.dim is None:
+            made = self.single(source)
+            made = self.call(torch.clone, made) if made.op in ("placeholder", "get_attr") else made
+        else:
+            if bundle.index not in self.separated:
+                self.separated[bundle.index] = self.call(torch.unbind_copy, packed.node, packed.dim)
+            made = self.call(operator.getitem, self.separated[bundle.index], self.bundles.position[source])
+        return self._laid_out(node, made)
+
     def _strided(self, leaf: Node) -> Any:
         """An output with the strides that the original's has, where both are dense: callers may ``view`` it."""
-        node = self.single(leaf)
+        if leaf.meta.get("alone"):
+            return self.single(leaf)
+        if leaf not in self.strided:
+            self.strided[leaf] = self._laid_out(leaf, self.single(leaf))
+        return self.strided[leaf]
+
+    def _laid_out(self, leaf: Node, node: Any) -> Any:
         wanted, value = leaf.meta.get("out_stride"), node.meta.get("val")
         if wanted is None or not isinstance(value, torch.Tensor) or value.shape != torch.Size(leaf.meta["shape"]):
             return node
