@@ -17,7 +17,7 @@ from torch import nn
 from .determinism import preserved_state
 from .entries import FORWARD, INSIDE, Entry
 from .errors import ArgumentError
-from .graph import Program, Refusal, RegionPlan
+from .graph import Making, Program, Refusal, RegionPlan
 from .held import Places
 from .inputs import resample
 from .observe import Observation
@@ -74,6 +74,20 @@ def refuse(report: Report, refusal: Refusal, entry: Entry) -> None:
     if entry.is_method:
         refusal = replace(refusal, region=f"{entry.name}, {refusal.region}" if refusal.region else entry.name)
     report.refused.append(refusal)
+
+
+def made_relative(lifted: Lifted, entry: Entry, path: str) -> Refusal | None:
+    """Names in the body of a method are those of what it was called through: make them names in its module, or say why not."""
+    if not entry.is_method or lifted.frame.path:
+        return None
+    prefix = f"{INSIDE}.{path}." if path else f"{INSIDE}."
+    for node in lifted.graph.nodes:
+        if node.op in ("get_attr", "call_module") and node.target not in lifted.constants:
+            if not str(node.target).startswith(prefix):
+                name = str(node.target).removeprefix(f"{INSIDE}.")
+                return Refusal(f"reads {name}, which belongs to a module outside", node.meta.get("place"))
+            node.target = str(node.target).removeprefix(prefix)
+    return None
 
 
 class Builder:
@@ -149,18 +163,10 @@ class Builder:
             self._other_programs(region, way, built)
 
     def _made_relative(self, lifted: Lifted, way: Recorded, path: str) -> bool:
-        """Names in the body of a method are those of what it was called through: make them names in its module."""
-        if not way.entry.is_method or lifted.frame.path:
-            return True
-        prefix = f"{INSIDE}.{path}." if path else f"{INSIDE}."
-        for node in lifted.graph.nodes:
-            if node.op in ("get_attr", "call_module") and node.target not in lifted.constants:
-                if not str(node.target).startswith(prefix):
-                    name = str(node.target).removeprefix(f"{INSIDE}.")
-                    refuse(self.report, Refusal(f"reads {name}, which belongs to a module outside", node.meta.get("place")), way.entry)
-                    return False
-                node.target = str(node.target).removeprefix(prefix)
-        return True
+        refusal = made_relative(lifted, way.entry, path)
+        if refusal is not None:
+            refuse(self.report, refusal, way.entry)
+        return refusal is None
 
     def _plan(self, region: Region, way: Recorded) -> _Built | None:
         frame, prepared = region.frame, region.prepared
@@ -195,6 +201,8 @@ class Builder:
         ops = choice.vectorized.ops
         plan = RegionPlan(chosen.way.entry.place(frame.path)[0], [], {}, {}, ops, list(choice.vectorized.notes))
         plan.place = ops[0].place if ops else frame.place
+        prepared = chosen.region.prepared
+        plan.making = Making(choice.lowering, chosen.prefer, choice.chunks, prepared.skipped, prepared.single, self.options.validate)
         if choice.launches is not None:
             loop, fused = choice.launches
             plan.launches, plan.heavy = (loop.total, fused.total), (loop.heavy, fused.heavy)

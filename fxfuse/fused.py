@@ -19,13 +19,15 @@ import torch.fx
 from torch import Tensor, nn
 
 from fxfuse.alias import AliasPack, StaleAlias
+from fxfuse.entries import FORWARD
 from fxfuse.errors import FallbackError, FxfuseError, HeldElsewhereError
 from fxfuse.graph import Program, Recipe, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.held import Held, Kept, objects_in, resolved
 from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, Watch, become, lane_info, restore, shared_views
 from fxfuse.private import recurrent
-from fxfuse.private.module_hooks import CALL_HOOKS
+from fxfuse.private.autocast import any_autocast_enabled
+from fxfuse.private.module_hooks import CALL_HOOKS, hooks_for_all
 from fxfuse.private.tensor_hooks import has_gradient_hooks
 from fxfuse.recipes import check, pack, packed_shape, unpack
 from fxfuse.runtime import MISS, Compiled, Source, compile_program, graph_module, source, walk
@@ -33,12 +35,16 @@ from fxfuse.serialize import program_from_data, program_to_data
 from fxfuse.widen import widened
 
 STATE = "_fxfuse"  # the key in a region's __dict__ under which its RegionState lies
+_HOOKS_FOR_ALL = "a hook for all modules is registered"
 _MOST_REASONS = 100  # reasons hold shapes: a run over endless shapes must not fill the memory
 
 
 def _unsaved() -> dict[str, Any]:
     """What a state has before its first call: never copied or saved."""
-    return {"ready": None, "current": None, "compiled": {}, "methods": {}, "others": {}, "loading": None, "holders": None}
+    return {
+        **{"ready": None, "current": None, "compiled": {}, "methods": {}, "others": {}, "loading": None, "holders": None},
+        **{"adapted": {}, "unfit": {}},
+    }
 
 
 _UNSAVED = frozenset({*_unsaved(), "plan"})
@@ -65,6 +71,9 @@ class RegionState(Watch):
     current: Compiled | None = None
     methods: dict[str, list[Compiled]] = field(default_factory=dict)  # of the current flags; right while ``ready`` is not None
     others: dict[tuple[str, tuple[bool, ...]], list[Compiled]] = field(default_factory=dict)  # never copied or saved
+    adapted: dict[tuple[str, tuple[bool, ...]], list[Compiled]] = field(default_factory=dict)  # made at calls under autocast; never saved
+    unfit: dict[Any, list[str]] = field(default_factory=dict)  # of the calls that none was made for, why; never copied or saved
+    extra: dict[str, Tensor] = field(default_factory=dict)  # index tensors that those made later read
     holders: list[dict[str, Any]] | None = None  # the ``_parameters`` of all modules, for as long as none comes or goes
 
     @property
@@ -121,28 +130,33 @@ class RegionState(Watch):
         if reason is not None:
             return reason
         flags = self.flags()
-        self.methods = {name: self._compiled_others(name, flags) for name in self.plan.methods}
+        later = {name: programs for (name, of), programs in self.adapted.items() if of == flags}
+        self.methods = {
+            name: [*self._compiled_others(name, flags), *later.get(name, ())] for name in dict.fromkeys((*self.plan.methods, *later))
+        }
         program = self.plan.programs.get(flags)
         if program is None:
             self.ready = _always_miss if self.plan.methods else None
             return self._unknown_flags(flags)
         compiled = self.compiled.get(flags)
         if compiled is None:
-            compiled = self.compiled[flags] = self._compile(program)
+            compiled = self.compiled[flags] = self.compile(program)
         else:
             compiled.hold(True)
         further = self.methods.get("forward")
         self.current, self.ready = compiled, _first_of([compiled, *further]) if further else compiled.run
         return compiled
 
-    def _compile(self, program: Program) -> Compiled:
-        aliases = {name: Source(alias, None, "tensor") for name, alias in self.aliases.items()}
-        return compile_program(resolved(program, self.objects), self.region, self.facts, aliases)
+    def compile(self, program: Program, facts: dict[str, Facts] | None = None) -> Compiled:
+        """The program as a function over the tensors of this region. ``facts``: what is assumed of them (default: as installed)."""
+        elsewhere = {name: Source(alias, None, "tensor") for name, alias in self.aliases.items()}
+        elsewhere.update((name, Source(self, "extra", name)) for name in self.extra)
+        return compile_program(resolved(program, self.objects), self.region, self.facts if facts is None else facts, elsewhere)
 
     def _compiled_others(self, name: str, flags: tuple[bool, ...]) -> list[Compiled]:
         key = (name, flags)
         if key not in self.others:
-            self.others[key] = [self._compile(program) for program in self.plan.methods[name].get(flags, ())]
+            self.others[key] = [self.compile(program) for program in self.plan.methods.get(name, {}).get(flags, ())]
         else:
             for compiled in self.others[key]:
                 compiled.hold(True)
@@ -242,6 +256,8 @@ class RegionMixin(LaneMixin):
         if run is None and not torch.compiler.is_compiling():
             prepared = state.prepare()
             run, reason = (None, prepared) if isinstance(prepared, str) else (state.ready, "")
+        if hooks_for_all():
+            run, reason = None, _HOOKS_FOR_ALL
         if run is not None:
             try:
                 out = run(args, kwargs)
@@ -253,6 +269,10 @@ class RegionMixin(LaneMixin):
                     if again is not None and (out := run(*again)) is not MISS:
                         return out
                     reason = state.current.why(*(again or (args, kwargs)))
+                    if any_autocast_enabled():
+                        reason, out = self._fxfuse_adapted(state, FORWARD, reason, *(again or (args, kwargs)))
+                        if out is not MISS:
+                            return out
             except StaleAlias as stale:
                 reason = str(stale)
         return self._fxfuse_fall_back(state, reason, args, kwargs)
@@ -264,7 +284,9 @@ class RegionMixin(LaneMixin):
         if state.ready is None and not torch.compiler.is_compiling():
             prepared = state.prepare()
             reason = prepared if isinstance(prepared, str) else ""
-        if state.ready is not None:
+        if hooks_for_all():
+            reason = _HOOKS_FOR_ALL
+        elif state.ready is not None:
             programs = state.methods[name]
             mode = {True: "train", False: "eval"}.get(self.training)
             reason = "the guard did not hold" if programs else f"no program was recorded in {mode} mode"
@@ -278,9 +300,23 @@ class RegionMixin(LaneMixin):
                         if again is not None and (out := program.run(*again)) is not MISS:
                             return out
                         reason = program.why(*(again or (args, kwargs)))
+                if programs and any_autocast_enabled() and not torch.compiler.is_compiling():
+                    reason, out = self._fxfuse_adapted(state, name, reason, *(again or (args, kwargs)))
+                    if out is not MISS:
+                        return out
             except StaleAlias as stale:
                 reason = str(stale)
         return self._fxfuse_fall_back(state, reason, args, kwargs, name)
+
+    def _fxfuse_adapted(self, state: RegionState, name: str, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
+        """A call under autocast that no program fits: by one made for it now, or why there is none, and ``MISS``."""
+        from .adapt import adapt  # imports this file
+
+        said = adapt(state, name, args, kwargs)
+        if said is None:
+            state.prepare()
+            return reason, _first_of(state.methods[name])(args, kwargs)
+        return f"{reason}{said and ', and '}{said}", MISS
 
     def _fxfuse_fall_back(
         self, state: RegionState, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward"
@@ -312,6 +348,9 @@ class RegionMixin(LaneMixin):
         state: RegionState = self.__dict__[STATE]
         for compiled in (*state.compiled.values(), *(each for others in state.others.values() for each in others)):
             compiled.hold(False)
+        state.adapted.clear()
+        state.unfit.clear()
+        state.extra.clear()
         state.ready = None
         return result
 
@@ -739,11 +778,13 @@ def accept_any_dtype(model: nn.Module) -> None:
         state.plan = replace(state.plan, programs=programs, methods=methods)
         state.compiled.clear()
         state.others.clear()
+        state.adapted.clear()
         state.ready = state.current = None
 
 
 def _generic(program: Program) -> Program:
-    return Program(widened(program.graph), replace(program.guard, generic_dtype=True), program.in_spec, program.out_spec)
+    guard = replace(program.guard, generic_dtype=True, autocast=None)  # autocast leaves float64 alone
+    return Program(widened(program.graph), guard, program.in_spec, program.out_spec)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

@@ -103,6 +103,7 @@ class Guard:
     equality of the same type). ``same[i]`` is the index of the first leaf that is the same tensor object as leaf i.
     ``generic_dtype``: no dtype is spelled out in the program, so that any floating dtype is right as long as all floating inputs
     and the region's floating parameters share it; else the input dtypes must equal the recorded ones. ``generic_device`` likewise.
+    ``autocast``: the caller's autocast, a kind of device and a dtype. Its casts are spelled out in the program, which runs without it.
     """
 
     leaves: tuple[Any, ...]
@@ -112,6 +113,7 @@ class Guard:
     default_dtype: torch.dtype = torch.float32
     generic_dtype: bool = False
     generic_device: bool = False
+    autocast: tuple[str, torch.dtype] | None = None
 
 
 @dataclass
@@ -149,6 +151,18 @@ class FusedOp:
     detail: str = ""  # "[64, 32] x [32, 32]"
 
 
+@dataclass(frozen=True)
+class Making:
+    """How the programs of a region were made: what was chosen, for programs that are made later (under autocast)."""
+
+    lowering: dict[Any, str]  # of bundles, by ``passes.emit.signature``
+    prefer: str
+    chunks: int
+    skipped: frozenset[Any]  # lane sets that stay as they are
+    single: bool
+    validate: bool
+
+
 @dataclass
 class RegionPlan:
     """All that is needed to rewrite one region, and what the report says of it."""
@@ -169,6 +183,7 @@ class RegionPlan:
     # Programs over the same packs: of other methods by name, and further signatures of "forward".
     methods: dict[str, dict[tuple[bool, ...], tuple[Program, ...]]] = field(default_factory=dict)
     method_ops: dict[str, list[FusedOp]] = field(default_factory=dict)
+    making: Making | None = None  # None: no further programs can be made
 
     def all_programs(self) -> list[Program]:
         """The programs of all methods, signatures and modes."""

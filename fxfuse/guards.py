@@ -72,6 +72,7 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
         "FakeTensor": FakeTensor,  # what torch.export traces with
         "strided": torch.strided,
         "autocast": _autocast,
+        "autocast_dtype": torch.get_autocast_dtype,
         "default_dtype": torch.get_default_dtype,
         "same_constant": _same_constant,
         "constant0": guard.default_dtype,
@@ -135,7 +136,11 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
     else:
         tests.extend(f"x{i} is x{j}" for n, i in enumerate(distinct) for j in distinct[:n])
     tests.append("default_dtype() is not constant0")
-    tests.append(f"autocast({devices[0]}.type)" if devices else f"autocast({_recorded_device(guard, facts).type!r})")
+    if guard.autocast is None:
+        tests.append(f"autocast({devices[0]}.type)" if devices else f"autocast({_recorded_device(guard, facts).type!r})")
+    else:
+        kind, dtype = guard.autocast
+        tests.append(f"not autocast({kind!r}) or autocast_dtype({kind!r}) is not {constant(dtype)}")
 
     names = [f"x{i}" for i in range(len(guard.leaves))] + [f"t{i}" for i in range(len(facts))]
     lines = [f"def check({', '.join(names)}):", *(f"    if {test}: return False" for test in tests), "    return True"]
@@ -214,8 +219,13 @@ def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (
     if torch.get_default_dtype() is not guard.default_dtype:
         return f"the default dtype is {torch.get_default_dtype()}, recorded {guard.default_dtype}"
     where = device[1].type if device is not None else "cpu"
-    if _autocast(where):
-        return f"autocast is on for {where}"
+    if guard.autocast is None:
+        return f"autocast is on for {where}" if _autocast(where) else None
+    kind, wanted = guard.autocast
+    if not _autocast(kind):
+        return f"autocast is off for {kind}, recorded with {wanted}"
+    if torch.get_autocast_dtype(kind) is not wanted:
+        return f"autocast is on for {kind} with {torch.get_autocast_dtype(kind)}, recorded with {wanted}"
     return None
 
 

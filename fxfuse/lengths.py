@@ -1,8 +1,9 @@
-"""``len(x)`` of a tensor as a tracked size.
+"""``len(x)`` of a tensor as a tracked size, and ``range(n)`` of one as a comparison.
 
 Comes in: a model about to be recorded. Goes out: a context in which ``len`` of a tensor, in the files that the model's forwards come
 from, is ``x.shape[0]``. Python's own ``len`` turns any result into a plain ``int``, so that ``torch.zeros(len(x), 3)`` would hold for
-the recorded batch size only. The name is put into the globals of those files, and taken out again; for anything but a tensor it is ``len``.
+the recorded batch size only; and ``range`` reads a size unseen: ``range(0, n, 32)`` has one step at every small ``n``. The names are put into the
+globals of those files, and taken out again; for anything but a tensor, or a size, they are Python's own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .sizes import TracedInt, fixed
+
 _lock = threading.Lock()
 _users: dict[int, int] = {}  # id of a globals dict -> recordings under way that need it
 
@@ -25,6 +28,19 @@ def _len(value: Any) -> int:
         size: int = value.shape[0]
         return size
     return builtins.len(value)
+
+
+class _Ranges(type):
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, builtins.range)
+
+
+class _Range(metaclass=_Ranges):
+    def __new__(cls, *args: Any) -> Any:
+        return builtins.range(*(fixed(arg) if isinstance(arg, TracedInt) else arg for arg in args))
+
+
+_NAMES: dict[str, Any] = {"len": _len, "range": _Range}
 
 
 @contextmanager
@@ -39,15 +55,17 @@ def tracked_len(model: nn.Module) -> Iterator[None]:
                 found[id(names)] = names
     with _lock:
         for key, names in found.items():
-            if key in _users or "len" not in names:
+            if key in _users or not names.keys() & _NAMES.keys():
                 _users[key] = _users.get(key, 0) + 1
-                names["len"] = _len
+                names.update(_NAMES)
     try:
         yield
     finally:
         with _lock:
             for key, names in found.items():
-                if names.get("len") is _len:
+                if all(names.get(name) is ours for name, ours in _NAMES.items()):
                     _users[key] -= 1
                     if _users[key] == 0:
-                        del _users[key], names["len"]
+                        del _users[key]
+                        for name in _NAMES:
+                            del names[name]

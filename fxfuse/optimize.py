@@ -18,10 +18,12 @@ import torch
 import torch.fx
 from torch import nn
 
+from fxfuse.private.module_hooks import hooks_for_all
 from fxfuse.private.pytree import tree_map_only
 
 from . import fused as fused_modules
 from .build import Builder, Recorded, refuse
+from .casts import without_autocast
 from .collector import paused
 from .copies import independent_copy, sharing_copy
 from .determinism import preserved_state
@@ -170,7 +172,8 @@ def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool
     pipeline = _Pipeline(model, entries, options, report)
     try:
         # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
-        with warnings.catch_warnings(), torch.inference_mode(False):
+        # Recorded without autocast, whoever calls: a region makes programs for calls under it when the first of them comes.
+        with warnings.catch_warnings(), torch.inference_mode(False), without_autocast():
             warnings.simplefilter("ignore")
             return pipeline.run(inplace)
     except ArgumentError:
@@ -221,6 +224,8 @@ class _Pipeline:
             return self.model
 
     def run(self, inplace: bool) -> nn.Module:
+        if hooks_for_all():
+            return self._unchanged(inplace, Refusal("hooks for all modules are registered, which every call of a module runs"))
         with self.stage("record"):
             try:
                 self.work = sharing_copy(self.model)

@@ -86,6 +86,12 @@ def apply_module(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
 
+def apply_under_autocast(kind: str, dtype: torch.dtype, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same, of a program that runs with its caller's autocast off."""
+    with torch.autocast(kind, dtype=dtype):
+        return module(*args, **kwargs)
+
+
 @dataclass
 class Compiled:
     """A program as a function, and what is needed to say why a call missed it."""
@@ -141,7 +147,8 @@ def compile_program(
     sources of targets that are not found by their path. Raises ``FxfuseError`` (or AttributeError) where the graph reads what
     the region does not have.
     """
-    flat, places, modules = _flat_graph(program.graph, root, override or {})
+    autocast = program.guard.autocast
+    flat, places, modules = _flat_graph(program.graph, root, override or {}, autocast)
     inputs = [f"x{i}" for i in range(len(program.guard.leaves))]
     names = [node.name for node in flat.nodes if node.op == "placeholder"][len(inputs) : len(inputs) + len(places)]
     views = hoist(flat, set(names))
@@ -169,9 +176,10 @@ def compile_program(
         scope[f"module{i}"] = module
     everything = [*inputs, *tensors]
     lines = ["def run(args, kwargs):"]
-    if _plain_inputs(program.in_spec):
-        lines.append(f"    if kwargs or len(args) != {len(inputs)}: return MISS")
-        lines.extend([f"    {', '.join(inputs)}, = args"] if inputs else [])
+    positional, keywords = program.in_spec.children()
+    opened = [_opened(positional, "args", 0, scope), _opened(keywords, "kwargs", positional.num_leaves, scope)]
+    if None not in opened:
+        lines.extend(f"    {line}" for part in opened for line in part or ())
     else:
         lines.append("    leaves, spec = flatten((args, kwargs))")
         lines.append("    if spec != in_spec: return MISS")
@@ -195,7 +203,13 @@ def compile_program(
         hold = _holder(scope, [places[i][1] for i in read], len(made))
         hold(True)
     given = ["None", *everything, *(f"module{i}" for i in range(len(modules))), *made]
-    lines.append(f"    out = graph({', '.join(given)})")
+    call = f"out = graph({', '.join(given)})"
+    if autocast is None:
+        lines.append(f"    {call}")
+    else:  # the casts are in the graph; torch.autocast itself takes some microseconds, and only it can be traced
+        scope.update(is_compiling=torch.compiler.is_compiling, switch=torch.set_autocast_enabled, autocast=torch.autocast, kind=autocast[0])
+        lines += ["    if is_compiling():", f"        with autocast(kind, enabled=False): {call}", "    else:", "        switch(kind, False)"]
+        lines += [f"        try: {call}", "        finally: switch(kind, True)"]
     lines.append(f"    return {_result(program.out_spec)}")
     exec("\n".join(lines), scope)
     return Compiled(scope["run"], program, places, facts, hold)
@@ -236,7 +250,7 @@ def _holder(scope: dict[str, Any], sources: list[Source], views: int) -> Callabl
 
 
 def _flat_graph(
-    graph: torch.fx.Graph, root: nn.Module, override: dict[str, Source]
+    graph: torch.fx.Graph, root: nn.Module, override: dict[str, Source], autocast: tuple[str, torch.dtype] | None
 ) -> tuple[torch.fx.Graph, list[tuple[str, Source]], list[nn.Module]]:
     """A copy of the graph whose tensors and submodules are placeholders, after the inputs and in this order."""
     flat = torch.fx.Graph()
@@ -266,7 +280,8 @@ def _flat_graph(
         if node.op == "output":
             flat.output(args[0])
         elif node.op == "call_module":
-            env[node] = flat.call_function(apply_module, (modules[node.target][1], *args), kwargs)
+            apply, first = (apply_module, ()) if autocast is None else (apply_under_autocast, autocast)
+            env[node] = flat.call_function(apply, (*first, modules[node.target][1], *args), kwargs)
         else:
             env[node] = flat.create_node(node.op, node.target, args, kwargs, node.name)
     return flat, [(name, place) for name, (place, _) in places.items()], [module for module, _ in modules.values()]
@@ -297,10 +312,33 @@ def _name(kind: str, number: int, target: str) -> str:
     return f"{kind}_{number}_{re.sub(r'[^a-zA-Z0-9]', '_', target)}"
 
 
-def _plain_inputs(spec: Any) -> bool:
-    """Are the arguments a flat tuple of leaves, without keywords?"""
-    args, kwargs = spec.children()
-    return kwargs.num_children == 0 and args.type is tuple and all(child.is_leaf() for child in args.children())
+def _opened(spec: Any, name: str, first: int, scope: dict[str, Any]) -> list[str] | None:
+    """Lines that take the container ``name`` apart into the leaves ``x{first}`` and on, or return ``MISS``; None where pytree has to do it.
+
+    Tuples, lists and dicts only, and of those no subclasses; the keys of a dict have to come in the order of the recording, as forward
+    may go through them.
+    """
+    if spec.type not in (tuple, list, dict):
+        return None
+    parts = spec.children()
+    if spec.type is dict and parts:
+        keys = f"keys{len(scope)}"
+        scope[keys] = list(spec.context)
+        lines = [f"if [*{name}] != {keys}: return MISS"]
+    else:
+        lines = [f"if len({name}) != {len(parts)}: return MISS"]
+    names, inner = [], []
+    for number, part in enumerate(parts):
+        names.append(f"x{first}" if part.is_leaf() else f"{name}_{number}")
+        if not part.is_leaf():
+            opened = _opened(part, names[-1], first, scope)
+            if opened is None:
+                return None
+            inner += [f"if type({names[-1]}) is not {part.type.__name__}: return MISS", *opened]
+        first += part.num_leaves
+    if names:
+        lines.append(f"{', '.join(names)}, = {name}{'.values()' if spec.type is dict else ''}")
+    return lines + inner
 
 
 def _result(spec: Any) -> str:

@@ -3,7 +3,9 @@
 Comes in: the sizes of a recorded tensor. Goes out: ``TracedInt``, an ``int`` that carries the expression it was computed by, so that
 ``x.view(x.shape[0] * 2, -1)`` is recorded as an expression of ``x`` and holds for other batch sizes. Arithmetic gives exact
 expressions; every comparison is logged, because the recorded run took one of its branches. What leaves the tracked world
-(``int(n)``, ``range(n)``, ``math.sqrt(n)``) becomes a plain number, which the second recording (``unify``) then finds to differ.
+(``int(n)``, ``n / 2``, ``n & 1``, a key of a dict) becomes a plain number, of which nobody sees what is made: it is logged as a comparison
+with itself, which holds the size to the recorded one. What reads an ``int`` behind its back (numpy, an index of a list) leaves no trace;
+where it matters, the second recording (``unify``) and the validation at other sizes differ.
 """
 
 from __future__ import annotations
@@ -62,19 +64,40 @@ class TracedInt(int):
 
     # A size that ends up in copied or pickled state is the plain number: the recording it belonged to is over.
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return (int, (int(self),))
+        return (int, (plain(self),))
 
     def __copy__(self) -> int:
-        return int(self)
+        return plain(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> int:
-        return int(self)
+        return plain(self)
+
+
+def plain(size: int) -> int:
+    """The number alone, of which nothing is logged."""
+    return int.__int__(size)
 
 
 
 def _expr(value: Any, log: list[Comparison]) -> Any:
     # A size of another recording, which a cache of somebody's kept, is the number it is: its expression speaks of other values.
-    return value.expr if isinstance(value, TracedInt) and value.log is log else int(value)
+    return value.expr if isinstance(value, TracedInt) and value.log is log else plain(value)
+
+
+def fixed(size: int) -> int:
+    """The number alone, which the recorded run from here on takes for granted."""
+    if isinstance(size, TracedInt):
+        size.log.append(Comparison("eq", size.expr, plain(size), True))
+    return plain(size)
+
+
+def _leaving(name: str) -> Callable[..., Any]:
+    compute = getattr(int, name)
+
+    def method(self: TracedInt, *others: Any) -> Any:
+        return compute(fixed(self), *(fixed(other) if isinstance(other, TracedInt) else other for other in others))
+
+    return method
 
 
 def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
@@ -82,12 +105,12 @@ def _arithmetic(name: str, reflected: bool) -> Callable[..., Any]:
 
     def method(self: TracedInt, *others: Any) -> Any:
         if any(type(other) is not int and not isinstance(other, TracedInt) for other in others):
-            plain = [int(self), *others]
-            return compute(*(reversed(plain) if reflected else plain))
+            numbers = [fixed(self), *others]
+            return compute(*(reversed(numbers) if reflected else numbers))
         operands = (self, *others)
         if reflected:
             operands = operands[::-1]
-        value = compute(*(int(o) for o in operands))
+        value = compute(*(plain(o) for o in operands))
         return TracedInt.make(value, SizeOp(name, tuple(_expr(o, self.log) for o in operands)), self.log)
 
     return method
@@ -98,10 +121,10 @@ def _comparison(name: str) -> Callable[..., Any]:
 
     def method(self: TracedInt, other: Any) -> Any:
         if type(other) is not int and not isinstance(other, TracedInt):
-            return compute(int(self), other)
+            return compute(fixed(self), other)
         if isinstance(other, TracedInt) and other.log is not self.log and name in ("eq", "ne"):
             return name == "ne"  # sizes of two recordings are no key to each other: a cache by shape computes anew
-        result = bool(compute(int(self), int(other)))
+        result = bool(compute(plain(self), plain(other)))
         self.log.append(Comparison(name, self.expr, _expr(other, self.log), result))
         return result
 
@@ -109,7 +132,7 @@ def _comparison(name: str) -> Callable[..., Any]:
 
 
 def _truth(self: TracedInt) -> bool:
-    result = int(self) != 0
+    result = plain(self) != 0
     self.log.append(Comparison("ne", self.expr, 0, result))
     return result
 
@@ -123,12 +146,21 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
 setattr(TracedInt, "__bool__", _truth)  # noqa: B010
 
 
+for _name in (
+    *("truediv", "rtruediv", "pow", "rpow", "divmod", "rdivmod", "and", "rand", "or", "ror", "xor", "rxor", "lshift", "rlshift"),
+    *("rshift", "rrshift", "float", "int", "round", "trunc", "floor", "ceil", "str", "format", "invert", "abs", "index"),
+):
+    setattr(TracedInt, f"__{_name}__", _leaving(f"__{_name}__"))
+setattr(TracedInt, "bit_length", _leaving("bit_length"))  # noqa: B010
+setattr(TracedInt, "bit_count", _leaving("bit_count"))  # noqa: B010
+
+
 def _hash(self: TracedInt) -> int:
     # einops caches by shape, and computes without its cache where a shape cannot be hashed (its way with symbolic sizes). A number from
     # that cache would fix the size; dicts of everybody else must find their keys.
     if sys._getframe(1).f_globals.get("__name__") == "einops.einops":
         raise TypeError("a size under recording")
-    return int.__hash__(self)
+    return int.__hash__(fixed(self))
 
 
 setattr(TracedInt, "__hash__", _hash)  # noqa: B010

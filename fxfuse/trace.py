@@ -81,5 +81,7 @@ class Trace:
     comparisons: list[tuple[Comparison, int, Place | None]]  # with the frame and the line in which it was made
     reads_dtype: bool = False
     moves: bool = False  # a module was moved to the device on which it is
+    autocast: tuple[str, torch.dtype] | None = None  # the caller's: kind of device, dtype
+    casts: bool = False  # some call was made under autocast, the caller's or forward's own
     failure: str = ""  # the run raised: why
     updates: dict[int, Any] | None = None  # passes.updates: which events update buffers, found once

@@ -14,7 +14,7 @@ import os
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from operator import is_, itemgetter
 from types import FrameType
@@ -24,18 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fxfuse.private.autocast import any_autocast_enabled
+from fxfuse.private.autocast import any_autocast_enabled, autocast_on
 from fxfuse.private.module_hooks import HOOK_DICTS
 from fxfuse.private.pytree import tree_flatten
 from fxfuse.private.tensor_hooks import hook_stores
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.private.versions import version
 
+from .casts import Unrepeatable, Watched, casts_not_kept, to_cast
 from .containers import opened
 from .determinism import preserved_state
 from .graph import Place
 from .moves import moves_noted
-from .sizes import SizeOf, TracedInt
+from .outside import Change, Generators, Globals, drawing, draws_itself, is_generator, line_of_attribute
+from .passes.functional import autocast_to
+from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
 from .trace import Event, Frame, Ref, Trace, Value
 
@@ -105,6 +108,13 @@ _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
 _TENSOR = tree_flatten(torch.empty(0))[1]
 
 
+def _is_internal(file: str) -> bool:
+    known = _INTERNAL.get(file)
+    if known is None:
+        known = _INTERNAL[file] = os.path.abspath(file).startswith((_TORCH, _HERE)) or file.startswith("<")
+    return known
+
+
 def _no_hook(*args: Any, **kwargs: Any) -> None:
     return None
 
@@ -140,8 +150,10 @@ class Recorder(TorchFunctionMode):
         self.stack: list[int] = []
         self.sizes: list[Any] = []
         self.places: dict[tuple[str, int], Place] = {}
-        self.autocast = any_autocast_enabled()
+        self.autocast = autocast_on()
+        self.trace.autocast = next(iter(self.autocast), None)
         self.kept: _Kept | None = None
+        self.generators = Generators([])
         self.untracked = False  # inside of ``no_grad``
         self.in_function = False  # a custom autograd Function was seen, which switches tracking off unseen
 
@@ -179,7 +191,7 @@ class Recorder(TorchFunctionMode):
                 tensors.append(tree)
             return self.number(tree)
         if isinstance(tree, TracedInt):
-            return tree.expr if tree.log is self.sizes else int(tree)
+            return tree.expr if tree.log is self.sizes else plain(tree)
         if isinstance(tree, tuple):
             return tuple([item if type(item) in _PLAIN else self.describe(item, tensors) for item in tree])
         if isinstance(tree, list):
@@ -269,7 +281,8 @@ class Recorder(TorchFunctionMode):
         if name[-1] == "_" or name in _MAYBE_IN_PLACE or kwargs:
             self._before_write(name, args, kwargs, tensors)
         before = _versions(tensors)
-        out = func(*args, **kwargs)
+        cast = Watched(func, args, kwargs) if any_autocast_enabled() else None
+        out = func(*args, **kwargs) if cast is None else cast.out
         mutated: tuple[int, ...] = ()
         after = _versions(tensors)
         if before != after:
@@ -281,8 +294,6 @@ class Recorder(TorchFunctionMode):
             poison = "writes through out="
         elif not torch.is_grad_enabled():
             poison = _UNTRACKED if mutated or not self.untracked else ""
-        elif any_autocast_enabled() != self.autocast:
-            poison = _AUTOCAST
         else:
             for tensor in tensors:
                 if type(tensor) is nn.Parameter and tensor.grad_fn is not None:
@@ -301,6 +312,16 @@ class Recorder(TorchFunctionMode):
         frame = self.stack[-1] if self.stack else -1
         place = self.place(sys._getframe(1))
         events = self.trace.events
+        if cast is not None:
+            self.trace.casts = True
+            try:
+                target = cast.target()
+            except Unrepeatable:
+                poison = poison or f"autocast casts inside of {name.strip('_')}, which a graph does not repeat"
+            else:
+                if target is not None:
+                    described = [self._cast(arg, target, place) for arg in args]
+                    described_kwargs = {key: self._cast(arg, target, place) for key, arg in kwargs.items()}
         if not self.untracked or poison or mutated:
             events.append(Event(func, tuple(described), described_kwargs, made, mutated, place, frame, poison))
             return out
@@ -317,6 +338,17 @@ class Recorder(TorchFunctionMode):
         events.append(Event(func, tuple(described), described_kwargs, made, (), place, frame, untracked=True))
         events.extend(detached)
         return out
+
+    def _cast(self, tree: Any, dtype: torch.dtype, place: Place | None) -> Any:
+        """``tree``, described, with each of its tensors cast as autocast does: a call of its own."""
+        if isinstance(tree, (tuple, list)):
+            return type(tree)([self._cast(item, dtype, place) for item in tree])
+        if not isinstance(tree, Tensor) or not to_cast(tree, dtype):
+            return self.describe(tree)
+        made = self._add(tree.to(dtype), "made")
+        frame = self.stack[-1] if self.stack else -1
+        self.trace.events.append(Event(autocast_to, (self.number(tree), dtype), {}, made, (), place, frame, untracked=self.untracked))
+        return made
 
     def _with_gradient(self, ref: Ref, arguments: list[Tensor]) -> Ref | None:
         """A value for what an untracked call computes before it is detached; None where there is nothing to detach."""
@@ -357,10 +389,7 @@ class Recorder(TorchFunctionMode):
                 return self.trace.frames[self.stack[-1]].place if self.stack else None
             file = code.co_filename
             internal = _INTERNAL.get(file)
-            if internal is None:
-                path = os.path.abspath(file)
-                internal = _INTERNAL[file] = path.startswith((_TORCH, _HERE)) or file.startswith("<")
-            if not internal:
+            if not (_is_internal(file) if internal is None else internal):
                 line = (file, frame.f_lineno)
                 return self.places.get(line) or self.places.setdefault(line, Place(*line))
             if code is _RUN_CODE:
@@ -434,7 +463,7 @@ class Recorder(TorchFunctionMode):
         frame.untracked = self.untracked
         if not torch.is_grad_enabled() and not self.untracked:
             frame.switched = _UNTRACKED
-        elif any_autocast_enabled() != self.autocast:
+        elif autocast_on() != self.autocast:
             frame.switched = _AUTOCAST
         frame.place = self.place(sys._getframe(1))
         frame.poison = poison
@@ -528,7 +557,7 @@ class _Watched:
 
     __slots__ = ("empty", "filled", "hooks", "module", "path", "values")
 
-    def __init__(self, path: str, module: nn.Module, attributes: dict[int, str]) -> None:
+    def __init__(self, path: str, module: nn.Module, attributes: dict[int, str], generators: list[Any]) -> None:
         self.path, self.module = path, module
         own = module.__dict__
         self.values = dict(own)
@@ -556,6 +585,8 @@ class _Watched:
                                 attributes.setdefault(id(tensor), f"{path}.{key}" if path else key)
             elif isinstance(value, Tensor):
                 attributes.setdefault(id(value), f"{path}.{name}" if path else name)
+            elif is_generator(value):
+                generators.append(value)
 
     def start(self, recorder: Recorder) -> None:
         own = self.module.__dict__
@@ -628,8 +659,10 @@ def _changed_name(name: str, container: Any, before: Any) -> str:
 def _watched(model: nn.Module, args: Any, kwargs: Any) -> Iterator[Recorder]:
     """Every module's forward reports to the recorder; afterwards everything is as it was, and frames of changed modules are marked."""
     attributes: dict[int, str] = {}
-    watched = [_Watched(path, module, attributes) for path, module in model.named_modules()]
+    generators: list[Any] = []
+    watched = [_Watched(path, module, attributes, generators) for path, module in model.named_modules()]
     recorder = Recorder(attributes)
+    recorder.generators = Generators(generators)
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     recorder.kept = _Kept(leaves, watched)
     try:
@@ -643,8 +676,9 @@ def _watched(model: nn.Module, args: Any, kwargs: Any) -> Iterator[Recorder]:
         changed = {each.path: name for each in watched if (name := each.stop())}
         recorder.kept.restore()
         for frame in recorder.trace.frames if changed else ():
-            if frame.path in changed:
-                frame.poison = frame.poison or f"forward changes self.{changed[frame.path]}"
+            if frame.path in changed and not frame.poison:
+                frame.poison = f"forward changes self.{changed[frame.path]}"
+                frame.place = line_of_attribute(frame.module, changed[frame.path]) or frame.place
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -653,12 +687,53 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
     A run that raises gives a ``Trace`` whose ``failure`` says why.
     """
-    with preserved_state(model), _watched(model, args, kwargs) as recorder, torch.enable_grad(), torch.inference_mode(False):
+    before = around = Globals(model)
+    trace, generators = _recorded(model, args, kwargs)
+    if around.changes():  # a cache is filled once, and then it is read: that is the run that counts
+        around = Globals(model)
+        trace, generators = _recorded(model, args, kwargs)
+    changes = around.changes()
+    if changes:
+        before.restore()
+    if generators is not None:
+        changes += _draws(model, args, kwargs, generators)
+    for change in changes:
+        touched = [f for f in trace.frames if f.module is change.module or type(f.module) is change.kind] or trace.frames[:1]
+        for frame in touched:
+            if not frame.poison:
+                frame.poison, frame.place = change.reason, change.place or frame.place
+    return trace
+
+
+def _recorded(model: nn.Module, args: Any, kwargs: Any) -> tuple[Trace, Generators | None]:
+    """One run under watch, and the random generators, where it drew from any."""
+    moved = False
+    with _undisturbed(model, args, kwargs) as recorder, recorder.generators.preserved():
+        before = recorder.generators.states()
         try:
             _run(recorder, model, args, kwargs)
         except Exception as error:  # the user's model: anything can come
             recorder.trace.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-    return recorder.trace
+        moved = recorder.generators.states() != before
+    return recorder.trace, recorder.generators if moved else None
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, args: Any, kwargs: Any) -> Iterator[Recorder]:
+    watched = _watched(model, args, kwargs)
+    with preserved_state(model), watched as recorder, torch.enable_grad(), torch.inference_mode(False), casts_not_kept():
+        yield recorder
+
+
+def _draws(model: nn.Module, args: Any, kwargs: Any, generators: Generators) -> list[Change]:
+    """Where the model draws from them."""
+
+    def again() -> None:
+        with suppress(Exception):  # it is recorded as a failure already
+            model(*args, **kwargs)
+
+    with _undisturbed(model, args, kwargs), generators.preserved():
+        return drawing(generators, lambda file: _is_internal(file) or draws_itself(file), again)
 
 
 def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) -> None:

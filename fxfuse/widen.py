@@ -1,8 +1,8 @@
 """A recorded program that follows a model to float64: for the comparison there.
 
 Comes in: the graph of a program, in which ``torch.zeros(n, dtype=x.dtype)`` names the dtype of the recording. Goes out: a copy that makes
-float64 where the making is exact either way: zeros, ones, infinities and other fills that no dtype rounds, and casts of masks and
-integers. A call whose dtype forward itself spells out gives the same values then.
+float64 where the making is exact either way: zeros, ones, infinities and other fills that no dtype rounds, casts of masks and
+integers, and what autocast casts, which leaves float64 alone. A call whose dtype forward itself spells out gives the same values then.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.fx
 
-_EXACT = frozenset("zeros ones zeros_like ones_like new_zeros new_ones eye empty empty_like new_empty".split())
+# What autocast casts stays as it is in float64, where autocast does nothing.
+_EXACT = frozenset("autocast_to zeros ones zeros_like ones_like new_zeros new_ones eye empty empty_like new_empty".split())
 _FILLED = frozenset("full full_like new_full".split())
 
 

@@ -11,6 +11,7 @@ have the same value. Every node carries ``meta["val"]``, a meta tensor, so that 
 from __future__ import annotations
 
 import inspect
+import itertools
 import linecache
 import math
 import operator
@@ -100,6 +101,8 @@ class Emitter:
         self.singles: dict[Node, Any] = {}
         self.values: dict[int, Packed] = {}
         self.pieces: dict[int, Node] = {}
+        self.separated: dict[int, Node] = {}  # pieces that are tensors of their own
+        self.strided: dict[Node, Node] = {}  # results, laid out as in the recording
         self.picked: dict[tuple[Node, int, tuple[int, ...]], Node] = {}
         self.attributes: dict[str, Node] = {}
         self.gathers: dict[tuple[Node, ...], Node] = {}  # what was joined for one bundle serves others
@@ -165,7 +168,8 @@ class Emitter:
         tensor = torch.tensor(values, dtype=torch.int64, device=device)
         held = [(name, known) for name, known in self.packs.constants.items() if name not in self.lifted.constants]
         alike = (n for n, known in held if known.dtype is tensor.dtype and known.device == tensor.device and torch.equal(known, tensor))
-        name = next(alike, f"{self.packs.holder}.index_{len(self.packs.constants)}")
+        fresh = (f"{self.packs.holder}.index_{number}" for number in itertools.count(len(self.packs.constants)))
+        name = next(alike, "") or next(name for name in fresh if name not in self.packs.constants)
         self.packs.constants.setdefault(name, tensor)
         node = self.attribute(name, tensor)
         if self.real:  # rather than zeros, by which something may be divided
@@ -636,7 +640,7 @@ class Emitter:
         from .rules.single import respelled
 
         self.source = node
-        made = join(self, node)
+        made = self._own(node) if node.meta.get("alone") and node.meta.get("out_stride") is not None else join(self, node)
         if made is None:
             made = self._piece(node)
         if made is None and isinstance(node.target, Op) and node.target.name == "pick_along":
@@ -668,20 +672,45 @@ class Emitter:
 
     def _separate(self, bundle: Bundle, members: list[Node]) -> None:
         """Lanes that leave the region one by one leave as tensors of their own, as they were: not as views of one pack."""
-        value, dim = self.values[bundle.index]
         self.source = members[0]
-        pieces = self.call(torch.unbind_copy, value, dim) if dim is not None else self._stretches(bundle, torch.split_with_sizes_copy)
+        pieces = self.separated.get(bundle.index) or self._own_pieces(bundle)
         for member in members:
             self.singles[member] = self.call(operator.getitem, pieces, self.bundles.position[member])
         self.source = None
 
+    def _own_pieces(self, bundle: Bundle) -> Node:
+        """The lanes of a packed value, or of one that lies end to end, each in memory of its own."""
+        value, dim = self.values[bundle.index]
+        return self._stretches(bundle, torch.split_with_sizes_copy) if dim is None else self.call(torch.unbind_copy, value, dim)
+
+    def _own(self, node: Node) -> Any:
+        """A tensor of which several results are views (``returned``): in memory of its own, laid out as in the recording."""
+        source: Any = node.args[0]
+        bundle = self.bundles.end_to_end(source)
+        packed = self.values.get(bundle.index) if bundle is not None else None
+        if bundle is None or packed is None or (packed.dim is None and bundle.apart is None):
+            made = self.single(source)
+            made = self.call(torch.clone, made) if made.op in ("placeholder", "get_attr") else made
+        else:
+            if bundle.index not in self.separated:
+                self.separated[bundle.index] = self._own_pieces(bundle)
+            made = self.call(operator.getitem, self.separated[bundle.index], self.bundles.position[source])
+        return self._laid_out(node, made)
+
     def _strided(self, leaf: Node) -> Any:
         """An output with the strides that the original's has, where both are dense: callers may ``view`` it."""
-        node = self.single(leaf)
+        if leaf.meta.get("alone"):
+            return self.single(leaf)
+        if leaf not in self.strided:
+            self.strided[leaf] = self._laid_out(leaf, self.single(leaf))
+        return self.strided[leaf]
+
+    def _laid_out(self, leaf: Node, node: Any) -> Any:
         wanted, value = leaf.meta.get("out_stride"), node.meta.get("val")
         if wanted is None or not isinstance(value, torch.Tensor) or value.shape != torch.Size(leaf.meta["shape"]):
             return node
-        if all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
+        one_row = any(value.shape[d] == 1 for d in leaf.meta.get("dyn") or ())  # of which the strides of more rows cannot be told
+        if not one_row and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
             return node
         order = sorted(range(len(wanted)), key=lambda d: (-wanted[d], d))
         if order == list(range(len(order))):

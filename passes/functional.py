@@ -103,6 +103,15 @@ def pick_along(tensor: torch.Tensor, dim: int, positions: tuple[int, ...]) -> to
     return torch.index_select(tensor, dim, torch.tensor(positions, device=tensor.device))
 
 
+def autocast_to(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The cast that autocast makes of an argument; no other, so that a comparison in float64 can leave it out.
+
+    >>> autocast_to(torch.ones(1), torch.bfloat16).dtype
+    torch.bfloat16
+    """
+    return input.to(dtype)
+
+
 def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     """``value`` broadcast and cast as ``slot[...] = value`` would: the shape and dtype of ``slot``.
 

@@ -4,7 +4,7 @@ Comes in: a ``Trace``, one of its frames, and which sizes were found to be free.
 with canonical arguments, in which every write has become a new value, every repeated pure computation is one node, basic indexing
 is a chain of ``select`` / ``slice_along`` / ``unsqueeze``, and constant sizes are numbers; or a ``Refusal``.
 
-This file walks the events; below it are, layer by layer, ``updating`` (running statistics), ``writes`` (in-place writes and views),
+This file walks the events; below it are, layer by layer, ``returned`` (results that share memory), ``updating`` (running statistics), ``writes`` (in-place writes and views),
 ``indexing``, ``nodes``, ``free_sizes``.
 """
 
@@ -25,8 +25,9 @@ from fxfuse.trace import Event, Frame, Ref, Trace
 from .functional import drop_unused, op_of
 from .lifted import Lifted, Refused, SizeDependent, Sizes
 from .ops import op_name
+from .returned import Returned
 from .updates import arguments, writes
-from .updating import Updating, mark_unread
+from .updating import mark_unread
 from .writes import SPLITS
 
 _GETITEM = op_of(operator.getitem, "item")
@@ -55,7 +56,7 @@ def lift(trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> Li
     raise AssertionError("with every size fixed nothing depends on sizes")
 
 
-class _Lifter(Updating):
+class _Lifter(Returned):
     def run(self) -> Lifted:
         frame = self.frame
         if frame.poison:
@@ -89,7 +90,8 @@ class _Lifter(Updating):
             index += 1
         self._late_counts()
         self._check_order()
-        outputs = [self._output(leaf) for leaf in frame.out]
+        shared = self._shared(frame.out)
+        outputs = [shared[leaf.value] if isinstance(leaf, Ref) and leaf.value in shared else self._output(leaf) for leaf in frame.out]
         self.graph.output(outputs)
         drop_unused(self.graph)
         mark_unread(self.graph)

@@ -22,7 +22,7 @@ from fxfuse.private.schemas import schema_of
 _POINTWISE_WITHOUT_SCHEMA = frozenset(
     "softsign tanhshrink logsigmoid log_sigmoid hardswish __rdiv__ __rpow__ __rfloordiv__ floor_divide "
     "float double half bfloat16 long int short char byte bool cfloat cdouble where complex polar real imag conj "
-    "resolve_conj get_real get_imag".split()
+    "resolve_conj get_real get_imag autocast_to".split()
 )
 _RANDOM_WITHOUT_SCHEMA = frozenset(
     "dropout1d dropout2d dropout3d feature_alpha_dropout gumbel_softmax fractional_max_pool2d fractional_max_pool3d "

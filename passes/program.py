@@ -46,9 +46,9 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
                 places.extend((index, dim) for dim in sorted(dims.get(leaf.value, frozenset()) & dynamic))
     # Sizes that were varied together are one size until a run shows otherwise.
     equal = tuple((places[0], other) for places in one_size for other in places[1:])
-    generic = not lifted.factories and not trace.reads_dtype and not _spells_dtype(graph)
-    checks = _strongest(lifted.size_checks)
-    guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, not lifted.factories and not trace.moves)
+    generic = not (lifted.factories or trace.reads_dtype or trace.casts or _spells_dtype(graph))
+    checks, anywhere = _strongest(lifted.size_checks), not (lifted.factories or trace.moves or trace.casts)
+    guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, anywhere, trace.autocast)
     return Program(graph, guard, frame.in_spec, frame.out_spec)
 
 

@@ -15,53 +15,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fxfuse
-from checks import assert_close, assert_equal_models, own_gradients, randn, randomized, untouched
+from checks import assert_close, assert_equal_models, own_gradients, randn, randomized
 from fxfuse.launches import count
-
-X = randn(5, 4)
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(1, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1))
-
-
-class Nets(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.nets = nn.ModuleList(mlp() for _ in range(4))
-
-    def forward(self, x):
-        return torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
-
-
-def fuse(model: nn.Module, x: Any = X, **options: Any) -> nn.Module:
-    with untouched(model):
-        return fxfuse.optimize(model, x, **{"objective": "launches", "validate": False, "tune": False, **options})
-
-
-def handled(model: nn.Module, heavy: int, x: Any = X, *, fallbacks: bool = False) -> nn.Module:
-    """Fused to that many heavy launches, and equal to the original on other data and batch sizes."""
-    fused = fuse(model, x)
-    report = fxfuse.report(fused)
-    assert report.fused, report
-    rows = [(randn(n, *x.shape[1:], seed=n), {}) for n in (5, 2, 7)]
-    assert_equal_models(model, fused, rows)
-    assert fallbacks or not report.fallbacks
-    assert count(lambda: fused(x)).heavy <= heavy
-    return fused
-
-
-def refused(model: nn.Module, reason: str, x: Any = X, *, line: bool = True) -> nn.Module:
-    """Nothing fused; the report says why, and where; the result is the original's."""
-    fused = fuse(model, x)
-    report = fxfuse.report(fused)
-    assert not report.fused
-    texts = [str(refusal) for refusal in report.refused]
-    assert any(reason in text for text in texts), texts
-    assert not line or any(reason in text and "test_hazards.py:" in text for text in texts), texts
-    assert_equal_models(model, fused, [(randn(3, *x.shape[1:], seed=3), {})])
-    return fused
-
+from hazards import Nets, X, fuse, handled, mlp, refused
 
 # -- weights ----------------------------------------------------------------------------------------------------------------------
 
@@ -559,15 +515,6 @@ def test_another_dtype_stays_fused(change):
     x = getattr(X, change)()
     assert_close(fused(x), model(x), change, rtol={"half": 2e-2, "double": 1e-10, "bfloat16": 1e-1}[change])
     assert not fxfuse.report(fused).fallbacks
-
-
-def test_autocast_gives_what_it_gave():
-    model = randomized(Nets()).float()
-    fused = fuse(model, X.float())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, want = fused(X.float()), model(X.float())
-    assert got.dtype is want.dtype is torch.bfloat16
-    assert torch.equal(got, want)
 
 
 def test_complex_lanes():

@@ -239,6 +239,8 @@ def test_autocast() -> None:
         assert autocast.any_autocast_enabled()
         with torch.autocast("cpu", enabled=False):
             assert not autocast.any_autocast_enabled()
+        assert autocast.autocast_on() == (("cpu", torch.bfloat16),)
+    assert autocast.autocast_on() == ()
     assert not autocast.any_autocast_enabled()
 
 
@@ -334,6 +336,11 @@ def test_module_hooks() -> None:
     stores = {name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name and "full_backward" not in name}
     assert stores == set(module_hooks.HOOK_DICTS)
     assert nn.Module().__dict__.keys() >= module_hooks.BOOKKEEPING
+    for register_for_all in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        assert not module_hooks.hooks_for_all()
+        handle = getattr(nn.modules.module, f"register_module_{register_for_all}_hook")(lambda *args: None)
+        assert module_hooks.hooks_for_all()
+        handle.remove()
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])

@@ -331,9 +331,9 @@ def non_leaf_parameter(self, x):
     return weight + 1
 
 
-def autocast(self, x):
+def autocast_of_a_cell(self, x):
     with torch.autocast("cpu", torch.bfloat16):
-        return x @ x
+        return torch.gru_cell(x, x.float(), torch.ones(9, 3), torch.ones(9, 3))
 
 
 def set_data(self, x):
@@ -349,7 +349,7 @@ def backward(self, x):
 
 POISONED = {
     "no_grad": (no_grad_write, "gradient tracking"), "Function": (lambda self, x: Straight.apply(x * 1.5), "gradient tracking"),
-    "out=": (lambda self, x: torch.add(x, x, out=torch.empty(3, 3)), "out="), "autocast": (autocast, "autocast"),
+    "out=": (lambda self, x: torch.add(x, x, out=torch.empty(3, 3)), "out="), "autocast": (autocast_of_a_cell, "autocast casts inside of gru_cell"),
     "data": (set_data, "sets the data"), "a number": (lambda self, x: x * torch.finfo(torch.result_type(x, x)).eps, "result_type"),
     "backward": (backward, "backward pass"),
 }  # fmt: skip

@@ -1,11 +1,14 @@
 """The names under which a module keeps its hooks, and the other things that every module has in its ``__dict__``.
 
-Private: all of them; the public API only adds hooks.
+Private: all of them, and ``hooks_for_all``, which says whether hooks for all modules are registered; the public API only adds hooks.
 """
 
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as hooks_for_all
+
+__all__ = ["BOOKKEEPING", "CALL_HOOKS", "HOOK_DICTS", "has_hooks", "hooks_for_all"]
 
 # Hooks that run around a call of the module, and the marks that say how.
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -27,10 +27,15 @@ def _over_last_dims(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
     if all(v.dim is None for v in affine.values()):
         nodes = [v.node if isinstance(v, Packed) else None for v in given.values()]
         return Packed(emitter.call(function, value.node, shape, *nodes, eps), value.dim), bundle.name
+    # bfloat16 in, float32 weights (autocast): computed in float32 and rounded once, as one kernel does it.
+    given_as, weight = value.node, next(iter(affine.values())).node
+    mixed = given_as.meta["val"].dtype is not weight.meta["val"].dtype
+    if mixed:
+        value = Packed(emitter.call("type_as", given_as, weight), value.dim)
     out = Packed(emitter.call(function, value.node, shape, *([None] * len(names)), eps), value.dim)
     nodes, lane = aligned(emitter, [(out, lane_rank), *((v, len(shape)) for v in affine.values())], lane_rank)
     if len(affine) == 2:
         node = emitter.call(torch.addcmul, nodes[2], nodes[0], nodes[1])
     else:
         node = emitter.call(torch.mul if "weight" in affine else torch.add, nodes[0], nodes[1])
-    return Packed(node, lane), bundle.name
+    return Packed(emitter.call("type_as", node, given_as) if mixed else node, lane), bundle.name

@@ -1,0 +1,90 @@
+"""Results that share memory: with each other, with an input, with a weight.
+
+Comes in: what a module call returned, and how each recorded view was made. Goes out: ``Returned``, a layer of the lifter: such a result is the
+very view of the very tensor that it is in the original, so that a caller who writes into one finds it in the other. The tensor that they
+are views of is made once, by itself; views of it are calls that no lane set takes up. All other results are values, as everything is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections import Counter
+from typing import Any
+
+import torch
+
+from fxfuse.private.torch_function import DisableTorchFunction
+from fxfuse.trace import Event, Ref
+
+from .functional import op_of
+from .ops import Op, canonical, op_name
+from .updating import Updating
+
+
+def returned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that leaves the region by several ways: stands for itself."""
+    return tensor
+
+
+RETURNED = op_of(returned)
+_PIECE = op_of(operator.getitem, "item")
+
+
+class Returned(Updating):
+    """Finds the results that share memory, and makes them."""
+
+    def _shared(self, leaves: list[Any]) -> dict[int, torch.fx.Node]:
+        """The nodes of those results, by value."""
+        values = list(dict.fromkeys(leaf.value for leaf in leaves if isinstance(leaf, Ref)))
+        roots = {value: self._root(value) for value in values}
+        ways = Counter(roots.values())
+        made: dict[int, torch.fx.Node] = {}
+        for value, root in roots.items():
+            held = root in self.inputs or self.trace.values[root].origin in ("attribute", "constant")
+            if (value != root and held) or (ways[root] > 1 and not held):
+                self._view(value, root, held, made)
+        return {value: made[value] for value in values if value in made}
+
+    def _view(self, value: int, root: int, held: bool, made: dict[int, torch.fx.Node]) -> torch.fx.Node:
+        """``value``, which is a view of ``root``, made from it as in the recording."""
+        if value in made:
+            return made[value]
+        if value == root:
+            node = self._read(root)
+            if not held:
+                node = self._alone(RETURNED, (node,), value)
+                with DisableTorchFunction():
+                    node.meta["out_stride"] = self.trace.values[root].tensor.stride()
+        else:
+            base, event = self.parent[value]
+            source = self._view(base, root, held, made)
+            op, args = self._call_of(event, base, source)
+            if isinstance(event.out, list):
+                whole = self._alone(op, args, None)
+                node = self._alone(_PIECE, (whole, event.out.index(Ref(value))), value)
+            else:
+                node = self._alone(op, args, value)
+        made[value] = node
+        return node
+
+    def _alone(self, op: Op, args: tuple[Any, ...], value: int | None) -> torch.fx.Node:
+        """A call that stays by itself: no lane set takes it up, and no other call is the same."""
+        node = self.graph.call_function(dataclasses.replace(op, name=f"returned {op.name}", pointwise=False), args)
+        if value is not None:
+            self._describe(node, value)
+        else:
+            node.meta.update(shape=None, dyn=frozenset(), place=self.place, path=self.path, frame=self.at)
+        node.meta["alone"] = True
+        return node
+
+    def _call_of(self, event: Event, base: int, source: torch.fx.Node) -> tuple[Op, tuple[Any, ...]]:
+        def given(tree: Any) -> Any:
+            if isinstance(tree, Ref) and tree.value == base:
+                return source
+            return type(tree)([given(item) for item in tree]) if type(tree) in (tuple, list) else self._argument(tree)
+
+        args, kwargs = given(event.args), {key: given(value) for key, value in event.kwargs.items()}
+        if op_name(event.func) == "__getitem__":
+            return _PIECE, (args[0], args[1])
+        return canonical(event.func, tuple(args), kwargs)

@@ -1,0 +1,172 @@
+"""What a caller may do with results: ``view`` them, write into them, find inputs, weights and each other through them, as with the original."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxfuse
+from checks import assert_close, own_gradients, randn, randomized
+from fxfuse.private.pytree import tree_leaves
+from hazards import Nets, X, fuse
+
+
+def addresses(tensor: Tensor) -> set[int]:
+    """Where every element lies in memory."""
+    offsets = torch.zeros(tensor.shape, dtype=torch.int64)
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        offsets = offsets + (torch.arange(size) * stride).view([-1 if d == dim else 1 for d in range(tensor.dim())])
+    return {tensor.data_ptr() + offset * tensor.element_size() for offset in offsets.flatten().tolist()}
+
+
+def dense(tensor: Tensor) -> bool:
+    """Does it fill its memory, in some order of its dims?"""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def overlaps(model: nn.Module, x: Tensor, out: Any) -> list[tuple[str, ...]]:
+    """Which outputs share elements with each other, with the input, or with a weight (by the original's name)."""
+    leaves = {f"output {i}": leaf.detach() for i, leaf in enumerate(tree_leaves(out)) if isinstance(leaf, Tensor)}
+    others = {"input": x.detach(), **{name: t.detach() for name, t in named_weights(model).items()}}
+    places = {name: addresses(tensor) for name, tensor in {**leaves, **others}.items()}
+    pairs = [*itertools.combinations(leaves, 2), *itertools.product(leaves, others)]
+    return [(one, other) for one, other in pairs if places[one] & places[other]]
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers as the lanes see them: of a fused model, views of packs."""
+    found = {}
+    for index in range(4):
+        for layer in (0, 2, 4):
+            for name in ("weight", "bias"):
+                found[f"nets.{index}.{layer}.{name}"] = getattr(model.nets[index][layer], name)
+    return {**found, "table": model.table, "scale": model.scale}
+
+
+class Model(Nets):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(3, 4))
+        self.register_buffer("scale", torch.ones(4))
+
+    def outs(self, x: Tensor) -> list[Tensor]:
+        return [net(x[:, i : i + 1]) for i, net in enumerate(self.nets)]
+
+
+RESULTS = {
+    "lanes": lambda self, x: self.outs(x),
+    "one lane twice": lambda self, x: (lambda outs: [*outs, outs[0]])(self.outs(x)),
+    "all and its pieces": lambda self, x: (lambda out: (out, out[:, :1], out[:, 2]))(torch.cat(self.outs(x), 1)),
+    "a stack and its lanes": lambda self, x: (lambda out: (out, *out.unbind(0)))(torch.stack(self.outs(x))),
+    "lanes and their stack": lambda self, x: (lambda outs: (outs, torch.stack(outs)))(self.outs(x)),
+    "a view of all": lambda self, x: (lambda out: (out, out.view(-1)))(torch.cat(self.outs(x), 1)),
+    "a view of a lane": lambda self, x: [(out, out.view(-1)) for out in self.outs(x)],
+    "a transposed view": lambda self, x: (lambda out: (out, out.t()))(torch.cat(self.outs(x), 1)),
+    "the same twice": lambda self, x: (lambda out: (out, out))(torch.cat(self.outs(x), 1)),
+    "detached": lambda self, x: (lambda out: (out, out.detach()))(torch.cat(self.outs(x), 1)),
+    "detached lanes": lambda self, x: [(out, out.detach()) for out in self.outs(x)],
+    "cloned": lambda self, x: (lambda out: (out, out.clone()))(torch.cat(self.outs(x), 1)),
+    "the input": lambda self, x: (x, torch.cat(self.outs(x), 1)),
+    "a slice of the input": lambda self, x: (x[:, 1:3], torch.cat(self.outs(x), 1)),
+    "columns of the input": lambda self, x: [(x[:, i : i + 1], out) for i, out in enumerate(self.outs(x))],
+    "the input's view": lambda self, x: (x.view(-1), x.t(), torch.cat(self.outs(x), 1)),
+    "the input, contiguous": lambda self, x: (x.contiguous(), x.reshape(-1), torch.cat(self.outs(x), 1)),
+    "the input, cast to what it is": lambda self, x: (x.to(torch.float64), x.double(), x.type_as(x), torch.cat(self.outs(x), 1)),
+    "the input, dropped": lambda self, x: (F.dropout(x, 0.5, False), nn.Identity()(x), torch.cat(self.outs(x), 1)),
+    "the input, expanded": lambda self, x: (x[:, :1].expand(-1, 3), torch.cat(self.outs(x), 1)),
+    "the input, broadcast": lambda self, x: (torch.broadcast_to(x, (2, *x.shape)), torch.cat(self.outs(x), 1)),
+    "a parameter": lambda self, x: (self.table, torch.cat(self.outs(x), 1)),
+    "a row of a parameter": lambda self, x: (self.table[1], self.table.t(), torch.cat(self.outs(x), 1)),
+    "a buffer": lambda self, x: (self.scale, self.scale[1:], torch.cat(self.outs(x), 1)),
+    "a lane's weight": lambda self, x: (self.nets[1][2].weight, torch.cat(self.outs(x), 1)),
+    "a piece of each lane's weight": lambda self, x: [(net[2].weight[0], out) for net, out in zip(self.nets, self.outs(x), strict=True)],
+    "expanded": lambda self, x: torch.cat(self.outs(x), 1)[:, :1].expand(-1, 4),
+    "permuted": lambda self, x: torch.stack(self.outs(x)).permute(2, 0, 1),
+    "strided": lambda self, x: torch.cat(self.outs(x), 1)[:, ::2],
+    "a row of a stack": lambda self, x: torch.stack(self.outs(x))[1],
+    "a diagonal": lambda self, x: (lambda out: (out, out.diagonal()))(torch.cat(self.outs(x), 1)),
+    "halves": lambda self, x: torch.cat(self.outs(x), 1).chunk(2, 1),
+    "split and joined": lambda self, x: (lambda parts: (*parts, torch.cat(parts, 1)))(torch.cat(self.outs(x), 1).split(1, 1)),
+    "written": lambda self, x: (lambda out: (out, out.select(1, 0).fill_(0.5)))(torch.cat(self.outs(x), 1)),
+    "real and imaginary": lambda self, x: (lambda z: (z, z.real, torch.view_as_real(z)))(torch.complex(*torch.cat(self.outs(x), 1).chunk(2, 1))),
+}  # fmt: skip
+
+
+@pytest.fixture(params=RESULTS, scope="module")
+def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
+    model = randomized(type("Result", (Model,), {"forward": RESULTS[request.param]})())
+    fused = fuse(model)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    return model, fused
+
+
+@pytest.mark.parametrize("rows", [5, 3])
+def test_strides_and_overlaps(pair: tuple[nn.Module, nn.Module], rows: int) -> None:
+    x = randn(rows, 4, seed=rows)
+    with torch.no_grad():
+        got, want = pair[1](x), pair[0](x)
+    weights = {id(t) for t in pair[0].parameters()}
+    for index, (one, other) in enumerate(zip(tree_leaves(got), tree_leaves(want), strict=True)):
+        if dense(other) and id(other) not in weights:  # a weight is a view of its pack, which may be stored in another order
+            assert one.stride() == other.stride(), f"output {index}: {one.stride()}, the original's {other.stride()}"
+        assert (one is x) == (other is x), f"output {index} is the input itself in one of them"
+        assert_close(one, other, f"output {index}")
+    assert overlaps(pair[1], x, got) == overlaps(pair[0], x, want)
+    assert not fxfuse.report(pair[1]).fallbacks
+
+
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_a_write_into_a_result(pair: tuple[nn.Module, nn.Module], which: int) -> None:
+    """What else it changes, it changes as in the original, and so does the backward after it."""
+    seen = []
+    for model in pair:
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        x = X.clone()
+        outs = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
+        outs = outs if which < len(outs) else outs[:1] * (which + 1)
+        said = ""
+        try:
+            with torch.set_grad_enabled(not outs[which].is_leaf):
+                outs[which].mul_(2.0)
+            loss = sum((out.abs() * (i + 1)).sum() for i, out in enumerate(outs))
+            model.zero_grad()
+            loss.backward()
+        except RuntimeError as error:  # "a view of a leaf Variable that requires grad is being used in an in-place operation"
+            said = type(error).__name__
+        gradients = own_gradients(model) if model is pair[0] else fxfuse.packing.original_gradients(model)
+        gradients = {name: None if grad is None else grad.clone() for name, grad in gradients.items()}
+        state = {name: tensor.clone() for name, tensor in fxfuse.original_state_dict(model).items()}
+        seen.append((said, x, [out.detach().clone() for out in outs], gradients, state))
+        model.load_state_dict(weights)
+    (said, x, outs, gradients, state), (said2, x2, outs2, gradients2, state2) = seen
+    if said:  # written into a view of which torch allows no writes: a fused one may be a tensor of its own
+        return
+    assert not said2
+    assert_close(x2, x, "the input")
+    for index, (one, other) in enumerate(zip(outs2, outs, strict=True)):
+        assert_close(one, other, f"output {index}")
+    for name, grad in gradients.items():
+        assert_close(gradients2[name], grad, name)
+    for name, tensor in state.items():
+        assert_close(state2[name], tensor, name)
+
+
+def test_a_view_by_the_caller(pair: tuple[nn.Module, nn.Module]) -> None:
+    with torch.no_grad():
+        for got, want in zip(*(tree_leaves(model(X)) for model in pair), strict=True):
+            try:
+                viewed = want.view(-1)
+            except RuntimeError:
+                continue
+            if not isinstance(want, nn.Parameter):
+                assert_close(got.view(-1), viewed, "viewed")
