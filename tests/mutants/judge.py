@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import fxfuse
+from fxfuse.passes.rules import joins
 from mutants import injected, sources
 from mutants.injected import JOIN
 from mutants.subjects import Subject, family_of, subjects_of, table_models
 from mutants.subjects import ops as all_ops
 from mutants.suite import Facts, Suite
-from mutants.verdicts import difference, fuse, limited
+from mutants.verdicts import Late, difference, fuse, limited
 
 PATIENCE = 60  # seconds for all that is done with one bug
 GENERATED = "tests/test_rules_generated.py::test_the_rule_equals_vmap_and_the_loop"
@@ -45,7 +46,7 @@ def judged(bug: Any, suite: Suite) -> Verdict:
     try:
         with limited(PATIENCE), warnings.catch_warnings():
             return _of_step(bug, suite) if isinstance(bug, injected.Bug) else _of_source(bug, suite)
-    except TimeoutError:
+    except Late:
         return Verdict(bug, "refused", killer="(time)", said="does not end")
 
 
@@ -65,7 +66,9 @@ def _of_step(bug: injected.Bug, suite: Suite) -> Verdict:
     with injected.active(bug):
         verdict = shown(bug, bug.subject)
         if verdict.effect == "wrong":
-            verdict.killer, verdict.said = suite.killer(lambda facts: bug.op in facts.ops or bug.op == JOIN, f"{GENERATED}[{bug.op}]")
+            join = sources.place(joins.join)
+            runs = (lambda facts: join in facts.functions) if bug.op == JOIN else (lambda facts: bug.op in facts.ops)
+            verdict.killer, verdict.said = suite.killer(runs, f"{GENERATED}[{bug.op}]")
     return verdict
 
 
@@ -74,6 +77,8 @@ def _of_source(bug: sources.SourceBug, suite: Suite) -> Verdict:
         return bug.covered in facts.functions
 
     ops = {op for facts in suite.facts.values() if covering(facts) for op in facts.ops}
+    if not any(covering(facts) for facts in suite.facts.values()):
+        return Verdict(bug)  # runs at import alone
     with sources.active(bug) as fits:
         if not fits:
             return Verdict(bug)
@@ -81,11 +86,11 @@ def _of_source(bug: sources.SourceBug, suite: Suite) -> Verdict:
         verdict = Verdict(bug, "none", killer=killer, said=said)
         op = killer.partition("[")[2].removesuffix("]") if killer.startswith(GENERATED) else ""
         if killer and not op:
-            with sources.paused(bug):
-                usual = _witnessed(suite, killer)
-            found = [seen for seen, fine in zip(_witnessed(suite, killer), usual, strict=False) if not fine[0]]
-            for effect, passed in found:
-                if effect:
+            if killer not in _usual:
+                with sources.paused(bug):
+                    _usual[killer] = _witnessed(suite, killer)
+            for (effect, passed), (random, _) in zip(_witnessed(suite, killer), _usual[killer], strict=False):
+                if effect and not random:  # a model that draws random numbers differs from itself
                     return Verdict(bug, "wrong", effect, passed, killer, said)
         for subject in _candidates(op, killer, ops, bug):
             seen = shown(bug, subject)
@@ -95,6 +100,9 @@ def _of_source(bug: sources.SourceBug, suite: Suite) -> Verdict:
     if killer and verdict.effect == "none":
         verdict.effect = "refused"  # the test saw it, no number did: other sentences, other launches, or something raises
     return verdict
+
+
+_usual: dict[str, list[tuple[str, str]]] = {}  # what is witnessed in a test without any bug
 
 
 def _candidates(op: str, killer: str, ops: set[str], bug: sources.SourceBug) -> list[Subject]:

@@ -105,6 +105,11 @@ def paused(bug: SourceBug) -> Iterator[None]:
             function.__code__ = code
 
 
+def place(function: Any) -> str:
+    """A function as ``suite.Facts.functions`` names it."""
+    return f"{source_of(function.__code__)}:{function.__code__.co_firstlineno}"
+
+
 @functools.cache
 def _own() -> dict[int, CodeType]:
     """The code of every function of fxfuse as it was imported."""
@@ -117,8 +122,8 @@ def _live() -> dict[str, list[FunctionType]]:
     assert fxfuse
     found: dict[str, list[FunctionType]] = {}
     for thing in gc.get_objects():
-        if type(thing) is FunctionType and (where := source_of(thing.__code__)):
-            found.setdefault(f"{where}:{thing.__code__.co_firstlineno}", []).append(thing)
+        if type(thing) is FunctionType and source_of(thing.__code__):
+            found.setdefault(place(thing), []).append(thing)
     return {key: functions for key, functions in found.items() if len({f.__code__.co_name for f in functions}) == 1}
 
 

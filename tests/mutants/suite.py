@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
+import fxfuse
 from fxfuse.passes.rules.base import Rule
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(fxfuse.__file__).parents[1]  # as the functions of fxfuse name their files
 FILES = (
     "rules_generated joins forks views buffers packing structure shape_conv_per_row shape_custom_networks shape_feature_networks "
     "shape_generated_weights shape_pointwise shape_shared_conv rule_attention rule_batch_ops rule_constants rule_embedding rule_norm_state "

@@ -46,12 +46,17 @@ def fuse(subject: Subject, validate: bool) -> Fused:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            fused = fxfuse.optimize(model, example, objective="launches", tune=False, validate=validate)
+            fused = optimized(model, example, validate)
         except Exception as error:  # a bug may raise anywhere: no number is wrong then
             return Fused(False, "" if not validate else f"optimize raises {type(error).__name__}: {error}")
         if not fxfuse.report(fused).fused:
             return Fused(False, difference(model, fused, [example]))
         return Fused(True, difference(model, fused, [example, subject.inputs(1)]))
+
+
+def optimized(model: nn.Module, example: tuple[Any, ...], validate: bool) -> nn.Module:
+    """All that is legal, fused; nothing is measured."""
+    return fxfuse.optimize(model, example, objective="launches", tune=False, validate=validate)
 
 
 def difference(model: nn.Module, fused: nn.Module, trials: Sequence[tuple[Any, ...]], kwargs: dict[str, Any] | None = None) -> str:
@@ -152,12 +157,16 @@ def _unequal(what: str, got: dict[str, Any], expected: dict[str, Any], exact: bo
     return ""
 
 
+class Late(BaseException):
+    """No ``Exception``: those are caught at every level, by fxfuse and by the comparison."""
+
+
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """A bug may loop for ever: ``TimeoutError`` after so many seconds, and again each second, as fxfuse catches what it can."""
+    """A bug may loop for ever: ``Late`` after so many seconds, and again each second."""
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"longer than {seconds} s")
+        raise Late(f"longer than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1)
