@@ -245,7 +245,7 @@ class _Check:
         examples = self.examples if len(self.examples) > 1 or wide is None else self.examples * 2
         for i, (args, kwargs) in enumerate(examples):
             if i == 1 and wide is not None:
-                self._other_weights(*wide)
+                wide = self._other_weights(*wide)
             for mode in modes:
                 call = _Call(
                     i, args, kwargs, mode, gradients, None, coarsest((args, kwargs), self.original), seed + 7919 * i, buffers=buffers
@@ -258,18 +258,15 @@ class _Check:
         self._verdict(modes)
         return self.result
 
-    def _other_weights(self, original: nn.Module, fused: nn.Module) -> None:
-        """From here on both float64 copies have other weights: those of new norms are alike in all lanes and hide which lane is which."""
-        tensors = [*original.parameters(), *original.buffers(), *fused.parameters(), *fused.buffers()]
-        before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    def _other_weights(self, original: nn.Module, fused: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+        """Both float64 copies with other weights: those of new norms are alike in all lanes, and hide which lane is which."""
         try:
             vary_weights(original)
             load_original_state_dict(fused, original_state_dict(original))
         except Exception as error:  # a module may save and load as it likes
-            with torch.no_grad():
-                for tensor, value in before:
-                    tensor.copy_(value)
             self._note(f"compared with the weights as they are only: others cannot be loaded ({_said(error)})")
+            return self._doubled()
+        return original, fused
 
     def _compare_both(self, call: _Call, wide: tuple[nn.Module, nn.Module] | None, own: bool) -> None:
         exact = self._pair(replace(call, dtype=torch.float64), *wide) if wide is not None else None

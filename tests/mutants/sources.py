@@ -8,6 +8,7 @@ back; statements outside of functions run at import alone and are left as they a
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import gc
 from collections import Counter
@@ -226,12 +227,18 @@ def _here(node: Any) -> Iterator[Edit]:
         yield node, "op", ast.Or() if isinstance(node.op, ast.And) else ast.And()
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
         yield node, "operand", ast.Constant(0)
-    elif isinstance(node, ast.Call) and len(node.args) >= 2 and not any(isinstance(arg, ast.Starred) for arg in node.args):
+    elif isinstance(node, ast.Call) and len(node.args) >= 2 and not _needs_order(node):
         yield node, "args", [*node.args[:-2], node.args[-1], node.args[-2]]
     if isinstance(node, (ast.If, ast.IfExp)) and not isinstance(node.test, (ast.Compare, ast.BoolOp)):
         yield node, "test", node.test.operand if isinstance(node.test, ast.UnaryOp) else ast.UnaryOp(ast.Not(), node.test)
     if isinstance(node, ast.comprehension) and node.ifs:
         yield node, "ifs", []
+
+
+def _needs_order(call: ast.Call) -> bool:
+    """Calls that only raise with their arguments exchanged, and those of which nobody knows how many they are."""
+    builtin = isinstance(call.func, ast.Name) and hasattr(builtins, call.func.id)
+    return builtin or any(isinstance(arg, ast.Starred) for arg in call.args)
 
 
 def _short(text: str) -> str:
