@@ -99,7 +99,7 @@ def possible(subject: Subject, op: str) -> list[Bug]:
     watch = _Watch(op, None)
     with _hooked(watch), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimized(subject.model(), subject.inputs(0), validate=False)
+        optimized(subject, subject.model(), subject.inputs(0), validate=False)
     return [Bug(op, at, change, subject) for at, change in watch.seen]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ import checks
 from fxfuse.passes.rules.base import RULES
 
 MOST = 5  # subjects of one op
+CHOOSING = frozenset("linear conv bilinear recurrent".split())  # families with rules of several lowerings
 
 # Ops that no rule names: those whose schema is tagged pointwise, and those that torch.vmap computes. By family.
 UNNAMED: dict[str, dict[str, list[Sample]]] = {
@@ -54,6 +55,7 @@ class Subject:
     op: str
     model: Callable[[], nn.Module]
     inputs: Callable[[int], tuple[Any, ...]]
+    option: int = 0  # which of the lowerings that a rule has
 
 
 class Lanes(Loop):
@@ -93,7 +95,9 @@ def subjects_of(op: str) -> list[Subject]:
     samples = SAMPLES[op] if op in RULES else UNNAMED[family_of(op)][op]
     by_sample = [list(_of_sample(op, number, sample)) for number, sample in enumerate(samples) if not sample.never]
     turns = [one[turn] for turn in range(MOST) for one in by_sample if turn < len(one)]
-    return [*turns[:MOST], *_tables(op)]
+    options = 5 if family_of(op) in CHOOSING else 1
+    others = [replace(one, name=f"{one.name}, lowering {n}", option=n) for n in range(1, options) for one in turns[:MOST]]
+    return [*turns[:MOST], *others, *_tables(op)]
 
 
 def _of_sample(op: str, number: int, sample: Sample) -> Iterator[Subject]:

@@ -52,7 +52,7 @@ class Suite:
     def session(self, files: list[str] | None = None) -> int:
         """Collect the tests of these files (names without ``test_``), then work. Returns pytest's exit code."""
         paths = [str(ROOT / "tests" / f"test_{name}.py") for name in files or FILES]
-        quiet = ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler"]
+        quiet = ["-o", "addopts=", "--capture=no", "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler"]
         return int(pytest.main([f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"), *quiet, *paths], plugins=[self]))
 
     @pytest.hookimpl(tryfirst=True)

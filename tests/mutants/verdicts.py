@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import checks
 import fxfuse
 from fxfuse import packing
+from fxfuse.passes.emit import Emitter
 from mutants.subjects import Subject
 
 RTOL = 1e-9
@@ -46,7 +47,7 @@ def fuse(subject: Subject, validate: bool) -> Fused:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            fused = optimized(model, example, validate)
+            fused = optimized(subject, model, example, validate)
         except Exception as error:  # a bug may raise anywhere: no number is wrong then
             return Fused(False, "" if not validate else f"optimize raises {type(error).__name__}: {error}")
         if not fxfuse.report(fused).fused:
@@ -54,9 +55,19 @@ def fuse(subject: Subject, validate: bool) -> Fused:
         return Fused(True, difference(model, fused, [example, subject.inputs(1)]))
 
 
-def optimized(model: nn.Module, example: tuple[Any, ...], validate: bool) -> nn.Module:
-    """All that is legal, fused; nothing is measured."""
-    return fxfuse.optimize(model, example, objective="launches", tune=False, validate=validate)
+def optimized(subject: Subject, model: nn.Module, example: tuple[Any, ...], validate: bool) -> nn.Module:
+    """All that is legal, fused, in the subject's lowering; nothing is measured."""
+    choose = Emitter.choose
+
+    def chosen(emitter: Emitter, bundle: Any, options: tuple[str, ...]) -> str:
+        choose(emitter, bundle, options)
+        return options[min(subject.option, len(options) - 1)]
+
+    Emitter.choose = chosen  # type: ignore[method-assign]
+    try:
+        return fxfuse.optimize(model, example, objective="launches", tune=False, validate=validate)
+    finally:
+        Emitter.choose = choose  # type: ignore[method-assign]
 
 
 def difference(model: nn.Module, fused: nn.Module, trials: Sequence[tuple[Any, ...]], kwargs: dict[str, Any] | None = None) -> str:
