@@ -85,6 +85,11 @@ def cases(sample: Sample, first: bool) -> Iterator[tuple[tuple[Layout, ...], int
         yield layout, next(turn), False
         if index == 0:
             yield layout, 3, True
+    # As many lanes as a dim is long: only then has a misplaced lane axis the right size.
+    plain = [layout for layout in layouts(sample, first) if not {"own", "shared"} & set(layout)]
+    sizes = dict.fromkeys(size for operand in sample.operands[:1] for size in operand.shape if 1 < size < 6)
+    for layout in dict.fromkeys([*plain[:1], *plain[-1:]]):
+        yield from ((layout, lanes, False) for lanes in sizes)
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import threading
 from dataclasses import dataclass
 
@@ -189,9 +190,10 @@ def test_weights_that_cannot_be_loaded_stay_as_they_are():
     result = verify(model, copy.deepcopy(model), x)
     assert result.ok
     assert any("compared with the weights as they are only" in note for note in result.notes)
+    model = model.double()
     other = copy.deepcopy(model)
     other.bias.data += 1e-9
-    assert not verify(model.double(), other.double(), x.double()).ok
+    assert not verify(model, other, x.double()).ok
 
 
 class LostBias(Packed):
@@ -284,7 +286,7 @@ class OtherStrides(Packed):
 def test_strides_that_a_caller_can_see(original):
     result = verify(original, like(original, OtherStrides), data())
     assert failed(result) == {"output"}
-    assert "strides (1, 12), the original has (4, 1)" in result.reason
+    assert re.search(r"strides \(1, \d+\), the original has \(4, 1\)", result.reason)
 
 
 class NeedsNoGrad(Packed):

@@ -1,4 +1,4 @@
-"""``python -m mutants [family ...] [--most N] [--seed N] [--kind injected|source]``: bugs made and found, a row per family.
+"""``python -m mutants [family ...] [--most N] [--seed N] [--kind injected|source] [--tests file ...]``: bugs made and found by family.
 
 Exit status 1 where a bug that makes some model compute something else was missed, at run time or by the tests, and is not in
 ``equivalent.txt`` with the reason why it is none.
@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, help="as many bugs, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", choices=("injected", "source"))
+    parser.add_argument("--tests", nargs="+", help="test files that are asked, without test_ (default: those of rules, joins and packing)")
     parser.add_argument("--verbose", action="store_true", help="a line for every bug")
     parser.add_argument("--list", action="store_true", help="names of the bugs, nothing is run")
     given = parser.parse_args()
@@ -60,7 +61,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     outcome: list[int] = []
     suite = Suite(lambda suite: outcome.append(_work(suite, given)))
-    suite.session()
+    suite.session(given.tests)
     return outcome[0] if outcome else 2
 
 

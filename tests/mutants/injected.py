@@ -340,9 +340,14 @@ def _values(value: Any) -> Iterator[tuple[str, Any]]:
         yield "first one more", type(value)([value[0] + 1, *value[1:]])
 
 
+# Of functions without a signature: the arguments that may be None.
+_OPTIONAL = {"linear": (2,), "bilinear": (3,), **dict.fromkeys("conv1d conv2d conv3d".split(), (2,))}
+_OPTIONAL.update(dict.fromkeys("conv_transpose1d conv_transpose2d conv_transpose3d".split(), (2,)))
+
+
 def _defaults(func: Any) -> dict[Any, Any]:
     if isinstance(func, str) or not inspect.isfunction(func):
-        return {5: None, "bias": None} if func in (torch.conv1d,) else {}
+        return dict.fromkeys(_OPTIONAL.get(getattr(func, "__name__", ""), ()))
     found = inspect.signature(func).parameters
     return {**{i: p.default for i, p in enumerate(found.values())}, **{name: p.default for name, p in found.items()}}
 

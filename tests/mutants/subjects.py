@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import checks
 from fxfuse.passes.rules.base import RULES
 
-MOST = 5  # subjects of one op
+MOST = 6  # subjects of one op
 CHOOSING = frozenset("linear conv bilinear recurrent".split())  # families with rules of several lowerings
 
 # Ops that no rule names: those whose schema is tagged pointwise, and those that torch.vmap computes. By family.
@@ -93,17 +93,25 @@ def ops() -> list[str]:
 def subjects_of(op: str) -> list[Subject]:
     """A few models that use ``op``: each sample with its operands as slices, as weights, and one of them shared."""
     samples = SAMPLES[op] if op in RULES else UNNAMED[family_of(op)][op]
-    by_sample = [list(_of_sample(op, number, sample)) for number, sample in enumerate(samples) if not sample.never]
+    by_sample = [_turned(list(_of_sample(op, number, sample)), number) for number, sample in enumerate(samples) if not sample.never]
     turns = [one[turn] for turn in range(MOST) for one in by_sample if turn < len(one)]
     options = 5 if family_of(op) in CHOOSING else 1
     others = [replace(one, name=f"{one.name}, lowering {n}", option=n) for n in range(1, options) for one in turns[:MOST]]
     return [*turns[:MOST], *others, *_tables(op)]
 
 
+def _turned(found: list[Subject], number: int) -> list[Subject]:
+    """Each sample begins with another layout, as only some of all are tried."""
+    return [*found[number % len(found) :], *found[: number % len(found)]]
+
+
 def _of_sample(op: str, number: int, sample: Sample) -> Iterator[Subject]:
     layouts = [layout for layout, _, wide in cases(sample, number == 0) if not wide]
     plain = [layout for layout in layouts if "shared" not in layout and "own" not in layout]
-    chosen = [*plain[:1], *[one for one in layouts if "own" in one][:1], *[one for one in layouts if "shared" in one][:2], *plain[-1:]]
+    own = [one for one in layouts if "own" in one and "shared" not in one]
+    shared = [one for one in layouts if "shared" in one]
+    mixed = [one for one in shared if "own" in one]
+    chosen = [*plain[:1], *mixed[:2], *own[:1], *plain[-1:], *[one for one in shared if one not in mixed][:1]]
     for layout in dict.fromkeys(chosen or layouts[:1]):
         # As many lanes as a dim of the sample's is long: a misplaced lane axis then has the right shape.
         sizes = [size for operand in sample.operands for size in operand.shape if 2 <= size <= 5] or [3]

@@ -27,7 +27,7 @@ FILES = (
     "shape_generated_weights shape_pointwise shape_shared_conv rule_attention rule_batch_ops rule_constants rule_embedding rule_norm_state "
     "rule_norms rule_products rule_random rule_recurrent rule_reductions rule_small_ops vmap_fallback methods loops sizes_inside unify"
 ).split()
-SLOW = 3.0  # seconds; slower tests are not asked
+SLOW = 8.0  # seconds; slower tests are not asked
 KEPT = ROOT / ".mutants"
 
 
@@ -78,24 +78,27 @@ class Suite:
         return ""
 
     def survey(self) -> None:
-        """Run every test once and note what it runs; tests that fail or are slow are left out."""
-        state = hashlib.sha256(b"".join(path.read_bytes() for path in _sources())).hexdigest()
-        file = KEPT / "survey.json"
-        if file.exists():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["state"] == state and kept["items"] == len(self.items):
-                self.facts = {name: Facts(row[0], set(row[1]), set(row[2])) for name, row in kept["facts"].items()}
-                return
-        for name in self.items:
+        """Run every test once and note what it runs; tests that fail or are slow are left out. File by file, as it takes minutes."""
+        for path in sorted({item.path for item in self.items.values()}):
+            state = _state(path)
+            file = KEPT / f"{path.stem}.json"
+            kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            if kept.get("state") != state:
+                kept = {"state": state, "facts": self._surveyed(path)}
+                KEPT.mkdir(exist_ok=True)
+                file.write_text(json.dumps(kept), encoding="utf-8")
+            self.facts.update({name: Facts(row[0], set(row[1]), set(row[2])) for name, row in kept["facts"].items()})
+
+    def _surveyed(self, path: Path) -> dict[str, Any]:
+        rows: dict[str, Any] = {}
+        for name in [name for name, item in self.items.items() if item.path == path]:
             with _watched() as (functions, ops):
                 start = time.perf_counter()
                 failed = self.failure(name)
                 seconds = time.perf_counter() - start
             if not failed and seconds < SLOW:
-                self.facts[name] = Facts(seconds, functions, ops)
-        KEPT.mkdir(exist_ok=True)
-        rows = {name: [round(f.seconds, 3), sorted(f.functions), sorted(f.ops)] for name, f in self.facts.items()}
-        file.write_text(json.dumps({"state": state, "items": len(self.items), "facts": rows}), encoding="utf-8")
+                rows[name] = [round(seconds, 3), sorted(functions), sorted(ops)]
+        return rows
 
     def killer(self, covering: Callable[[Facts], bool], first: str = "", seconds: float = 20.0) -> tuple[str, str]:
         """The first test that fails, of those that ``covering`` picks, quickest first, and what it says; ("", "") where none does."""
@@ -110,9 +113,11 @@ class Suite:
         return "", ""
 
 
-def _sources() -> Iterator[Path]:
-    for folder in ("fxfuse", "passes", "tests"):
-        yield from sorted(path for path in (ROOT / folder).rglob("*.py") if "mutants" not in path.parts)
+def _state(test: Path) -> str:
+    """Changes where fxfuse does, or the test file, or what test files share."""
+    shared = [path for path in (ROOT / "tests").glob("*.py") if not path.stem.startswith("test_")]
+    files = [test, *shared, *(path for folder in ("fxfuse", "passes") for path in (ROOT / folder).rglob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 
 @contextmanager
