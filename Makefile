@@ -4,6 +4,7 @@
 #   make bench   the figures of README.md
 #   make zoo     models of other packages: launches before and after, right or wrong, speed (ZOO="--no-time --why subject ...")
 #   make zoo-test   the same as tests, without the table
+#   make mutants bugs put into every rule: are they found at run time, and by the tests? (MUTANTS="conv shape --most 200"; about an hour)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ PIP := $(BIN)/python $(INSTALL) -c $(PINS) "$(TORCH)"
 ZOO_VENV := .venv-zoo
 ZOO_PYTHON := $(ZOO_VENV)/bin/python
 
-.PHONY: demo test lint types bench zoo zoo-test clean
+.PHONY: demo test lint types bench zoo zoo-test mutants clean
 
 demo: $(VENV)/.installed-bench
 	$(BIN)/python examples/demo.py
@@ -40,6 +41,9 @@ zoo: $(ZOO_VENV)/.installed
 
 zoo-test: $(ZOO_VENV)/.installed
 	$(ZOO_PYTHON) -m pytest -q -n 2 -m zoo tests/test_zoo.py
+
+mutants: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m mutants $(MUTANTS)
 
 # An environment is made anew when what it should hold has changed. A Debian python3 has no ensurepip: virtualenv stands in.
 %/.made: pyproject.toml $(PINS)
@@ -65,5 +69,5 @@ $(ZOO_VENV)/.installed: $(ZOO_VENV)/.made tests/zoo/constraints.txt tests/zoo/no
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-maker $(ZOO_VENV) $(ZOO_VENV)-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .mutants $(VENV) $(VENV)-maker $(ZOO_VENV) $(ZOO_VENV)-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

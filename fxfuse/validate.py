@@ -24,6 +24,8 @@ from fxfuse import inputs as fresh
 from fxfuse.determinism import preserved_state
 from fxfuse.difference import KINDS, Difference, Gap, Kind, Rounding, Spread, Validation, distances
 from fxfuse.errors import ArgumentError
+from fxfuse.other_weights import vary_weights
+from fxfuse.packing import load_original_state_dict, original_state_dict
 from fxfuse.runs import Run, coarsest, run
 
 __all__ = ["Difference", "Rounding", "Spread", "Validation", "validate", "verify"]
@@ -113,8 +115,9 @@ def validate(
     """Compare two models on ``examples``, each ``(args, kwargs)``.
 
     Each example is run in each mode, in float64; where the flags of the original are mixed (some lanes in eval mode), also as
-    they are. The first is also run without grad in eval mode, and in the models' own dtype; the others in that dtype only where
-    float64 proves nothing.
+    they are. From the second on (a single one is run twice) both float64 copies hold weights and running statistics that differ by some
+    percent from those given: ones, zeros and equal lanes hide mistakes. The first is also run without grad in eval mode, and in the
+    models' own dtype; the others in that dtype only where float64 proves nothing.
 
     In float64 a tensor passes if its relative difference is at most ``rtol``, or no larger than what a change of the last bits
     of the original's weights, inputs and cotangents causes (a bias before a BatchNorm has a gradient of pure rounding), or
@@ -239,8 +242,11 @@ class _Check:
         wide = self._doubled() if float64 and self.copied else None
         own = (own_dtype or wide is None) and not (wide is not None and _all_float64(self.original, self.examples))
         buffers = any(True for _ in self.original.buffers())
-        for mode in modes:
-            for i, (args, kwargs) in enumerate(self.examples):
+        examples = self.examples if len(self.examples) > 1 or wide is None else self.examples * 2
+        for i, (args, kwargs) in enumerate(examples):
+            if i == 1 and wide is not None:
+                wide = self._other_weights(*wide)
+            for mode in modes:
                 call = _Call(
                     i, args, kwargs, mode, gradients, None, coarsest((args, kwargs), self.original), seed + 7919 * i, buffers=buffers
                 )
@@ -251,6 +257,16 @@ class _Check:
         self.result.modes = tuple(dict.fromkeys(d.mode for d in self.result.differences))
         self._verdict(modes)
         return self.result
+
+    def _other_weights(self, original: nn.Module, fused: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+        """Both float64 copies with other weights: those of new norms are alike in all lanes, and hide which lane is which."""
+        try:
+            vary_weights(original)
+            load_original_state_dict(fused, original_state_dict(original))
+        except Exception as error:  # a module may save and load as it likes
+            self._note(f"compared with the weights as they are only: others cannot be loaded ({_said(error)})")
+            return self._doubled()
+        return original, fused
 
     def _compare_both(self, call: _Call, wide: tuple[nn.Module, nn.Module] | None, own: bool) -> None:
         exact = self._pair(replace(call, dtype=torch.float64), *wide) if wide is not None else None

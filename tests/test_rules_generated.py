@@ -85,6 +85,11 @@ def cases(sample: Sample, first: bool) -> Iterator[tuple[tuple[Layout, ...], int
         yield layout, next(turn), False
         if index == 0:
             yield layout, 3, True
+    # As many lanes as a dim is long: only then has a misplaced lane axis the right size.
+    plain = [layout for layout in layouts(sample, first) if not {"own", "shared"} & set(layout)]
+    sizes = dict.fromkeys(size for operand in sample.operands[:1] for size in operand.shape if 1 < size < 6)
+    for layout in dict.fromkeys([*plain[:1], *plain[-1:]]):
+        yield from ((layout, lanes, False) for lanes in sizes)
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------------------------
@@ -138,8 +143,11 @@ def _differentiable(tensor: Tensor) -> bool:
 # -- the rule --------------------------------------------------------------------------------------------------------------------------
 
 
-def packed(model: Loop, op: str) -> nn.Module | CannotVectorize:
-    """The model, in place, with ``op`` computed by its rule for all lanes, or what the rule refuses."""
+def packed(model: Loop, op: str, prefer: str = "") -> tuple[nn.Module | CannotVectorize, list[str]]:
+    """The model, in place, with ``op`` computed by its rule for all lanes, or what the rule refuses; and the lowerings there are besides.
+
+    ``prefer``: the lowering to use, where it is one.
+    """
     if model.sample.free:
         observed = observe(model, tuple(model.inputs), {})
         trace, sizes = observed.trace, observed.sizes
@@ -154,11 +162,11 @@ def packed(model: Loop, op: str) -> nn.Module | CannotVectorize:
     assert op in names, f"the sample of {op} does not use it: {sorted(names)}"
     blocked, kinds = unpackable(model, "")
     packs = Packs(unpackable=blocked, kinds=kinds)
-    emitter = Emitter(lifted, bundles, packs, rule_of, {}, "", False)
+    emitter = Emitter(lifted, bundles, packs, rule_of, {}, prefer, False)
     try:
         graph = emitter.run()
     except CannotVectorize as refusal:
-        return refusal
+        return refusal, []
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     packs.constants.update(lifted.constants)
     plan = RegionPlan(
@@ -166,7 +174,7 @@ def packed(model: Loop, op: str) -> nn.Module | CannotVectorize:
         {tuple(module.training for module in model.modules()): make_program(trace, lifted, graph)},
         {name: tensor for name, tensor in packs.constants.items() if name in used},
     )  # fmt: skip
-    return fused.install(model, [plan], strict=True)
+    return fused.install(model, [plan], strict=True), [other for options in emitter.choices.values() for other in options[1:]]
 
 
 # -- the comparison --------------------------------------------------------------------------------------------------------------------
@@ -251,7 +259,7 @@ def test_the_rule_equals_vmap_and_the_loop(op: str) -> None:
             except (RuntimeError, TypeError, ValueError) as error:
                 refusals.append(str(error))  # no complex numbers in this op, no such view of such strides
                 continue
-            made = packed(Loop(sample, layout, lanes, wide, seed), op)  # running statistics and counters as before the loop ran
+            made, lowerings = packed(Loop(sample, layout, lanes, wide, seed), op)  # running statistics and counters as before the loop ran
             if isinstance(made, CannotVectorize):
                 assert op not in RULES or wide or any(str(made).startswith(known) for known in sample.refused), f"{where}: {made}"
                 refusals.append(str(made))
@@ -261,6 +269,15 @@ def test_the_rule_equals_vmap_and_the_loop(op: str) -> None:
             close(got, loop, where)
             for name, gradient in gradients.items():
                 near(own[name], gradient, f"{where}: gradient of {name}")
+            for lowering in lowerings:
+                other, _ = packed(Loop(sample, layout, lanes, wide, seed), op, lowering)
+                if wide and isinstance(other, CannotVectorize):
+                    continue
+                assert isinstance(other, nn.Module), f"{where}, {lowering}: {other}"
+                result, slopes = results(other, model.inputs)
+                close(result, loop, f"{where}, {lowering}")
+                for name, gradient in gradients.items():
+                    near(slopes[name], gradient, f"{where}, {lowering}: gradient of {name}")
             for name, tensor in packing.original_state_dict(made).items():
                 near(tensor, model.state_dict()[name], f"{where}: {name}")
             if sample.oracle:
