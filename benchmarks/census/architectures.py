@@ -72,7 +72,7 @@ def _prepare(name: str, model: str, tell: Tell) -> Prepared:
             if isinstance(recipe, Recipe):
                 names = [name for name, _ in recipe.chosen]
                 facts = {"ran": True, "shrink": label, "dtype": str(dtype), "parameters": parameters, "inputs": names}
-                return Prepared(build, functools.partial(_inputs, recipe, dtype), facts, _masked(made, recipe, dtype))
+                return Prepared(build, functools.partial(_inputs, recipe, dtype), facts, _others(made, recipe, dtype))
             said = recipe or said
     raise LookupError(said)
 
@@ -113,17 +113,23 @@ def _inputs(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, seed: in
     return (), {name: value.to(dtype) if value.is_floating_point() else value for name, value in made.items()}
 
 
-def _masked(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> tuple[Callable[[], Inputs], ...]:
-    """A call in which the last words of the first row are padding, where forward takes a mask."""
-    def make() -> Inputs:
+def _others(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> tuple[Callable[[], Inputs], ...]:
+    """A call in which the last words of the first row are padding, and one that asks for all hidden states, where forward takes these."""
+    def masked() -> Inputs:
         args, kwargs = _inputs(recipe, dtype, ROWS, LENGTH, 6)
         mask = torch.ones(kwargs["input_ids"].shape, dtype=torch.int64)
         mask[0, -2:] = 0
         return args, {**kwargs, "attention_mask": mask}
 
+    def states() -> Inputs:
+        args, kwargs = _inputs(recipe, dtype, ROWS, LENGTH, 7)
+        return args, {**kwargs, "output_hidden_states": True}
+
     names = [name for name, _ in recipe.chosen]
-    takes = "attention_mask" in inspect.signature(type(model).forward).parameters
-    return (make,) if takes and "input_ids" in names and "attention_mask" not in names else ()
+    taken = inspect.signature(type(model).forward).parameters
+    masks = "attention_mask" in taken and "input_ids" in names and "attention_mask" not in names
+    lists = "output_hidden_states" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    return (*([masked] if masks else []), *([states] if lists else []))
 
 
 def _first(model: nn.Module, dtype: torch.dtype, tried: Iterator[Recipe]) -> Recipe | str:

@@ -72,7 +72,7 @@ def judge(subject: Subject, tell: Tell) -> None:
     wrong = [f"the original's {n} was changed" for n, t in model.state_dict().items() if not _same(t, given[n])]
     wrong += [f"{n} as fused is another" for n, t in packing.original_state_dict(fused).items() if not _same(t, given[n])]
     tell({"wrong": wrong})
-    _compare(reference, fused, [prepared.inputs(*trial) for trial in TRIALS] + [other() for other in prepared.others], tell, wrong)
+    _compare(reference, fused, [prepared.inputs(*trial) for trial in TRIALS], [other() for other in prepared.others], tell, wrong)
     tell({"fallbacks": dict(fxfuse.report(fused).fallbacks), "stage": "done"})
 
 
@@ -86,26 +86,23 @@ def _launches(model: nn.Module, args: Any, kwargs: Any) -> Any:
         return count(lambda: model.eval()(*args, **kwargs))
 
 
-def _compare(reference: nn.Module, fused: nn.Module, trials: list[Inputs], tell: Tell, wrong: list[str]) -> None:
-    compared = 0
-    refused = 0
+def _compare(
+    reference: nn.Module, fused: nn.Module, trials: list[Inputs], others: list[Inputs], tell: Tell, wrong: list[str]
+) -> None:  # fmt: skip
+    """``others`` come last: a model may put hooks on itself to answer them."""
+    compared = refused = 0
     unsteady: list[str] = []
-    for training in (True, False):
-        steady = _steady(reference, trials[0], training)
-        for number, inputs in enumerate(trials):
-            precision = _precision(reference, inputs, training)
-            if precision is None:
-                refused += 1
-                continue
-            rtol, floor = (SINGLE, COARSE) if precision.narrow else (RTOL, FLOOR)
-            found = compare(reference, fused, inputs, training, rtol=rtol, floor=floor)
-            if found is None:  # its backward refuses
-                refused += 1
-                continue
-            compared += 1
-            sizes = [tuple(t.shape) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
-            said = [f"{'train' if training else 'eval'}, trial {number} {sizes}: {each}" for each in found]
-            (wrong if steady else unsteady).extend(said)
+    for number, (inputs, training) in enumerate([(i, t) for group in (trials, others) for t in (True, False) for i in group]):
+        precision = _precision(reference, inputs, training)
+        rtol, floor = (SINGLE, COARSE) if precision is None or precision.narrow else (RTOL, FLOOR)
+        found = compare(reference, fused, inputs, training, rtol=rtol, floor=floor) if precision is not None else None
+        if found is None:  # the original refuses it, forward or backward
+            refused += 1
+            continue
+        compared += 1
+        sizes = [tuple(t.shape) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)]
+        said = [f"{'train' if training else 'eval'}, call {number} {sizes}: {each}" for each in found]
+        (wrong if not said or _steady(reference, inputs, training) else unsteady).extend(said)
     tell({"compared": compared, "not accepted": refused, "unsteady": unsteady[:20], "wrong": wrong[:20], "all wrong": len(wrong)})
 
 

@@ -38,16 +38,17 @@ RULES: list[tuple[str, str, Callable[[int], int]]] = [
     ("layers", r".*_interval|.*_pattern|.*_period|.*_freq|.*_sparse_step", most(2)),
     ("layers", r"num_encoder_blocks|num_stages|num_feature_levels|n_fft|num_mtp_layers|num_nextn_predict_layers", unchanged),
     ("layers", r".*layers|n_layers?|.*depth|num_blocks|num_(encoder|decoder)_blocks|.*_layers_count|.*hidden_layers", most(2)),
-    ("words", r".*vocab_size|vocab|vocabulary_size|n_words|num_embeddings|num_text_tokens", most(VOCABULARY)),
+    ("words", r"num_.*labels|num_classes", most(10)),
+    ("words", r".*vocab_size.*|vocab|vocabulary_size|n_words|num_embeddings|num_text_tokens", most(VOCABULARY)),
     ("words", r"codebook_size|num_codevectors_per_group|num_codebook_vectors|n_codes", most(64)),
     ("experts", r".*num_experts_per_tok|.*top_?k(_experts)?|moe_k|num_selected_experts|num_experts_per_token|experts_top_k", most(2)),
     ("experts", r"n_group|topk_group|num_expert_group|n_groups|.*limited_groups", most(1)),
     ("experts", r".*num_.*experts|.*n_.*experts|moe_num_experts|num_local_experts", most(4)),
     ("heads", r".*(key_value|kv)_heads|n_kv_heads|.*num_key_heads|num_query_groups", most(2)),
     ("heads", r".*heads|n_heads?|.*head_count", most(HEADS)),
-    ("heads", r".*head_dim|d_kv|head_size|attention_head_size|dim_head|kv_channels|.*key_dim|.*value_dim|rotary_dim", most(HEAD)),
+    ("heads", r".*head_dim|d_kv|d_head|hidden_size_per_layer_input|head_size|attention_head_size|dim_head|kv_channels|.*key_dim|.*value_dim|rotary_dim", most(HEAD)),
     ("widths", r".*lora_rank|.*_rank|rank", most(RANK)),
-    ("widths", r".*intermediate_size|.*ffn_dim|d_ff|mlp_dim|n_inner|ff_dim|.*ffn_size", most(INNER)),
+    ("widths", r".*intermediate_size|.*ffn_dim|d_?ff|mlp_dim|n_inner|ff_dim|.*ffn_size", most(INNER)),
     ("widths", r".*mlp_hidden.*|.*feedforward.*|.*ffn_hidden.*", most(INNER)),
     ("images", r".*image_size|img_size|.*image_height|.*image_width|input_size|eval_size|crop_size|resolution", exactly(IMAGE)),
     ("images", r".*patch_size|patch_stride|stride_size", most(PATCH)),
@@ -74,7 +75,7 @@ def attempts() -> Iterator[tuple[str, frozenset[str]]]:
     """Shrinks from the strongest to the weakest: a name, and the groups of fields that become small."""
     everything = frozenset(GROUPS)
     yield "all", everything
-    for group in ("positions", "lists", "widths", "heads", "images", "sound", "experts", "words"):
+    for group in ("positions", "lists", "widths", "heads", "images", "sound", "experts", "words", "layers"):
         yield f"all but {group}", everything - {group}
     yield "not widths, heads", everything - {"widths", "heads"}
     yield "not widths, heads, lists", everything - {"widths", "heads", "lists"}
@@ -100,7 +101,21 @@ def _instance(cls: type, given: dict[str, Any], groups: frozenset[str], special:
             sub = spec.get_config_class(init.pop("model_type", spec.model_type))
         init.pop("model_type", None)
         values[key] = _instance(sub, init, groups, special)
-    return cls(**values)
+    config = cls(**values)
+    if "heads" in groups:
+        _divide_rotation(config)
+    return config
+
+
+def _divide_rotation(config: Any) -> None:
+    """Rotary embeddings in three parts (time, height, width) that are as long together as half a head."""
+    rope = getattr(config, "rope_parameters", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(rope, dict) or "rope_type" not in rope or type(heads) is not int:
+        return
+    head = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    half = int(head * (rope.get("partial_rotary_factor") or 1.0)) // 2
+    rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
 
 def _values(cls: type, given: dict[str, Any], groups: frozenset[str], special: dict[str, int]) -> dict[str, Any]:
@@ -158,6 +173,8 @@ def _list(name: str, default: list[Any], groups: frozenset[str], count: int) -> 
         return None
     if re.fullmatch(r".*depths?|.*layers|num_blocks|.*block_repeats", name):
         return [1] * len(default) if "layers" in groups else None
+    if re.fullmatch(r".*ind(ex|ic)es|extract_layers|.*hook_ids", name) and max(default) > 1:
+        return [index // max(default) for index in default] if "layers" in groups else None
     if re.fullmatch(r".*(image|img|input|eval|anchor_image)_size", name):
         return [min(IMAGE, item) for item in default] if "images" in groups else None
     if re.fullmatch(r"patch_size", name):
