@@ -28,9 +28,11 @@ ROWS, LENGTH = 3, 7
 
 def subjects() -> list[Subject]:
     """All of them, by name; two names of one model and configuration are one."""
+    import transformers.models.llama.modeling_llama  # what all models need is loaded once, not in the process of each
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    assert transformers
     tables = [getattr(modeling_auto, name) for name in vars(modeling_auto) if name.startswith("MODEL_") and name.endswith("MAPPING_NAMES")]
     models: dict[str, str] = {}
     for table in sorted(tables, key=lambda table: table is not modeling_auto.MODEL_MAPPING_NAMES):
