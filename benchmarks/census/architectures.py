@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,8 @@ from zoo.registry import as_double, randomized, silence
 
 MOST_PARAMETERS = 40_000_000
 MOST_SECONDS = 2.0  # of one forward
+MOST_SEARCH = 15.0  # for sizes that fit
+DTYPE = re.compile(r"dtype|[Ff]loat|[Dd]ouble|BFloat|scalar type")
 ROWS, LENGTH = 3, 7
 
 
@@ -51,13 +54,19 @@ def _prepare(name: str, model: str, tell: Tell) -> Prepared:
 
     configuration, cls = CONFIG_MAPPING[name], getattr(transformers, model, None) or _class(name, model)
     tell({"model": model})
-    said = "no attempt built it"
-    built = False
-    for dtype in (torch.float64, torch.float32):
-        for label, config in _configurations(configuration):
-            if isinstance(config, Exception):
-                said = said if built else _said(config)
-                continue
+    said, built = "", False
+    start = time.perf_counter()
+    for label, config in _configurations(configuration):
+        if time.perf_counter() - start > MOST_SEARCH:
+            break
+        if isinstance(config, Exception):
+            said = said or _said(config)
+            continue
+        heard = ""
+        for dtype, experts in ((torch.float64, None), (torch.float64, "eager"), (torch.float32, None)):
+            if heard and not DTYPE.search(heard):
+                break
+            config._experts_implementation = experts
             build = functools.partial(_build, cls, config, dtype)
             try:
                 with torch.device("meta"):
@@ -67,7 +76,7 @@ def _prepare(name: str, model: str, tell: Tell) -> Prepared:
                 made = build()
             except Exception as error:  # somebody's constructor, with sizes it was not made for
                 said = said if built else _said(error)
-                continue
+                break
             built = True
             tell({"built": True})
             recipe = _first(made, dtype, recipes(made))
@@ -75,8 +84,9 @@ def _prepare(name: str, model: str, tell: Tell) -> Prepared:
                 names = [name for name, _ in recipe.chosen]
                 facts = {"ran": True, "shrink": label, "dtype": str(dtype), "parameters": parameters, "inputs": names}
                 return Prepared(build, functools.partial(_inputs, recipe, dtype), facts, _others(made, recipe, dtype))
+            heard = recipe
             said = recipe or said
-    raise LookupError(said)
+    raise LookupError(said or "no configuration was made")
 
 
 def _class(name: str, model: str) -> Any:
