@@ -5,6 +5,7 @@
 #   make zoo     models of other packages: launches before and after, right or wrong, speed (ZOO="--no-time --why subject ...")
 #   make zoo-test   the same as tests, without the table
 #   make mutants bugs put into every rule: are they found at run time, and by the tests? (MUTANTS="conv shape --most 200"; about an hour)
+#   make census  every architecture of transformers and every module of torch.nn: right or wrong (CENSUS="--jobs 4 --why bert ...")
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ PIP := $(BIN)/python $(INSTALL) -c $(PINS) "$(TORCH)"
 ZOO_VENV := .venv-zoo
 ZOO_PYTHON := $(ZOO_VENV)/bin/python
 
-.PHONY: demo test lint types bench zoo zoo-test mutants clean
+.PHONY: demo test lint types bench zoo zoo-test mutants census clean
 
 demo: $(VENV)/.installed-bench
 	$(BIN)/python examples/demo.py
@@ -44,6 +45,9 @@ zoo-test: $(ZOO_VENV)/.installed
 
 mutants: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m mutants $(MUTANTS)
+
+census: $(ZOO_VENV)/.installed
+	$(ZOO_PYTHON) benchmarks/census.py $(CENSUS)
 
 # An environment is made anew when what it should hold has changed. A Debian python3 has no ensurepip: virtualenv stands in.
 %/.made: pyproject.toml $(PINS)

@@ -258,20 +258,28 @@ def _strides(model: Tensor, values: Tensor) -> tuple[int, ...] | None:
 def other_variations(args: Any, kwargs: Any, *, first_too: bool) -> list[tuple[int, tuple[int, ...]]]:
     """``(dim, leaf numbers)`` of tensors to vary together, without the first size of dim 0, which ``resample`` varies.
 
-    First by the size of dim 0; then, for tensors of three and more dims, each further dim (a batch that stands second, a length).
+    First by the size of dim 0; then, for tensors of three and more dims, each further dim (a batch that stands second, a length), and
+    for rows of integers how many there are in a row: words of a sentence, with whatever has as many (its mask). Numbers in a row are
+    features, which nothing takes more of.
     ``first_too``: also the tensors of the first size, one at a time, where there are several.
 
     >>> other_variations((torch.zeros(3, 2), torch.zeros(5), torch.zeros(5, 1)), {}, first_too=False)
     [(0, (1, 2))]
+    >>> other_variations((torch.zeros(3, 7).long(), torch.zeros(3, 7), torch.zeros(3, 4)), {}, first_too=False)
+    [(1, (0, 1))]
     """
     leaves = tree_flatten((args, kwargs))[0]
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            for dim in range(leaf.dim() if leaf.dim() > 2 else min(leaf.dim(), 1)):
+            for dim in range(leaf.dim()):
                 if leaf.shape[dim]:
                     by_size.setdefault((dim, leaf.shape[dim]), []).append(index)
-    groups = sorted(by_size.items(), key=lambda item: item[0][0])
+
+    def a_size(dim: int, indices: list[int]) -> bool:
+        return not dim or any(leaves[i].dim() > 2 or not (leaves[i].is_floating_point() or leaves[i].is_complex()) for i in indices)
+
+    groups = sorted((item for item in by_size.items() if a_size(item[0][0], item[1])), key=lambda item: item[0][0])
     found = [(dim, tuple(group)) for (dim, _), group in groups[1:]]
     if first_too and groups and len(groups[0][1]) > 1:
         found.extend((0, (index,)) for index in groups[0][1])

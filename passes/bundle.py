@@ -28,7 +28,7 @@ Node = torch.fx.Node
 # Each merge of two classes costs a pass over the graph.
 MOST_MERGES = 16
 
-# What nodes of one class have in common besides their op. "unread": it runs for the buffers that it or its users update. "untracked": under
+# What nodes of one class have in common besides their op. "unread": no gradient reaches it (see updating). "untracked": under
 # ``no_grad``, so that a target network is not packed with the one that trains.
 FACTS = ("shape", "dyn", "dtype", "device", "unread", "untracked")
 BLURRED_FACTS = FACTS[1:]  # sizes left out

@@ -94,7 +94,7 @@ class _Lifter(Returned):
         outputs = [shared[leaf.value] if isinstance(leaf, Ref) and leaf.value in shared else self._output(leaf) for leaf in frame.out]
         self.graph.output(outputs)
         drop_unused(self.graph)
-        mark_unread(self.graph)
+        mark_unread(self.graph, self.trace.values)
         return Lifted(
             self.graph, frame, self.constants, self.checks, self.dynamic, place=frame.place, random=self.random, factories=self.factories,
             shapes={value: self.trace.values[value].shape for value in self.inputs}, sizes=self.sizes,

@@ -1,7 +1,7 @@
 """Updates of running statistics, repeated in place.
 
 Comes in: the updates that ``passes.updates`` found in a trace. Goes out: ``Updating``, a layer of the lifter that writes each as a node
-with ``meta["update"]``; ``kwargs["after"]`` of such a node names what has to run before it.
+with ``meta["update"]``; ``kwargs["after"]`` of such a node names what has to run before it. Also ``mark_unread``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.fx
 
 from fxfuse.graph import SizeCheck
-from fxfuse.trace import Event, Frame, Ref, Trace
+from fxfuse.trace import Event, Frame, Ref, Trace, Value
 
 from .functional import cumulative_batch_norm, op_of
 from .lifted import Refused, Sizes
@@ -101,11 +101,20 @@ class Updating(Writes):
                 self.checks.append(SizeCheck(*found, "!=", 1))
 
 
-def mark_unread(graph: torch.fx.Graph) -> None:
-    """Mark what is run for its updates only: no gradient reaches it, so that it must not share a pack with what has one."""
+def mark_unread(graph: torch.fx.Graph, values: list[Value]) -> None:
+    """Mark what no gradient reaches, so that it does not share a pack with what has one: it would get zeros instead of none.
+
+    That is what is run for its updates only, and what is used for its shape, or for whole numbers (``argmax``), alone.
+    """
     read: set[torch.fx.Node] = set()
+    reached: set[torch.fx.Node] = set()
     for node in reversed(graph.nodes):
+        value = node.meta.get("value")
+        tracked = values[value].tensor.requires_grad if value is not None else None
+        size = isinstance(node.target, Op) and node.target.name.startswith("size")
         if node.op == "output" or node in read:
             read.update(node.all_input_nodes)
-        elif node.op == "call_function":
+        if node.op == "output" or (node in reached and tracked is not False and not size):
+            reached.update(node.all_input_nodes)
+        if node.op == "call_function" and (node not in read or (tracked and node not in reached)):
             node.meta["unread"] = True

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+import checks
 import fxfuse
 from checks import assert_close, assert_equal_models, own_gradients, randn, randomized
 from fxfuse.launches import count
@@ -223,6 +224,27 @@ def test_detach_inside():
             return torch.cat([net[1:](net[0](x[:, i : i + 1]).detach()) for i, net in enumerate(self.nets)], 1)
 
     handled(randomized(Model()), 3)
+
+
+@pytest.mark.parametrize("use", ["zeros", "argmax", "shape", "detach"])
+def test_a_lane_that_no_gradient_reaches_has_none(use):
+    """Its weight is decayed by no optimizer: zeros for a gradient would train another model."""
+    def forward(self, x):
+        first, second, third = (net(x) for net in self.nets)
+        if use == "zeros":
+            extra = third[:, :0].new_zeros(x.shape[0], 2)
+        elif use == "argmax":
+            extra = third.argmax(1, keepdim=True).to(x.dtype)
+        elif use == "shape":
+            extra = torch.ones(third.shape[0], third.shape[1], dtype=x.dtype)
+        else:
+            extra = third.detach()
+        return torch.cat([first, second.tanh(), extra], 1)
+
+    model = checks.randomized(checks.model_of(forward, nets=nn.ModuleList(nn.Linear(4, 5) for _ in range(3))))
+    expected = checks.run(model, checks.randn(6, 4), {}, checks.own_gradients)
+    assert expected.parameters["nets.2.weight"] is None
+    checks.assert_fused_equals(model, checks.randn(6, 4), most_heavy=2)
 
 
 def test_branch_on_data():

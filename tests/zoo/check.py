@@ -71,8 +71,13 @@ def check(subject: Subject) -> Outcome:
     return outcome
 
 
-def compare(model: nn.Module, fused: nn.Module, inputs: Any, training: bool) -> list[str] | None:
-    """What differs in one call and its backward; None where the original itself refuses the call (one row in a BatchNorm)."""
+def compare(
+    model: nn.Module, fused: nn.Module, inputs: Any, training: bool, *, rtol: float | None = None, floor: float = FLOOR,
+) -> list[str] | None:
+    """What differs in one call and its backward; None where the original itself refuses the call (one row in a BatchNorm).
+
+    ``rtol``: None finds out whether the model computes in float32 inside.
+    """
     model.train(training)
     fused.train(training)
     state = packing.original_state_dict(fused)
@@ -85,7 +90,8 @@ def compare(model: nn.Module, fused: nn.Module, inputs: Any, training: bool) -> 
         return None
     torch.manual_seed(3)
     got = checks.run(fused, *inputs, packing.original_gradients)
-    rtol = SINGLE if narrow(want.outputs, model) else RTOL
+    if rtol is None:
+        rtol = SINGLE if narrow(want.outputs, model) else RTOL
     found = [] if got.spec == want.spec else [f"another output structure: {got.spec} against {want.spec}"]
     for kind, names, actual, expected in (
         ("output", range(len(want.outputs)), got.outputs, want.outputs),
@@ -93,7 +99,7 @@ def compare(model: nn.Module, fused: nn.Module, inputs: Any, training: bool) -> 
         ("gradient of", want.parameters, [got.parameters.get(name) for name in want.parameters], list(want.parameters.values())),
         ("buffer", *_buffers(model, fused)),
     ):
-        found += differences(kind, names, actual, expected, rtol)
+        found += differences(kind, names, actual, expected, rtol, floor)
     fxfuse.load_original_state_dict(fused, saved[0])
     model.load_state_dict(saved[1])
     return found
@@ -105,8 +111,8 @@ def _buffers(model: nn.Module, fused: nn.Module) -> tuple[list[str], list[Tensor
     return list(expected), [state[name] for name in expected], list(expected.values())
 
 
-def differences(kind: str, names: Any, actual: list[Any], expected: list[Any], rtol: float) -> list[str]:
-    """One line per tensor that is off by more than ``rtol`` of its largest element and by more than ``FLOOR``."""
+def differences(kind: str, names: Any, actual: list[Any], expected: list[Any], rtol: float, floor: float = FLOOR) -> list[str]:
+    """One line per tensor that is off by more than ``rtol`` of its largest element and by more than ``floor``."""
     tensors = [want for want in expected if isinstance(want, Tensor) and want.numel()]
     largest = max((want.abs().max().item() for want in tensors), default=0.0)
     found = []
@@ -121,7 +127,7 @@ def differences(kind: str, names: Any, actual: list[Any], expected: list[Any], r
         if not want.numel():
             continue
         error = (got - want).abs().max().item() if want.is_floating_point() or want.is_complex() else float(not torch.equal(got, want))
-        if not error <= max(rtol * want.abs().max().item(), FLOOR * largest):
+        if not error <= max(rtol * want.abs().max().item(), floor * largest):
             found.append(f"{kind} {name} is off by {error:.2g}, its largest element is {want.abs().max().item():.2g}")
     return found
 

@@ -1,0 +1,101 @@
+"""Sentences of another length: rows of integers may be longer or shorter than the example's, and take the fast way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import checks
+import fxfuse
+
+
+class Attention(nn.Module):
+    """Queries, keys and values by three Linears, as most people write them."""
+
+    def __init__(self, width=8, heads=2):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.heads = heads
+
+    def forward(self, x, mask=None):
+        batch, length, width = x.shape
+        q, k, v = (each(x).view(batch, length, self.heads, -1).transpose(1, 2) for each in (self.q, self.k, self.v))
+        bias = None if mask is None else (1.0 - mask[:, None, None].to(x.dtype)) * -1e4
+        return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(batch, length, width))
+
+
+class Words(nn.Module):
+    """Words and their places, two layers of attention, a score per word."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(30, 8), nn.Embedding(40, 8)
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+        self.norm, self.score = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, ids, mask=None):
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        for layer in self.layers:
+            x = self.norm(x + layer(x, mask))
+        return self.score(x)
+
+
+class Sided(nn.Module):
+    """Two readings of one sentence, added; the last word counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(30, 6)
+        self.readers = nn.ModuleList(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)) for _ in range(3))
+
+    def forward(self, ids):
+        x = self.words(ids)
+        return sum(reader(x) for reader in self.readers)[:, -1]
+
+
+class Columns(nn.Module):
+    """A table per column: here a row's integers are features, and a loop runs over as many as there are."""
+
+    def __init__(self, columns=7):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(9, 4) for _ in range(columns))
+
+    def forward(self, ids):
+        return torch.cat([self.tables[i](ids[:, i]) for i in range(ids.shape[1])], 1)
+
+
+def ids(rows, length, limit=9, seed=0):
+    return torch.randint(limit, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("model", [Words, Sided])
+@pytest.mark.parametrize("length", [7, 16, 20])
+def test_any_length_takes_the_fast_way(model, length):
+    torch.manual_seed(0)
+    made = checks.randomized(model())
+    fused = fxfuse.optimize(made, ids(3, length), objective="launches", strict=True, tune=False)
+    assert fxfuse.report(fused).fused
+    checks.assert_equal_models(made, fused, [((ids(rows, other, seed=rows),), {}) for rows, other in ((3, length), (5, 11), (1, 30), (2, 1))])
+    assert not fxfuse.report(fused).fallbacks
+
+
+def test_a_mask_is_as_long_as_the_sentence():
+    torch.manual_seed(0)
+    made = checks.randomized(Words())
+    mask = torch.ones(3, 7, dtype=torch.int64)
+    mask[0, 5:] = 0
+    fused = fxfuse.optimize(made, (ids(3, 7), mask), objective="launches", strict=True, tune=False)
+    longer = torch.ones(4, 12, dtype=torch.int64)
+    longer[2, 3:] = 0
+    checks.assert_equal_models(made, fused, [((ids(3, 7, seed=1), mask), {}), ((ids(4, 12), longer), {})])
+    assert not fxfuse.report(fused).fallbacks
+
+
+def test_integers_in_columns_are_as_many_as_there_are_tables():
+    torch.manual_seed(0)
+    made = checks.randomized(Columns())
+    fused = checks.assert_fused_equals(made, ids(5, 7), heavy=1, tune=False, specialised=True)
+    with pytest.raises(IndexError):
+        fused(ids(5, 8))
