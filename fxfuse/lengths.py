@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 _lock = threading.Lock()
+_here = threading.local()  # .recording: how many recordings this thread is in; for other threads ``len`` is what it was
 _users: dict[int, int] = {}  # id of a globals dict -> recordings under way that need it
 
 
 def _len(value: Any) -> int:
-    if isinstance(value, torch.Tensor) and value.dim():
+    if getattr(_here, "recording", 0) and isinstance(value, torch.Tensor) and value.dim():
         size: int = value.shape[0]
         return size
     return builtins.len(value)
@@ -42,9 +43,11 @@ def tracked_len(model: nn.Module) -> Iterator[None]:
             if key in _users or "len" not in names:
                 _users[key] = _users.get(key, 0) + 1
                 names["len"] = _len
+    _here.recording = getattr(_here, "recording", 0) + 1
     try:
         yield
     finally:
+        _here.recording -= 1
         with _lock:
             for key, names in found.items():
                 if names.get("len") is _len:

@@ -77,7 +77,9 @@ class Planner:
         base = self.emit({})
         if base is None:
             return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
-        if self.options.objective == "launches":
+        if self.options.objective == "launches" and self.options.large:
+            choice = Choice(base, self._first(base))
+        elif self.options.objective == "launches":
             choice = self._fewest_launches(base)
         elif not self.options.tune:
             choice = self._start(base)
