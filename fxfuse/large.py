@@ -17,7 +17,9 @@ from fxfuse.copies import copy_with
 from fxfuse.graph import Recipe
 from fxfuse.lane import Slot
 from fxfuse.packing import each_parameter
+from fxfuse.private.pytree import tree_map_only
 from fxfuse.recipes import lane_view, packed_shape
+from fxfuse.trace import Trace
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -66,6 +68,15 @@ def twin(model: M) -> M:
     (False, True)
     """
     return copy_with(model, {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()})
+
+
+def without_history(trace: Trace) -> None:
+    """Let go of the autograd graphs of a recorded run: they hold weights, as views, where these lay when it ran."""
+    for value in trace.values:
+        if value.origin == "made":
+            value.tensor = value.tensor.detach()
+    for frame in trace.frames:
+        frame.raw = tree_map_only(Tensor, Tensor.detach, frame.raw)
 
 
 def sample(original: nn.Module, fused: nn.Module) -> tuple[int, int]:

@@ -34,7 +34,7 @@ from .errors import ArgumentError, FxfuseError, HeldElsewhereError
 from .exclusive import alone
 from .graph import Refusal, RegionPlan
 from .inputs import resample
-from .large import Moved, sample, twin, weight_bytes
+from .large import Moved, sample, twin, weight_bytes, without_history
 from .launches import count
 from .lengths import tracked_len
 from .observe import observe_modes, reads_offsets
@@ -302,6 +302,9 @@ class _Pipeline:
             return self._unchanged(True, Refusal("the model cannot be copied"))
         with self.stage("rewrite and pack"):
             if self.large:
+                for way in recorded:
+                    for observation in way.observations:
+                        without_history(observation.trace)
                 plans = self._moved(plans)
             elif inplace and self.options.validate:
                 trial = self.spare()
