@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-bench
 	$(BIN)/python examples/demo.py
 
 test: lint types
-	$(BIN)/python -m pytest -q -n 2 -m "not zoo"
+	$(BIN)/python -m pytest -q -n 2 -m "not zoo and not stress"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

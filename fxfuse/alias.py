@@ -7,8 +7,9 @@ updates are seen without a copy; before every use it is checked that they still 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
 from fxfuse.recipes import lane_view, pack, unpack
+
+_binding = threading.RLock()
 
 
 class StaleAlias(FxfuseError):
@@ -48,12 +51,12 @@ class AliasPack:
 
     recipe: Recipe
     places: list[tuple[nn.Module, str]]  # the owner and the name of each member
-    buffer: Tensor | None = None
-    seen: list[Any] = field(default_factory=list)  # where the members lay in memory when they were packed
+    # The buffer, and where the members lay in memory when they were packed: one value, which other threads read whole.
+    bound: tuple[Tensor, list[Any]] | None = None
     written: bool = False  # a program updates it: running statistics
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "buffer": None, "seen": []}  # a copy's members lie apart: packed at its first call
+        return {**self.__dict__, "bound": None}  # a copy's members lie apart: packed at its first call
 
     def members(self) -> list[Tensor]:
         """The members as they are registered now."""
@@ -68,15 +71,23 @@ class AliasPack:
             if self.written:
                 raise StaleAlias(f"{self.recipe.name} is updated, and a traced call would update a copy of it")
             return pack(self.recipe, members)
-        buffer = self.buffer
-        if buffer is None or _lie(members) != self.seen:
-            buffer = self.bind(members)
+        bound = self.bound
+        if bound is None or _lie(members) != bound[1]:
+            with _binding:
+                members, bound = self.members(), self.bound
+                if bound is None or _lie(members) != bound[1]:  # no other thread has done it meanwhile
+                    bound = self.bind(members)
+        buffer = bound[0]
         if torch.is_grad_enabled() and self.recipe.kind == "parameter":
             result: Tensor = _Alias.apply(buffer, self.recipe, *members)  # type: ignore[no-untyped-call]
             return result
         return buffer
 
-    def bind(self, members: Sequence[Tensor]) -> Tensor:
+    def lies_in(self, buffer: Tensor) -> None:
+        """The members' data are views of ``buffer``, each at its place."""
+        self.bound = buffer, _lie(self.members())
+
+    def bind(self, members: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
         """Pack the members' current values and make their data views of the pack."""
         first = members[0]
         for index, (name, member) in enumerate(zip(self.recipe.members, members, strict=True)):
@@ -92,5 +103,5 @@ class AliasPack:
             buffer = pack(self.recipe, [member.detach() for member in members])
             for index, member in enumerate(members):
                 member.data = lane_view(self.recipe, buffer, index)
-        self.buffer, self.seen = buffer, _lie(members)
-        return buffer
+        self.bound = buffer, _lie(members)
+        return self.bound

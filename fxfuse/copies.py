@@ -41,7 +41,7 @@ def sharing_copy(model: M) -> M:
     >>> sharing_copy(model).weight is model.weight
     True
     """
-    return _copied(model, {id(parameter): parameter for parameter in model.parameters()})
+    return copy_with(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def independent_copy(model: M) -> M:
@@ -54,7 +54,7 @@ def independent_copy(model: M) -> M:
     >>> other.weight is model.weight, bool((other.weight == model.weight).all())
     (False, True)
     """
-    return _copied(model, {})
+    return copy_with(model, {})
 
 
 def copy_ordinary(module: M, memo: dict[int, Any]) -> M:
@@ -66,7 +66,8 @@ def copy_ordinary(module: M, memo: dict[int, Any]) -> M:
     return result
 
 
-def _copied(model: M, memo: dict[int, Any]) -> M:
+def copy_with(model: M, memo: dict[int, Any]) -> M:
+    """A copy of ``model`` in which what ``memo`` names by its id is replaced by what it says, as in ``copy.deepcopy``."""
     copier = _Copier(memo)
     # All ordinary modules exist before any attribute is copied: what deepcopy meets in the attributes, it finds in the memo.
     # What lies inside an unusual module is left to that.

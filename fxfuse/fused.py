@@ -8,9 +8,10 @@ original forward, whose lanes read the pack through views. ``unfuse`` is the way
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -19,12 +20,14 @@ import torch.fx
 from torch import Tensor, nn
 
 from fxfuse.alias import AliasPack, StaleAlias
+from fxfuse.all_or_nothing import all_or_nothing, loads_as_before, loads_whole
 from fxfuse.entries import FORWARD
 from fxfuse.errors import FallbackError, FxfuseError, HeldElsewhereError
 from fxfuse.graph import Program, Recipe, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.held import Held, Kept, objects_in, resolved
 from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, Watch, become, lane_info, restore, shared_views
+from fxfuse.large import Moved
 from fxfuse.private import recurrent
 from fxfuse.private.autocast import any_autocast_enabled
 from fxfuse.private.module_hooks import CALL_HOOKS, hooks_for_all
@@ -32,6 +35,7 @@ from fxfuse.private.tensor_hooks import has_gradient_hooks
 from fxfuse.recipes import check, pack, packed_shape, unpack
 from fxfuse.runtime import MISS, Compiled, Source, compile_program, graph_module, source, walk
 from fxfuse.serialize import program_from_data, program_to_data
+from fxfuse.undo import Undo
 from fxfuse.widen import widened
 
 STATE = "_fxfuse"  # the key in a region's __dict__ under which its RegionState lies
@@ -66,7 +70,6 @@ class RegionState(Watch):
     hooks: tuple[Any, ...] = ()  # of the submodules, at installation
     objects: dict[Held, Kept] = field(default_factory=dict)  # that guards ask for, at installation
     aliases: dict[str, AliasPack] = field(default_factory=dict)  # packing="alias": by packed name
-    active: int = 0  # calls that are in the original forward now
     compiled: dict[tuple[bool, ...], Compiled] = field(default_factory=dict)  # never copied or saved
     current: Compiled | None = None
     methods: dict[str, list[Compiled]] = field(default_factory=dict)  # of the current flags; right while ``ready`` is not None
@@ -204,6 +207,30 @@ class RegionState(Watch):
         return None
 
 
+_counting = threading.Lock()
+_thread = threading.local()  # .loops: states whose original forward this thread is in -> how deep
+
+
+def _loops() -> dict[int, int]:
+    found: dict[int, int] | None = getattr(_thread, "loops", None)
+    if found is None:
+        found = _thread.loops = {}
+    return found
+
+
+@contextmanager
+def _in_the_loop(state: RegionState) -> Iterator[None]:
+    """This thread is in the original forward of the region."""
+    loops, key = _loops(), id(state)
+    loops[key] = loops.get(key, 0) + 1
+    try:
+        yield
+    finally:
+        loops[key] -= 1
+        if not loops[key]:
+            del loops[key]
+
+
 def _always_miss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return MISS
 
@@ -263,12 +290,13 @@ class RegionMixin(LaneMixin):
                 out = run(args, kwargs)
                 if out is not MISS:
                     return out
-                reason = "the guard did not hold" if state.current is not None else state._unknown_flags(state.flags())
-                if state.current is not None and not torch.compiler.is_compiling():
-                    again = state.current.rebound(self._fxfuse_base.forward, self, args, kwargs)
+                current = state.current  # another thread may be about to prepare
+                reason = "the guard did not hold" if current is not None else state._unknown_flags(state.flags())
+                if current is not None and not torch.compiler.is_compiling():
+                    again = current.rebound(self._fxfuse_base.forward, self, args, kwargs)
                     if again is not None and (out := run(*again)) is not MISS:
                         return out
-                    reason = state.current.why(*(again or (args, kwargs)))
+                    reason = current.why(*(again or (args, kwargs)))
                     if any_autocast_enabled():
                         reason, out = self._fxfuse_adapted(state, FORWARD, reason, *(again or (args, kwargs)))
                         if out is not MISS:
@@ -327,14 +355,11 @@ class RegionMixin(LaneMixin):
         forward = getattr(self._fxfuse_base, method)
         if torch.compiler.is_compiling():  # traced: no counters, no caches
             return forward(self, *args, **kwargs)
-        known = reason in state.fallbacks or len(state.fallbacks) < _MOST_REASONS
-        state.fallbacks[reason if known else "other reasons"] += 1
-        state.active += 1
-        try:
-            with shared_views():
-                return forward(self, *args, **kwargs)
-        finally:
-            state.active -= 1
+        with _counting:
+            known = reason in state.fallbacks or len(state.fallbacks) < _MOST_REASONS
+            state.fallbacks[reason if known else "other reasons"] += 1
+        with shared_views(), _in_the_loop(state):
+            return forward(self, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
         """As of any module. Looks for the program at once, so that torch.compile finds it ready."""
@@ -373,9 +398,10 @@ class RegionMixin(LaneMixin):
             super().zero_grad(set_to_none)
             return
         state: RegionState = self.__dict__[STATE]
-        if state.ready is None or state.holders is None:  # a new module or Parameter clears ``ready``
-            state.holders = [module._parameters for module in nn.Module.modules(self) if module._parameters]
-        for parameters in state.holders:
+        holders = state.holders
+        if state.ready is None or holders is None:  # a new module or Parameter clears ``ready``
+            holders = state.holders = [module._parameters for module in nn.Module.modules(self) if module._parameters]
+        for parameters in holders:
             for parameter in parameters.values():
                 if parameter is not None:
                     parameter.grad = None
@@ -384,8 +410,13 @@ class RegionMixin(LaneMixin):
         """As of any module; the original forward, where it walks its children, does not meet the pack."""
         state: RegionState = self.__dict__[STATE]
         for name, child in super().named_children():
-            if not (state.active and name == state.holder):
+            if not (name == state.holder and id(state) in _loops()):
                 yield name, child
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's; a state dict that does not fit changes nothing."""
+        with all_or_nothing(self):
+            return super().load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         state: RegionState = self.__dict__[STATE]
@@ -411,9 +442,12 @@ def _pack_keys(state: RegionState, state_dict: Any, prefix: str) -> bool:
         tensors = []
         for index in range(len(recipe.members)):
             keys = [key for key in names[(recipe.name, index)] if key in state_dict]
-            if len(keys) != len(names[(recipe.name, index)]) or not keys or tuple(state_dict[keys[-1]].shape) != recipe.member_shape(index):
+            if len(keys) != len(names[(recipe.name, index)]) or not keys:
                 return False
-            tensors.append(state_dict[keys[-1]])
+            given = state_dict[keys[-1]]
+            if not isinstance(given, Tensor) or tuple(given.shape) != recipe.member_shape(index):
+                return False
+            tensors.append(given)
         if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
             return False
         with torch.no_grad():
@@ -461,13 +495,12 @@ def _hide_pack(name: str) -> Callable[..., Any]:
     """A container's reading method that does not see the pack: ``len(region)``, ``for lane in region``."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own, state = self.__dict__, self.__dict__[STATE]
-        full = own["_modules"]
-        own["_modules"] = {key: value for key, value in full.items() if key != state.holder}
-        try:
-            return getattr(super(LaneMixin, self), name)(*args, **kwargs)
-        finally:
-            own["_modules"] = full
+        # On an object beside this one: another thread may be reading the children meanwhile.
+        own, state, base = self.__dict__, self.__dict__[STATE], self._fxfuse_base
+        beside = object.__new__(base)
+        beside.__dict__.update(own)
+        beside.__dict__["_modules"] = {key: value for key, value in own["_modules"].items() if key != state.holder}
+        return getattr(base, name)(beside, *args, **kwargs)
 
     method.__name__ = name
     return method
@@ -491,18 +524,41 @@ class _Surgery:
 
 
 def install(
-    model: nn.Module, plans: list[RegionPlan], *, strict: bool = False, packing: Literal["packed", "alias"] = "packed"
+    model: nn.Module,
+    plans: list[RegionPlan],
+    *,
+    strict: bool = False,
+    packing: Literal["packed", "alias"] = "packed",
+    undo: Undo | None = None,
+    moved: Moved | None = None,
 ) -> nn.Module:
     """Turn the modules that ``plans`` name into fused regions, in place, and return ``model``.
 
     ``strict`` raises ``FallbackError`` where a call would run a region's loop. ``packing="alias"`` keeps the members as the
     registered Parameters, with their data as views of one buffer, so that an optimizer built before stays valid. Nothing is
-    changed where a plan does not fit: then ``FxfuseError`` says why.
+    changed where a plan does not fit (then ``FxfuseError`` says why), or where anything else is raised. ``undo`` is given the way back.
+    ``moved`` holds packs into which the weights move, or have moved.
 
     >>> model = nn.Sequential(nn.Linear(2, 3))
     >>> install(model, []) is model
     True
     """
+    prepared = examine(model, plans, packing)
+    undo = Undo() if undo is None else undo
+    try:
+        if plans and all(surgery.region is not model for surgery in prepared):
+            undo.keep([model])
+            loads_whole(model)
+        for surgery in prepared:
+            _operate(model, surgery, strict, _packing(surgery.plan, packing), undo, moved)
+    except BaseException:
+        undo.restore()
+        raise
+    return model
+
+
+def examine(model: nn.Module, plans: list[RegionPlan], packing: Literal["packed", "alias"] = "packed") -> list[_Surgery]:
+    """What ``install`` would do. Raises ``FxfuseError`` where a plan does not fit; changes nothing."""
     prepared: list[_Surgery] = []
     taken: dict[nn.Module, str] = {}
     for plan in plans:
@@ -512,9 +568,7 @@ def install(
                 raise FxfuseError(f"regions {taken[module] or 'model'} and {plan.path or 'model'} share a module")
             taken[module] = plan.path
         prepared.append(surgery)
-    for surgery in prepared:
-        _operate(model, surgery, strict, _packing(surgery.plan, packing))
-    return model
+    return prepared
 
 
 def _packing(plan: RegionPlan, packing: Literal["packed", "alias"]) -> Literal["packed", "alias"]:
@@ -665,9 +719,21 @@ def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
             yield from _tensors_in(item, depth - 1)
 
 
-def _operate(model: nn.Module, surgery: _Surgery, strict: bool, packing: Literal["packed", "alias"]) -> None:
+def move(model: nn.Module, plans: list[RegionPlan], packing: Literal["packed", "alias"], moved: Moved) -> None:
+    """Let the Parameters that ``plans`` pack move into packs: ``model`` computes what it did, on the same Parameters, over one buffer each."""
+    for plan in plans:
+        surgery = _examine(model, plan, _packing(plan, packing))
+        for recipe, members in zip(plan.recipes, surgery.tensors, strict=True):
+            if recipe.kind == "parameter":
+                moved.pack(plan.path, recipe, members)
+
+
+def _operate(
+    model: nn.Module, surgery: _Surgery, strict: bool, packing: Literal["packed", "alias"], undo: Undo, moved: Moved | None
+) -> None:
     plan, region = surgery.plan, surgery.region
     everyone = {**surgery.modules, **surgery.hidden}
+    undo.keep(everyone)
     state = RegionState(plan=plan, strict=strict, packing=packing, modules=list(surgery.modules), hidden=list(surgery.hidden))
     state.hidden_flags = tuple(module.training for module in state.hidden)
     state.hooks = _hooks(state.modules)
@@ -680,7 +746,7 @@ def _operate(model: nn.Module, surgery: _Surgery, strict: bool, packing: Literal
     }
     if packing == "packed":
         owners = [
-            _place(root, recipe, members, store, state, surgery)
+            _place(root, recipe, members, store, state, surgery, moved)
             for recipe, members, store in zip(plan.recipes, surgery.tensors, surgery.stores, strict=True)
         ]
         for module in everyone:
@@ -698,6 +764,10 @@ def _operate(model: nn.Module, surgery: _Surgery, strict: bool, packing: Literal
         for recipe in plan.recipes:
             places = [(cast(nn.Module, walk(region, m.rpartition(".")[0])), m.rpartition(".")[2]) for m in recipe.members]
             state.aliases[recipe.name] = AliasPack(recipe, places, written=updates and recipe.kind == "buffer")
+            members = state.aliases[recipe.name].members()
+            if moved is not None and recipe.kind == "parameter":
+                state.aliases[recipe.name].lies_in(moved.pack(plan.path, recipe, members))
+            undo.keep_data(members)
             _ = state.aliases[recipe.name].tensor  # binds
     for name, tensor in plan.constants.items():
         owner = _container(root, name, state)
@@ -730,12 +800,15 @@ def _container(root: Pack, name: str, state: RegionState) -> nn.Module:
     return owner
 
 
-def _place(root: Pack, recipe: Recipe, members: list[Tensor], store: str, state: RegionState, surgery: _Surgery) -> nn.Module:
+def _place(root: Pack, recipe: Recipe, members: list[Tensor], store: str, state: RegionState, surgery: _Surgery, moved: Moved | None) -> nn.Module:
     """Pack the members into the container tree; their gradients, where any has one, come along."""
     owner, name = _container(root, recipe.name, state), recipe.name.rpartition(".")[2]
     first = members[0]
-    with torch.no_grad():
-        packed = pack(recipe, [member.detach() for member in members])
+    if moved is not None and recipe.kind == "parameter":
+        packed = moved.pack(state.plan.path, recipe, members)
+    else:
+        with torch.no_grad():
+            packed = pack(recipe, [member.detach() for member in members])
     if isinstance(first, nn.Parameter):
         packed = nn.Parameter(packed, requires_grad=first.requires_grad)
         if any(member.grad is not None for member in members):
@@ -797,6 +870,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     Linear(in_features=2, out_features=3, bias=True)
     """
     copied = copy.deepcopy(model)
+    loads_as_before(copied)
     for path in regions(copied):
         restore(cast(nn.Module, walk(copied, path)))
     return copied

@@ -36,6 +36,8 @@ _LOOKED_UP = BOOKKEEPING.union(recurrent.LISTS)
 _COMPILED = {"_is_torch_compile", "_compiled_call_impl"}
 
 _thread = threading.local()
+_listing = threading.RLock()  # held while modules list what they gave to the pack: two threads may save at once
+_making = threading.Lock()
 
 
 class Pack(nn.Module):
@@ -212,16 +214,17 @@ def saving_by_original_name() -> bool:
 def _as_original(module: nn.Module, info: LaneInfo) -> Iterator[None]:
     """Within, the module's ``_parameters`` and ``_buffers`` list views of what it gave to the pack."""
     own = module.__dict__
-    kept = own["_parameters"], own["_buffers"]
-    with torch.no_grad():
-        merged = info.merged(module)
-    own["_parameters"], own["_buffers"] = merged
-    try:
-        yield
-    finally:
-        own["_parameters"], own["_buffers"] = kept
-        for was, now in zip(kept, merged, strict=True):
-            was.update({name: now[name] for name in was if name in now})  # whatever was replaced meanwhile
+    with _listing:
+        kept = own["_parameters"], own["_buffers"]
+        with torch.no_grad():
+            merged = info.merged(module)
+        own["_parameters"], own["_buffers"] = merged
+        try:
+            yield
+        finally:
+            own["_parameters"], own["_buffers"] = kept
+            for was, now in zip(kept, merged, strict=True):
+                was.update({name: now[name] for name in was if name in now})  # whatever was replaced meanwhile
 
 
 @dataclass
@@ -435,7 +438,9 @@ def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
                 forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
             space["forward"] = forward
             space.update({name: _method(base, name) for name in methods})
-        _classes[key] = type(base)(base.__name__, (mixin, base), space)
+        with _making:
+            if key not in _classes:
+                _classes[key] = type(base)(base.__name__, (mixin, base), space)
     return _classes[key]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import threading
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 
 from fxfuse.private.pytree import tree_map_only
 
+from .exclusive import alone_now
 from .options import Options
 from .report import Report
 from .store import set_report
@@ -28,7 +28,6 @@ class FirstCall:
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
-        self.lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FirstCall:
         return FirstCall(copy.deepcopy(self.model, memo), self.options)
@@ -38,11 +37,17 @@ class FirstCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
-        with self.lock:
-            if model.__dict__.get("forward") is self:
+        # Where another thread is fusing, this call runs as the model was written; it does not wait.
+        with alone_now() as mine:
+            if mine and model.__dict__.get("forward") is self:
                 del model.__dict__["forward"]
-                self._fuse(args, kwargs)
-        return model.forward(*args, **kwargs)
+                try:
+                    self._fuse(args, kwargs)
+                except BaseException:  # interrupted: the next call tries again
+                    model.__dict__["forward"] = self
+                    raise
+        forward = model.forward
+        return type(model).forward(model, *args, **kwargs) if forward is self else forward(*args, **kwargs)
 
     def _fuse(self, args: Any, kwargs: Any) -> None:
         from .optimize import run

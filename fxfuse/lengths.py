@@ -20,11 +20,12 @@ from torch import nn
 from .sizes import TracedInt, fixed
 
 _lock = threading.Lock()
+_here = threading.local()  # .recording: how many recordings this thread is in; for other threads ``len`` is what it was
 _users: dict[int, int] = {}  # id of a globals dict -> recordings under way that need it
 
 
 def _len(value: Any) -> int:
-    if isinstance(value, torch.Tensor) and value.dim():
+    if getattr(_here, "recording", 0) and isinstance(value, torch.Tensor) and value.dim():
         size: int = value.shape[0]
         return size
     return builtins.len(value)
@@ -61,6 +62,7 @@ def tracked_len(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        _here.recording -= 1
         with _lock:
             for key, names in found.items():
                 if all(names.get(name) is ours for name, ours in _NAMES.items()):

@@ -54,9 +54,11 @@ def _is_there(module: nn.Module, device: torch.device | None, dtype: torch.dtype
 @contextmanager
 def moves_noted(trace: Trace) -> Iterator[None]:
     """In this thread, moving a module to where it is does nothing but note itself on ``trace``."""
-    global _recordings
+    global _recordings, _usual
     before = getattr(_here, "trace", None)
     with _lock:
+        if _recordings == 0:
+            _usual = nn.Module.to  # somebody may have put another there since the last recording
         _recordings += 1
         nn.Module.to = _to  # type: ignore[method-assign]
     _here.trace = trace

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,26 +23,33 @@ from fxfuse.private.module_hooks import hooks_for_all
 from fxfuse.private.pytree import tree_map_only
 
 from . import fused as fused_modules
+from . import large
 from .build import Builder, Recorded, refuse
 from .casts import without_autocast
 from .collector import paused
 from .copies import independent_copy, sharing_copy
+from .depth import deeper
 from .determinism import preserved_state
 from .difference import Validation
 from .entries import FORWARD, Entry, make_entries
 from .errors import ArgumentError, FxfuseError, HeldElsewhereError
+from .exclusive import alone
 from .graph import Refusal, RegionPlan
 from .inputs import resample
+from .large import Moved, sample, twin, weight_bytes, without_history
 from .launches import count
 from .lengths import tracked_len
 from .observe import observe_modes, reads_offsets
 from .options import Options, make_inputs, make_options
 from .passes.vectorize import LaneSet, Prepared
+from .plan import LEAST_GAIN
+from .quiet import quiet
 from .regions import Region, RegionFinder
 from .report import Report
 from .store import get_report, set_report
 from .timing import medians
 from .tracer import hooks_silent
+from .undo import Undo
 from .validate import other_examples
 from .validate import validate as compare
 from .weights import carry_over
@@ -101,18 +109,24 @@ def optimize(
     >>> [op.op for op in get_report(fast).fused[0].ops]
     ['linear']
     """
-    options = make_options(
-        model, mode=mode, objective=objective, lowering=lowering, tune=tune, tune_for=tune_for, max_memory=max_memory, validate=validate,
-        strict=strict, min_lanes=min_lanes, inplace=inplace, packing="packed",
-    )  # fmt: skip
-    inputs = make_inputs(example_inputs, example_kwargs)
-    entries = make_entries(model, inputs, methods)
-    if not entries:
-        from .lazy import fuse_at_first_call
+    holders: list[str] = []
+    try:
+        options = make_options(
+            model, mode=mode, objective=objective, lowering=lowering, tune=tune, tune_for=tune_for, max_memory=max_memory,
+            validate=validate, strict=strict, min_lanes=min_lanes, inplace=inplace, packing="packed",
+        )  # fmt: skip
+        inputs = make_inputs(example_inputs, example_kwargs)
+        entries = make_entries(model, inputs, methods)
+        if not entries:
+            from .lazy import fuse_at_first_call
 
-        return fuse_at_first_call(model, options, inplace)
-    holders = _optimizers_of(model)
-    result = run_entries(model, entries, options, inplace)
+            return fuse_at_first_call(model, options, inplace)
+        holders = _optimizers_of(model)
+        result = run_entries(model, entries, options, inplace)
+    except (ArgumentError, MemoryError):
+        raise
+    except Exception as error:
+        return _failed(model, error, Report(type(model).__name__), inplace)
     if holders and get_report(result).fused:
         warnings.warn(
             f"{' and '.join(holders)} holds Parameters of the model that was given to fxfuse.optimize: it would not train the fused model. "
@@ -134,8 +148,7 @@ def explain(model: nn.Module, example_inputs: Any = None, **keywords: Any) -> Re
         from .errors import ArgumentError
 
         raise ArgumentError("explain needs example_inputs (a tensor or a tuple) or example_kwargs; none came")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+    with quiet(UserWarning):
         return get_report(optimize(model, example_inputs, **keywords))
 
 
@@ -146,7 +159,13 @@ def run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], option
 
 def run_entries(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module:
     """The pipeline on checked arguments. Always returns a working model."""
-    return _whole(model, entries, options, inplace) or _run(model, entries, options, inplace)
+    with alone():
+        try:
+            return _whole(model, entries, options, inplace) or _run(model, entries, options, inplace)
+        except (ArgumentError, MemoryError):
+            raise
+        except Exception as error:
+            return _failed(model, error, Report(type(model).__name__), inplace)
 
 
 def _whole(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module | None:
@@ -169,28 +188,54 @@ def _whole(model: nn.Module, entries: list[Entry], options: Options, inplace: bo
 
 def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module:
     report = Report(type(model).__name__)
-    pipeline = _Pipeline(model, entries, options, report)
+    undo = Undo()
     try:
         # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
         # Recorded without autocast, whoever calls: a region makes programs for calls under it when the first of them comes.
-        with warnings.catch_warnings(), torch.inference_mode(False), without_autocast():
-            warnings.simplefilter("ignore")
-            return pipeline.run(inplace)
-    except ArgumentError:
+        with quiet(), deeper(model), torch.inference_mode(False), without_autocast():
+            return _Pipeline(model, entries, options, report, undo).run(inplace)
+    except (ArgumentError, MemoryError):
+        undo.restore()
         raise
-    except Exception as error:  # a failure inside fxfuse must not cost anybody their model
-        report.fused = []
-        said = str(error).splitlines()[0] if str(error) else ""
-        report.refused.append(Refusal(f"fxfuse failed ({type(error).__name__}: {said}); please report it"))
-        report.notes.append(_traceback(error))
-        result = model if inplace else pipeline.spare()
+    except Exception as error:
+        undo.restore()
+        return _failed(model, error, report, inplace)
+    except BaseException:
+        undo.restore()
+        raise
+
+
+def _failed(model: nn.Module, error: Exception, report: Report, inplace: bool) -> nn.Module:
+    """A failure inside fxfuse must not cost anybody their model: it comes back as it was, with what to tell a bug tracker."""
+    report.fused = []
+    said = str(error).splitlines()[0] if str(error) else ""
+    report.refused.append(Refusal(f"fxfuse failed ({type(error).__name__}: {said}); please report it"))
+    report.notes.append(_traceback(error))
+    result = model if inplace else _spare(model, report)
+    try:
         set_report(result, report)
+    except Exception:  # whatever failed before: a working model matters more than what is said of it
         return result
+    return result
+
+
+def _spare(model: nn.Module, report: Report) -> nn.Module:
+    """An independent copy of the model, or the model itself where it cannot be copied."""
+    try:
+        copied = independent_copy(model)
+        carry_over(model, copied)
+        return copied
+    except MemoryError:
+        raise
+    except Exception as error:
+        report.notes.append(f"the model cannot be copied ({error}): it is returned itself")
+        return model
 
 
 class _Pipeline:
-    def __init__(self, model: nn.Module, entries: list[Entry], options: Options, report: Report) -> None:
+    def __init__(self, model: nn.Module, entries: list[Entry], options: Options, report: Report, undo: Undo) -> None:
         self.model, self.options, self.report = model, options, report
+        self.undo = undo  # the way back, once the model itself is rewritten
         # A tensor made in inference mode cannot take part in a backward; an ordinary copy of it can.
         with torch.inference_mode(False):
             self.entries = [
@@ -200,6 +245,10 @@ class _Pipeline:
         self.work = model
         self.builder = Builder(model, model, options, report)
         self.compared: list[Validation] = []  # of the last comparison, one for each way in
+        self.large = weight_bytes(model) > large.LARGE
+        self.base = model  # what is rewritten
+        self.moved: Moved | None = None  # the packs into which the weights of ``base`` have moved, where it is large
+        self.compared_gradients = ""
         self.keep_integers = False  # fresh inputs are made with the example's own integers
 
     @contextmanager
@@ -215,13 +264,7 @@ class _Pipeline:
 
     def spare(self) -> nn.Module:
         """An independent copy of the model, or the model itself where it cannot be copied."""
-        try:
-            copied = independent_copy(self.model)
-            carry_over(self.model, copied)
-            return copied
-        except Exception as error:
-            self.report.notes.append(f"the model cannot be copied ({error}): it is returned itself")
-            return self.model
+        return _spare(self.model, self.report)
 
     def run(self, inplace: bool) -> nn.Module:
         if hooks_for_all():
@@ -246,12 +289,15 @@ class _Pipeline:
             finders = [self._find(way) for way in recorded]
             self._widen(recorded, finders)
         plans: list[RegionPlan] = []
-        if self.options.objective == "time" and self.options.tune and self.options.lowering == "auto" and len(recorded) == 1:
+        if self.large:  # measured once its weights have moved, not before: a candidate would hold them all again
+            self.builder.options = replace(self.options, tune=False, large=True)
+        elif self.options.objective == "time" and self.options.tune and self.options.lowering == "auto" and len(recorded) == 1:
             with self.stage("plan"):
                 plans.extend(self.builder.single_layers(finders[0], recorded[0]))
         with preserved_state(self.work), self.stage("plan"):
             plans.extend(self.builder.plans(recorded))
         result = self.model if inplace else self.spare()
+        self.base = result
         if not plans:
             if not self.report.refused:
                 self.report.refused.append(Refusal("no loop over equal networks was found"))
@@ -259,15 +305,19 @@ class _Pipeline:
             return result
         if result is self.model and not inplace:
             return self._unchanged(True, Refusal("the model cannot be copied"))
-        before = self.model
-        if inplace and self.options.validate:
-            before = self.spare()  # what to compare with, once the model itself is rewritten
         with self.stage("rewrite and pack"):
-            if inplace and self.options.validate:
+            if self.large:
+                for way in recorded:
+                    for observation in way.observations:
+                        without_history(observation.trace)
+                plans = self._moved(plans)
+            elif inplace and self.options.validate:
                 trial = self.spare()
-                plans = self._validated(before, trial, self._install(trial, plans))
+                if trial is self.model:
+                    return self._unchanged(True)
+                plans = self._validated(self.model, trial, self._install(trial, plans))
             plans = self._install(result, plans)
-        if plans and self.options.validate and not inplace:
+        if plans and self.options.validate and not inplace and not self.large:
             kept = self._validated(self.model, result, plans)
             if [id(plan) for plan in kept] != [id(plan) for plan in plans]:
                 result = self.spare()
@@ -334,12 +384,16 @@ class _Pipeline:
 
     # -- the whole model ----------------------------------------------------------------------------------------------------------
 
-    def _install(self, model: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
-        """Rewrite ``model`` by the plans that fit it, and return those; what cannot be installed becomes a refusal."""
+    def _install(self, model: nn.Module, plans: list[RegionPlan], dry: bool = False) -> list[RegionPlan]:
+        """Rewrite ``model`` by the plans that fit it, and return those; what cannot be installed becomes a refusal. ``dry``: only look."""
         kept = list(plans)
+        undo = self.undo if model is self.model else None
         while kept:
             try:
-                fused_modules.install(model, kept, packing=self.options.packing)
+                if dry:
+                    fused_modules.examine(model, kept, packing=self.options.packing)
+                else:
+                    fused_modules.install(model, kept, packing=self.options.packing, undo=undo, moved=self.moved)
                 return kept
             except FxfuseError as error:
                 culprit = next((plan for plan in kept if fused_modules.misfit(model, plan, self.options.packing)), kept[-1])
@@ -353,7 +407,36 @@ class _Pipeline:
         return kept
 
     def _installed(self, plans: list[RegionPlan]) -> nn.Module:
-        return fused_modules.install(self.spare(), plans, packing=self.options.packing)
+        made = self.spare() if self.moved is None else twin(self.base)
+        return fused_modules.install(made, plans, packing=self.options.packing, moved=self.moved)
+
+    # -- a model whose weights should not be there twice --------------------------------------------------------------------------
+
+    def _moved(self, plans: list[RegionPlan]) -> list[RegionPlan]:
+        """The plans that are right, and faster where that is asked for, once the weights of ``base`` lie in their packs."""
+        self.moved = Moved()
+        plans = self._install(twin(self.base), plans, dry=True)
+        if not plans:
+            return plans
+        fused_modules.move(self.base, plans, self.options.packing, self.moved)
+        original = twin(self.base)
+        if self.options.validate:
+            plans = self._validated(original, self._installed(plans), plans)
+            size = f"its weights take {weight_bytes(self.base) / 2**20:.0f} MiB"
+            said = f"{size}: compared in their own dtype, without a float64 copy; gradients of {self.compared_gradients} weights compared"
+            self.report.notes.append(said)
+        if plans and self.options.tune and self.options.objective == "time":
+            with self.stage("plan"), preserved_state(original), torch.no_grad():
+                entry, fused = self.entries[0], self._installed(plans)
+                for each in (original, fused):
+                    each.train(self.options.mode == "train")
+                calls = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(original), entry.root(fused))]
+                before, after = medians(calls, budget=1.0)
+            if after * LEAST_GAIN > before:
+                said = f"left as a loop: packed runs {before / after:.2f}x (inference; weights as large as these are timed without gradients)"
+                self.report.refused.append(Refusal(said, plans[0].place, plans[0].path))
+                return []
+        return plans
 
     def _validated(self, original: nn.Module, result: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
         """The plans that pass; a region that does not is undone alone, and of a region only the lane sets that differ."""
@@ -422,7 +505,14 @@ class _Pipeline:
             others = other_examples(example)[:3]
             if self.keep_integers:
                 others = [resample(*example, seed=seed, keep_integers=True) for seed in (1, 2)]
-            outcomes.append(compare(entry.root(original), entry.root(result), [example, *others], must_run=1))
+            if self.moved is not None:
+                original = twin(self.base)
+                compared = sample(original, result)
+                self.compared_gradients = f"{compared[0]} of {compared[1]}"
+            copies = self.moved is None
+            outcomes.append(
+                compare(entry.root(original), entry.root(result), [example, *others], must_run=1, float64=copies, copies=copies)
+            )
             if entry.is_method:
                 self.report.methods[entry.name] = outcomes[-1]
         self.compared = outcomes

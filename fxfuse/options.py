@@ -28,6 +28,7 @@ class Options:
     strict: bool = False
     min_lanes: int = 2
     packing: Literal["packed", "alias"] = "packed"
+    large: bool = False  # a candidate, run, would hold all weights once more
 
 
 _CHOICES = {"mode": ("train", "infer"), "objective": ("time", "launches"), "lowering": ("auto", "grouped_conv", "bmm")}

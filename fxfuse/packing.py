@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxfuse.all_or_nothing import all_or_nothing
 from fxfuse.errors import StateDictError
 from fxfuse.lane import Pack, Slot, by_original_name, lane_info
 from fxfuse.private.state_dicts import set_versions, versions_of
@@ -65,6 +66,8 @@ def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Any], st
     >>> load_original_state_dict(layer, original_state_dict(layer))
     <All keys matched successfully>
     """
+    if not isinstance(state_dict, Mapping):
+        raise StateDictError(f"a state dict is a mapping of names to tensors, a {type(state_dict).__name__} came")
     with by_original_name(), torch.no_grad():
         expected = model.state_dict()
     missing = [name for name in expected if name not in state_dict]
@@ -81,12 +84,16 @@ def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Any], st
         elif isinstance(target, Tensor) and tuple(target.shape) != tuple(value.shape):
             problems.append(f"{name} has shape {tuple(value.shape)}, the model has {tuple(target.shape)}")
     if problems:
+        packed = set(model.state_dict()) - set(expected)
+        if packed.intersection(state_dict):
+            problems.append("it has the names of a fused model's packs: fused.load_state_dict takes these")
         raise StateDictError(f"the state dict does not fit {type(model).__name__}: " + "; ".join(problems))
     given = OrderedDict((name, value) for name, value in state_dict.items() if name in expected)
     versions = versions_of(state_dict)
     if versions is not None:
         set_versions(given, versions)
-    result = model.load_state_dict(given, strict=False)
+    with all_or_nothing(model):
+        result = model.load_state_dict(given, strict=False)
     return type(result)(missing, unexpected)
 
 
@@ -98,7 +105,7 @@ def original_named_parameters(model: nn.Module) -> dict[str, Tensor]:
     >>> {name: tuple(p.shape) for name, p in original_named_parameters(nn.Linear(2, 3)).items()}
     {'weight': (3, 2), 'bias': (3,)}
     """
-    return {name: value.view() if isinstance(value, Slot) else value for name, value in _parameters(model)}
+    return {name: value.view() if isinstance(value, Slot) else value for name, value in each_parameter(model)}
 
 
 def original_gradients(model: nn.Module) -> dict[str, Tensor | None]:
@@ -108,7 +115,7 @@ def original_gradients(model: nn.Module) -> dict[str, Tensor | None]:
     {'weight': None, 'bias': None}
     """
     grads: dict[str, Tensor | None] = {}
-    for name, value in _parameters(model):
+    for name, value in each_parameter(model):
         if isinstance(value, Slot):
             grad = value.packed().grad
             grads[name] = None if grad is None else lane_view(value.recipe, grad, value.index)
@@ -117,7 +124,8 @@ def original_gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return grads
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, Slot | Tensor]]:
+def each_parameter(model: nn.Module) -> Iterator[tuple[str, Slot | Tensor]]:
+    """Every parameter of the original by its name, in its order: where it lies in a pack, or the Parameter; a tied one once."""
     seen: set[Any] = set()
     for path, module in model.named_modules():
         info = lane_info(module)

@@ -91,7 +91,7 @@ class Planner:
         for self.prepared in forms:
             base = self.emit({})
             if base is not None:
-                launches = self.options.objective == "launches"
+                launches = self.options.objective == "launches" and not self.options.large
                 found.append(self._fewest_launches(base) if launches else self._start(base))
         if not found:
             return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))

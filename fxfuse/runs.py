@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fxfuse.determinism import DefaultFloat64, Derandomized, preserved_state
 from fxfuse.fused import regions
 from fxfuse.inputs import clone_inputs, shaken, to_dtype, wider
-from fxfuse.packing import original_gradients, original_named_parameters, original_state_dict
+from fxfuse.lane import by_original_name
+from fxfuse.packing import original_gradients, original_named_parameters
 from fxfuse.private.pytree import tree_leaves
 from fxfuse.private.versions import version
 
@@ -221,4 +222,6 @@ def _counted(model: nn.Module, calls: Counter[str]) -> Iterator[None]:
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     """What is saved and is no parameter, by the original's names."""
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)} | original_named_parameters(model).keys()
-    return {n: t for n, t in original_state_dict(model).items() if n not in parameters and isinstance(t, Tensor)}
+    with by_original_name():
+        live = model.state_dict()
+    return {n: _kept(t).contiguous() for n, t in live.items() if n not in parameters and isinstance(t, Tensor)}

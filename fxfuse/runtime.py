@@ -268,6 +268,8 @@ def _flat_graph(
     modules: dict[str, tuple[nn.Module, torch.fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module" and node.target not in modules:
+            if not isinstance(walk(root, node.target), nn.Module):
+                raise FxfuseError(f"the program calls {node.target}, which is no module")
             modules[node.target] = (walk(root, node.target), flat.placeholder(_name("module", len(modules), node.target)))
 
     def copied(arg: torch.fx.Node) -> torch.fx.Node:

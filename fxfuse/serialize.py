@@ -6,10 +6,8 @@ functions of any module). Goes out: lists and tuples of strings, numbers and tor
 
 from __future__ import annotations
 
-import builtins
-import importlib
-import math
-import operator
+import dataclasses
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +15,18 @@ import torch
 import torch.fx
 
 from fxfuse.errors import FxfuseError
-from fxfuse.graph import Place, Program
+from fxfuse.graph import Guard, Place, Program
+from fxfuse.known_functions import known_function
 from fxfuse.over_lanes import OverLanes
 from fxfuse.private import pytree
 from fxfuse.private.schemas import NN_FUNCTIONS, OpOverload, OpOverloadPacket, op_name
 
 _NAMESPACES = ("torch", "torch.nn.functional", NN_FUNCTIONS, "torch.special", "torch.linalg", "torch.fft", "operator", "math", "builtins")
 _LEAF = pytree.tree_flatten(0)[1]
+# The values that calls of a graph may be given, beside nodes, containers and functions.
+_VALUES = (str, bytes, int, float, complex, bool, type(None), type(Ellipsis), range, torch.Size)
+_VALUES += (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_NUMBERS = (bool, int, float, complex)  # as dtypes
 _KEPT_META = (str, int, float, bool, Place, type(None))
 
 
@@ -55,7 +58,7 @@ class _Slice:
 
 
 def target_to_data(function: Any) -> Any:
-    """Name a function so that ``target_from_data`` finds the same object. Raises ``FxfuseError`` where it has no such name.
+    """Name a function so that ``target_from_data`` finds the same object. Raises ``FxfuseError`` where it is none of those it finds.
 
     >>> target_to_data(torch.relu)
     Target(module='torch', name='relu')
@@ -76,28 +79,21 @@ def target_to_data(function: Any) -> Any:
             try:
                 if target_from_data(target) is function:
                     return target
-            except (ImportError, AttributeError, ValueError):
+            except FxfuseError:
                 continue
     bound = getattr(function, "__self__", None)  # Tensor.shape.__get__
     if bound is not None and name == "__get__" and hasattr(torch.Tensor, getattr(bound, "__name__", "")):
         return Target("torch", f"Tensor.{bound.__name__}.__get__")
-    raise FxfuseError(f"a graph that calls {function!r} cannot be saved: it is not importable by a name")
+    raise FxfuseError(f"a graph that calls {function!r} cannot be saved: it is none of torch's operations")
 
 
 def target_from_data(target: Any) -> Any:
-    """The function that ``target_to_data`` named."""
+    """The function that ``target_to_data`` named. Raises ``FxfuseError`` for the name of anything else; imports and calls nothing."""
     if isinstance(target, _OverLanes):
         return OverLanes(target_from_data(target.func), target.in_dims, target.keywords)
-    if target.module == "torch.ops":
-        space, _, rest = target.name.partition("::")
-        op, _, overload = rest.partition(".")
-        packet = getattr(getattr(torch.ops, space), op)
-        return getattr(packet, overload) if overload else packet
-    modules = {"torch": torch, "operator": operator, "_operator": operator, "math": math, "builtins": builtins}
-    found: Any = modules.get(target.module) or importlib.import_module(target.module)
-    for part in target.name.split("."):
-        found = getattr(found, part)
-    return found
+    if not isinstance(target, Target):
+        raise FxfuseError(f"a saved program may not call a {type(target).__name__}")
+    return known_function(target.module, target.name)
 
 
 def _encode(value: Any) -> Any:
@@ -115,6 +111,8 @@ def _encode(value: Any) -> Any:
         return {key: _encode(item) for key, item in value.items()}
     if callable(value) and not isinstance(value, type):
         return target_to_data(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, int):  # of numpy
+        return int(value)
     return value
 
 
@@ -132,6 +130,8 @@ def _decode(value: Any, nodes: dict[str, torch.fx.Node]) -> Any:
         return [_decode(item, nodes) for item in value]
     if type(value) is dict:
         return {key: _decode(item, nodes) for key, item in value.items()}
+    if not isinstance(value, _VALUES) and not any(value is number for number in _NUMBERS):  # graphs become source text, in which an object of another class writes what it likes
+        raise FxfuseError(f"a saved program may not hold a {type(value).__name__}")
     return value
 
 
@@ -166,12 +166,35 @@ def graph_from_data(data: list[dict[str, Any]]) -> torch.fx.Graph:
     graph = torch.fx.Graph()
     nodes: dict[str, torch.fx.Node] = {}
     for item in data:
-        target = target_from_data(item["target"]) if item["op"] == "call_function" else item["target"]
+        target = target_from_data(item["target"]) if item["op"] == "call_function" else _checked_name(item["op"], item["target"])
         args, kwargs = _decode(item["args"], nodes), _decode(item["kwargs"], nodes)
+        if target is getattr and not _is_property(args, kwargs):
+            raise FxfuseError("a saved program may read properties of tensors only")
         node = graph.create_node(item["op"], target, args, kwargs, item["name"])
-        node.meta.update(item["meta"])
+        node.meta.update(_meta(item["meta"]))
         nodes[item["name"]] = node
     return graph
+
+
+def _checked_name(op: str, target: Any) -> str:
+    """The target of a node that is no function. It becomes source text."""
+    ways = {"placeholder": str.isidentifier, "output": str.isidentifier, "call_method": _is_method, "get_attr": _is_path}
+    if not isinstance(target, str) or not {**ways, "call_module": _is_path}.get(op, str.isspace)(target):
+        raise FxfuseError(f"a saved program may not have a {op} of {target!r}")
+    return target
+
+
+def _is_method(name: str) -> bool:
+    return name.isidentifier() and callable(getattr(torch.Tensor, name, None))
+
+
+def _is_path(name: str) -> bool:
+    return not any(sign in name for sign in "\"\\\n\r")
+
+
+def _is_property(args: Any, kwargs: Any) -> bool:
+    plain = len(args) == 2 and not kwargs and isinstance(args[0], torch.fx.Node) and isinstance(args[1], str)
+    return plain and args[1][:1] != "_" and hasattr(torch.Tensor, args[1])
 
 
 def _spec_to_data(spec: Any) -> Any:
@@ -183,7 +206,18 @@ def _spec_from_data(data: Any) -> Any:
     if data is None:
         return _LEAF
     kind, context, children = data
+    if kind not in pytree.SUPPORTED_NODES or not _is_plain(context):
+        raise FxfuseError(f"a saved program may not make a {getattr(kind, '__name__', kind)} of {context!r}")
     return pytree.TreeSpec(kind, context, [_spec_from_data(child) for child in children])
+
+
+def _is_plain(context: Any) -> bool:
+    """Keys, and the classes of containers: what makes a container again calls such a class, and nothing else."""
+    if isinstance(context, type):
+        return issubclass(context, tuple | dict | list) or dataclasses.is_dataclass(context)
+    if type(context) in (tuple, list):
+        return all(map(_is_plain, context))
+    return not callable(context)
 
 
 def program_to_data(program: Program) -> dict[str, Any]:
@@ -197,5 +231,14 @@ def program_to_data(program: Program) -> dict[str, Any]:
 
 
 def program_from_data(data: dict[str, Any]) -> Program:
-    """The program that ``program_to_data`` wrote."""
+    """The program that ``program_to_data`` wrote. Raises ``FxfuseError`` for anything else; runs nothing that the data names."""
+    try:
+        return _program(data)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise FxfuseError(f"the saved program is corrupt ({type(error).__name__}: {error})") from error
+
+
+def _program(data: dict[str, Any]) -> Program:
+    if not isinstance(data["guard"], Guard):
+        raise FxfuseError("the saved program is corrupt: it has no guard")
     return Program(graph_from_data(data["graph"]), data["guard"], _spec_from_data(data["in_spec"]), _spec_from_data(data["out_spec"]))

@@ -111,6 +111,7 @@ def validate(
     rtol: float = 1e-10,
     seed: int = 0,
     must_run: int | None = None,
+    copies: bool = True,
 ) -> Validation:
     """Compare two models on ``examples``, each ``(args, kwargs)``.
 
@@ -127,7 +128,8 @@ def validate(
     of a kind stays below the root of the dtype's eps.
 
     ``float64=False`` and ``own_dtype=False`` leave one of the two out. ``must_run``: how many examples, from the first, the original
-    must accept (default: all); others that it refuses are left out if the fused model refuses them too.
+    must accept (default: all); others that it refuses are left out if the fused model refuses them too. ``copies=False``: no copies are
+    made of the models, which are compared in place and in their own dtype.
 
     Raises ``ArgumentError`` for modes other than "train" and "eval", or if there is nothing to compare in.
     """
@@ -138,7 +140,7 @@ def validate(
         raise ArgumentError("validate: one of float64 and own_dtype must be on")
     start = time.perf_counter()
     with torch.inference_mode(False), torch.enable_grad(), preserved_state(original, fused):
-        check = _Check(original, fused, list(examples), rtol, len(examples) if must_run is None else must_run)
+        check = _Check(original, fused, list(examples), rtol, len(examples) if must_run is None else must_run, copies)
         result = check.run(list(modes), gradients, float64, own_dtype, seed)
     result.seconds = time.perf_counter() - start
     return result
@@ -208,12 +210,15 @@ class _Pair:
 class _Check:
     """The course of one validation; ``result`` fills up."""
 
-    def __init__(self, original: nn.Module, fused: nn.Module, examples: list[Example], rtol: float, must_run: int) -> None:
+    def __init__(
+        self, original: nn.Module, fused: nn.Module, examples: list[Example], rtol: float, must_run: int, copied: bool
+    ) -> None:
         self.examples, self.rtol, self.must_run = examples, rtol, must_run
         self.result = Validation(rtol=rtol, examples=[_described(*example) for example in examples])
         self.rounding: dict[Kind, Rounding] = {}
         self.proofs: set[str] = set()
-        copies = [self._copy(original, "original"), self._copy(fused, "fused model")]
+        self.in_place = not copied
+        copies = [self._copy(original, "original"), self._copy(fused, "fused model")] if copied else [(original, False), (fused, False)]
         self.copied = all(made for _, made in copies)
         self.original, self.fused = (model for model, _ in copies)
 
@@ -342,12 +347,12 @@ class _Check:
 
     def _noise(self, pair: _Pair, attempt: int) -> dict[tuple[Kind, str], float]:
         """How far each tensor of the original moves when weights, inputs and cotangents change by about one rounding."""
-        if not self.copied:
+        if not (self.copied or self.in_place):
             return {}
         random = torch.Generator().manual_seed(attempt)
-        other = copy.deepcopy(pair.model)
+        other = pair.model if self.in_place else copy.deepcopy(pair.model)
         with torch.no_grad():
-            for p in other.parameters():
+            for p in other.parameters() if not self.in_place else ():
                 p.copy_(fresh.shaken(p.detach(), pair.eps, random))
         tree = (pair.call.args, pair.call.kwargs)
         args, kwargs = fresh.shaken(fresh.to_dtype(tree, pair.call.dtype) if pair.call.dtype is not None else tree, pair.eps, random)

@@ -1,7 +1,7 @@
 """Operators as objects: their types, names and schemas.
 
 Private: ``torch._ops.OpOverload`` and ``OpOverloadPacket`` (the types of ``torch.ops.aten.add.Tensor`` and ``torch.ops.aten.add``), their
-``_schema`` and names, and the module that the C functions behind ``torch.nn.functional`` live in. ``torch.library`` only registers ops.
+``_schema`` and names, and the namespaces in which torch's C functions live. ``torch.library`` only registers ops.
 """
 
 from __future__ import annotations
@@ -11,9 +11,15 @@ from typing import Any
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-__all__ = ["NN_FUNCTIONS", "OpOverload", "OpOverloadPacket", "op_name", "schema_of"]
+__all__ = ["C_FUNCTIONS", "NN_FUNCTIONS", "OpOverload", "OpOverloadPacket", "op_name", "schema_of"]
 
 NN_FUNCTIONS = torch._C._nn.__name__  # where F.gelu and its like are found by name
+
+# Namespaces of C functions that compute on tensors, and hold nothing else that can be called.
+C_FUNCTIONS: dict[str, Any] = {
+    "torch": torch._C._VariableFunctions,
+    **{space.__name__: space for space in (torch._C._nn, torch._C._special, torch._C._linalg, torch._C._fft)},
+}
 
 
 def schema_of(overload: Any) -> Any:
