@@ -633,6 +633,7 @@ def _operate(model: nn.Module, surgery: _Surgery, strict: bool, packing: Literal
     state.hidden_flags = tuple(module.training for module in state.hidden)
     state.hooks = _hooks(state.modules)
     state.objects = objects_in(model, plan.all_programs())
+    state.sets = plan.sets
     state.holder = surgery.holder
     root = Pack(state)
     slots: dict[nn.Module, dict[str, Slot]] = {module: {} for module in everyone}
@@ -726,6 +727,16 @@ def regions(model: nn.Module) -> dict[str, RegionState]:
     return {path: module.__dict__[STATE] for path, module in model.named_modules() if STATE in module.__dict__}
 
 
+def attributes_set(model: nn.Module, by_programs: bool = False) -> list[tuple[str, str]]:
+    """The attributes (module path, name) that the forwards of fused regions set; ``by_programs``: without those that closed calls set."""
+    found: list[tuple[str, str]] = []
+    for path, state in regions(model).items():
+        programs = {(store.module, store.name) for program in state.plan.all_programs() for store in program.stores}
+        for module, name in sorted(programs if by_programs else state.plan.sets):
+            found.append((f"{path}.{module}" if path and module else path or module, name))
+    return found
+
+
 def accept_any_dtype(model: nn.Module) -> None:
     """Let the programs of ``model`` run in float64, also where they follow the dtype of the recording.
 
@@ -743,7 +754,7 @@ def accept_any_dtype(model: nn.Module) -> None:
 
 
 def _generic(program: Program) -> Program:
-    return Program(widened(program.graph), replace(program.guard, generic_dtype=True), program.in_spec, program.out_spec)
+    return replace(program, graph=widened(program.graph), guard=replace(program.guard, generic_dtype=True))
 
 
 def unfuse(model: nn.Module) -> nn.Module:

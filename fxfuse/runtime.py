@@ -196,6 +196,8 @@ def compile_program(
         hold(True)
     given = ["None", *everything, *(f"module{i}" for i in range(len(modules))), *made]
     lines.append(f"    out = graph({', '.join(given)})")
+    if program.stores:
+        lines.extend(_stores(program, root, scope))
     lines.append(f"    return {_result(program.out_spec)}")
     exec("\n".join(lines), scope)
     return Compiled(scope["run"], program, places, facts, hold)
@@ -301,6 +303,19 @@ def _plain_inputs(spec: Any) -> bool:
     """Are the arguments a flat tuple of leaves, without keywords?"""
     args, kwargs = spec.children()
     return kwargs.num_children == 0 and args.type is tuple and all(child.is_leaf() for child in args.children())
+
+
+def _stores(program: Program, root: nn.Module, scope: dict[str, Any]) -> list[str]:
+    """Lines that set the attributes that forward sets, and leave the result alone in ``out``. Not by ``setattr``, which is watched."""
+    lines: list[str] = []
+    at = program.out_spec.num_leaves
+    for i, store in enumerate(program.stores):
+        scope[f"keeper{i}"], scope[f"kept_spec{i}"] = walk(root, store.module), store.spec
+        until = at + store.spec.num_leaves
+        value = f"out[{at}]" if store.spec.is_leaf() else f"unflatten(list(out[{at}:{until}]), kept_spec{i})"
+        lines.append(f"    keeper{i}.__dict__[{store.name!r}] = {value}")
+        at = until
+    return [*lines, f"    out = out[:{program.out_spec.num_leaves}]"]
 
 
 def _result(spec: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 import torch.fx
 
 from fxfuse.errors import FxfuseError
-from fxfuse.graph import Place, Program
+from fxfuse.graph import Place, Program, Store
 from fxfuse.over_lanes import OverLanes
 from fxfuse.private import pytree
 from fxfuse.private.schemas import NN_FUNCTIONS, OpOverload, OpOverloadPacket, op_name
@@ -193,9 +193,12 @@ def program_to_data(program: Program) -> dict[str, Any]:
         "guard": program.guard,
         "in_spec": _spec_to_data(program.in_spec),
         "out_spec": _spec_to_data(program.out_spec),
+        "stores": [(store.module, store.name, _spec_to_data(store.spec)) for store in program.stores],
     }
 
 
 def program_from_data(data: dict[str, Any]) -> Program:
     """The program that ``program_to_data`` wrote."""
-    return Program(graph_from_data(data["graph"]), data["guard"], _spec_from_data(data["in_spec"]), _spec_from_data(data["out_spec"]))
+    specs = _spec_from_data(data["in_spec"]), _spec_from_data(data["out_spec"])
+    stores = tuple(Store(module, name, _spec_from_data(spec)) for module, name, spec in data.get("stores", ()))
+    return Program(graph_from_data(data["graph"]), data["guard"], *specs, stores)

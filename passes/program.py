@@ -49,7 +49,7 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     generic = not lifted.factories and not trace.reads_dtype and not _spells_dtype(graph)
     checks = _strongest(lifted.size_checks)
     guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, not lifted.factories and not trace.moves)
-    return Program(graph, guard, frame.in_spec, frame.out_spec)
+    return Program(graph, guard, frame.in_spec, frame.out_spec, tuple(lifted.stores))
 
 
 def _strongest(checks: list[SizeCheck]) -> tuple[SizeCheck, ...]:

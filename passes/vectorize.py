@@ -44,6 +44,7 @@ class Prepared:
     chunks: int = 1
     whole: Bundles | None = None  # ``bundles`` before they were cut into chunks
     skipped: frozenset[LaneSet] = frozenset()  # lane sets that are to stay as they are
+    idle: list[Refusal] = field(default_factory=list)  # lanes that were found, and save nothing
 
     def find(self) -> None:
         """Find the bundles anew, without what was disabled and without lane sets that save nothing."""
@@ -54,14 +55,25 @@ class Prepared:
             self.min_lanes,
             is_heavy if self.merge else None,
         )
+        self.idle = []
         for component in self.bundles.components():
-            if saved_launches(self.bundles, component) <= 0:
+            saved, cost = launches_saved(self.bundles, component)
+            if saved <= cost:
+                self._note_idle(component, saved, cost)
                 self._leave(component)
         for component in self.bundles.components(through_forks=False) if self.skipped else ():
             if self._lane_set(component) in self.skipped:
                 self._leave(component)
         self.whole = self.bundles
         self.bundles = in_chunks(self.whole, self.chunks)
+
+    def _note_idle(self, component: set[int], saved: int, cost: int) -> None:
+        heavy = [self.bundles.classes[i] for i in sorted(component) if is_heavy(self.bundles.classes[i])]
+        if heavy:
+            first = min(heavy, key=lambda bundle: bundle.number)
+            names = " and ".join(dict.fromkeys(bundle.name for bundle in heavy))
+            said = f"{names} in {len(first.members)} lanes stays a loop: as one it saves {saved} launch{'' if saved == 1 else 'es'}"
+            self.idle.append(Refusal(f"{said} and takes {cost} to join what goes in", first.members[0].meta.get("place")))
 
     def _leave(self, component: set[int]) -> None:
         self.bundles.active -= component
@@ -174,9 +186,9 @@ def _rule(bundle: Bundle) -> Any:
     return found
 
 
-def saved_launches(bundles: Bundles, component: set[int]) -> int:
-    """Launches that computing a lane set as one saves, less those that gathering its operands costs."""
-    saved = 0
+def launches_saved(bundles: Bundles, component: set[int]) -> tuple[int, int]:
+    """Launches that computing a lane set as one saves, and those that joining its operands costs."""
+    saved = cost = 0
     for index in component:
         bundle = bundles.classes[index]
         lanes = len(bundle.members)
@@ -189,8 +201,8 @@ def saved_launches(bundles: Bundles, component: set[int]) -> int:
                 continue
             if all(bundles.of[n] == bundles.of[column[0]] for n in column) and bundles.of[column[0]] in bundles.active:
                 continue
-            saved -= 1
-    return saved
+            cost += 1
+    return saved, cost
 
 
 def _columns(bundle: Bundle) -> list[list[Node]]:
