@@ -304,6 +304,7 @@ class Builder:
 def _add(built: _Built, way: Recorded, observation: Observation, lifted: Lifted, made: Vectorized, method: str) -> None:
     """One more program of a region."""
     built.packs = made.packs
+    built.plan.sets |= lifted.sets
     built.graphs.append((way, observation, lifted, made.graph, method))
     if method != FORWARD:
         built.plan.method_ops.setdefault(method, made.ops)

@@ -44,7 +44,8 @@ def opened(value: Any) -> Any:
         return Opened(kind, {key: opened(item) for key, item in value.items()}) if plain else value
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
-        if all(hasattr(value, name) for name in names) and set(getattr(value, "__dict__", names)) <= set(names):
+        if all(hasattr(value, name) for name in names):
+            names += [name for name in getattr(value, "__dict__", ()) if name not in names]  # set by __post_init__, or afterwards
             return Opened(kind, {name: opened(getattr(value, name)) for name in names})
     return value
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,13 @@ def preserved_state(*models: torch.nn.Module) -> Iterator[None]:
             _restore_buffers(module, entries)
 
 
+def foreign_random_state() -> tuple[Any, ...]:
+    """The states of the random generators that are not torch's: Python's and numpy's own. Equal tuples: nothing was drawn between."""
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    state = () if numpy_random is None else numpy_random.get_state()
+    return random.getstate(), tuple(part.tobytes() if hasattr(part, "tobytes") else part for part in state)
+
+
 def _restore_buffers(module: torch.nn.Module, entries: list[tuple[str, Tensor | None, Tensor | None]]) -> None:
     current = module._buffers
     if [name for name, _ in current.items()] != [name for name, _, _ in entries] or any(current[name] is not b for name, b, _ in entries):
@@ -94,6 +102,14 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
+_fixed = threading.local()
+
+
+def derandomized() -> bool:
+    """Is this thread inside of ``Derandomized``? For dropouts that are written out, whose masks it cannot tell from other draws."""
+    return bool(getattr(_fixed, "depth", 0))
+
+
 class Derandomized(TorchDispatchMode):
     """Inside this context random ops give fixed numbers that do not depend on an element's place or on the tensor's shape.
 
@@ -119,6 +135,14 @@ class Derandomized(TorchDispatchMode):
         self.undefined: set[str] = set()
         self.precisions: set[torch.dtype] = set()
         self.needed = False
+
+    def __enter__(self) -> Any:
+        _fixed.depth = getattr(_fixed, "depth", 0) + 1
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        _fixed.depth -= 1
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

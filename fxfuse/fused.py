@@ -738,6 +738,7 @@ def _operate(
     state.hidden_flags = tuple(module.training for module in state.hidden)
     state.hooks = _hooks(state.modules)
     state.objects = objects_in(model, plan.all_programs())
+    state.sets = plan.sets
     state.holder = surgery.holder
     root = Pack(state)
     slots: dict[nn.Module, dict[str, Slot]] = {module: {} for module in everyone}
@@ -838,6 +839,16 @@ def regions(model: nn.Module) -> dict[str, RegionState]:
     return {path: module.__dict__[STATE] for path, module in model.named_modules() if STATE in module.__dict__}
 
 
+def attributes_set(model: nn.Module, by_programs: bool = False) -> list[tuple[str, str]]:
+    """The attributes (module path, name) that the forwards of fused regions set; ``by_programs``: without those that closed calls set."""
+    found: list[tuple[str, str]] = []
+    for path, state in regions(model).items():
+        programs = {(store.module, store.name) for program in state.plan.all_programs() for store in program.stores}
+        for module, name in sorted(programs if by_programs else state.plan.sets):
+            found.append((f"{path}.{module}" if path and module else path or module, name))
+    return found
+
+
 def accept_any_dtype(model: nn.Module) -> None:
     """Let the programs of ``model`` run in float64, also where they follow the dtype of the recording.
 
@@ -857,7 +868,7 @@ def accept_any_dtype(model: nn.Module) -> None:
 
 def _generic(program: Program) -> Program:
     guard = replace(program.guard, generic_dtype=True, autocast=None)  # autocast leaves float64 alone
-    return Program(widened(program.graph), guard, program.in_spec, program.out_spec)
+    return replace(program, graph=widened(program.graph), guard=guard)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

@@ -116,6 +116,15 @@ class Guard:
     autocast: tuple[str, torch.dtype] | None = None
 
 
+@dataclass(frozen=True)
+class Store:
+    """An attribute that forward sets on a module of the region (its path in it), to what ``spec`` makes of its leaves."""
+
+    module: str
+    name: str
+    spec: Any  # pytree.TreeSpec
+
+
 @dataclass
 class Program:
     """One rewritten forward of a region, for one vector of ``training`` flags.
@@ -123,13 +132,14 @@ class Program:
     ``graph`` has one placeholder per flattened input leaf, in ``in_spec`` order (also for leaves that are constants: those
     placeholders are unused), ``get_attr`` nodes with targets relative to the region (``packed.*`` for packed tensors, others for
     what stayed), ``call_function`` nodes, ``call_module`` nodes for opaque children (target relative to the region), and one output:
-    the flat list of output leaves of ``out_spec``.
+    the flat list of output leaves of ``out_spec``, followed by those of each of ``stores``.
     """
 
     graph: torch.fx.Graph
     guard: Guard
     in_spec: Any  # pytree.TreeSpec of (args, kwargs)
     out_spec: Any  # pytree.TreeSpec of the result
+    stores: tuple[Store, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self  # finished programs are never changed, so that copies of a model share them
@@ -179,6 +189,7 @@ class RegionPlan:
     seconds: tuple[float, float] | None = None  # median before, after, in the mode asked for
     peak_bytes: tuple[int, int] | None = None  # before, after
     tried: list[tuple[str, float]] = field(default_factory=list)  # lowering and its median seconds
+    sets: frozenset[tuple[str, str]] = frozenset()  # (module, name) of the attributes that forward sets, and no program reads before
     keeps_parameters: bool = False  # the members stay Parameters whose data are views of the pack: somebody else holds them too
     # Programs over the same packs: of other methods by name, and further signatures of "forward".
     methods: dict[str, dict[tuple[bool, ...], tuple[Program, ...]]] = field(default_factory=dict)

@@ -70,6 +70,7 @@ class Watch:
 
     ready: Callable[..., Any] | None = None
     written: dict[tuple[str, str], tuple[bool, Any]] = field(default_factory=dict)
+    sets: frozenset[tuple[str, str]] = frozenset()  # (path, name) of attributes that forward itself sets, and does not read before
     loading: tuple[list[str], bool] | None = None  # the load in progress (its list of missing keys), by original names?
 
     def by_original_name(self, missing: list[str]) -> bool:
@@ -79,7 +80,7 @@ class Watch:
     def note(self, path: str, module: nn.Module, name: str, value: Any = None) -> None:
         """Remember what an attribute was before its first change. Flags, tensors and submodules need no note: these are
         compared with what they were whenever ``ready`` is None."""
-        if name in _COMPILED:
+        if name in _COMPILED or (path, name) in self.sets:
             return
         self.ready = None
         own = module.__dict__

@@ -16,7 +16,7 @@ from torch import nn
 
 from .collector import paused
 from .inputs import batch_size, other_variations, resample, vary
-from .trace import Frame, Ref, Trace
+from .trace import Frame, Key, Ref, Trace
 from .tracer import record
 from .unify import Mismatch, Unifier, interchangeable
 
@@ -53,26 +53,45 @@ def second_batch(size: int) -> int:
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
     """Record ``model`` as it is on the example and on resampled inputs, and hold the runs against each other, call by call."""
     with paused():
-        return _observed(_Runs(model, args, kwargs, None, []))
+        return _observed(_Runs(model, args, kwargs, None, [], _Seen()))
 
 
-def observe_modes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Sequence[bool]) -> list[Observation]:
+def observe_modes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Sequence[bool], attributes: bool = True
+) -> list[Observation]:
     """Observations in the ``modes`` given (True: train), the first of which counts most, and as the model is where that is another.
 
     Where the second mode, on other data and another batch size, takes the very steps of the first, two runs in all show the
-    dependence on both; else each mode is observed by itself. The model's mode is the same afterwards.
+    dependence on both; else each mode is observed by itself. The model's mode is the same afterwards. ``attributes``: where a run is seen
+    to set attributes, all runs are made anew with these watched, so that none of them reads what another sets unseen.
     """
     given = _flags(model)
-    entered: list[_Mode] = []
+    keys: frozenset[Key] = frozenset()
     try:
         with paused():
-            first, *others = [_Runs(model, args, kwargs, _Mode(mode), entered) for mode in modes]
-            first.example()
-            if given not in [first.flags, *(runs.enter() for runs in others)]:
-                others.append(_Runs(model, args, kwargs, _Mode(given[0], given), entered))
-            return _together(first, others)
+            while True:
+                seen = _Seen(keys)
+                entered: list[_Mode] = []
+                first, *others = [_Runs(model, args, kwargs, _Mode(mode), entered, seen) for mode in modes]
+                first.example()
+                found: list[Observation] = []
+                if seen.changed <= keys or not attributes:
+                    if given not in [first.flags, *(runs.enter() for runs in others)]:
+                        others.append(_Runs(model, args, kwargs, _Mode(given[0], given), entered, seen))
+                    found = _together(first, others)
+                if found and (seen.changed <= keys or not attributes):
+                    return found
+                keys |= seen.changed
     finally:
         _Mode(given[0], given).enter(model)
+
+
+@dataclass
+class _Seen:
+    """The attributes that are watched in all runs, and those that any run changed."""
+
+    keys: frozenset[Key] = frozenset()
+    changed: set[Key] = field(default_factory=set)
 
 
 def _together(first: _Runs, others: list[_Runs]) -> list[Observation]:
@@ -121,8 +140,10 @@ class _Mode:
 class _Runs:
     """The runs of a model in one mode (None: as it is), each made when it is first asked for. ``entered``: the model's modes so far."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: _Mode | None, entered: list[_Mode]) -> None:
-        self.model, self.args, self.kwargs, self.mode, self.entered = model, args, kwargs, mode, entered
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: _Mode | None, entered: list[_Mode], seen: _Seen
+    ) -> None:
+        self.model, self.args, self.kwargs, self.mode, self.entered, self.seen = model, args, kwargs, mode, entered, seen
         self.size = batch_size(args, kwargs) or None  # no rows: nothing to draw another batch from
         self.made: dict[str, Trace] = {}
         self.flags: tuple[bool, ...] = ()
@@ -138,9 +159,15 @@ class _Runs:
 
     def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
         if name not in self.made:
-            self.enter()
-            self.made[name] = record(self.model, args, kwargs)
+            self.made[name] = self.record(args, kwargs)
         return self.made[name]
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        """One more run in this mode."""
+        self.enter()
+        trace = record(self.model, args, kwargs, self.seen.keys)
+        self.seen.changed |= trace.changed
+        return trace
 
     def example(self) -> Trace:
         return self._run("example", self.args, self.kwargs)
@@ -193,8 +220,7 @@ def _vary_others(observation: Observation, runs: _Runs) -> None:
     for dim, chosen in other_variations(runs.args, runs.kwargs, first_too=not whole):
         if dim and len(trace.events) > FEW_EVENTS:
             break
-        runs.enter()
-        other = record(runs.model, *vary(runs.args, runs.kwargs, chosen, second_batch, dim=dim, seed=4))
+        other = runs.record(*vary(runs.args, runs.kwargs, chosen, second_batch, dim=dim, seed=4))
         if other.failure or not other.frames:
             continue
         unifier = Unifier(trace, other)

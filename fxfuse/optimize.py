@@ -24,6 +24,7 @@ from fxfuse.private.pytree import tree_map_only
 
 from . import fused as fused_modules
 from . import large
+from .attributes import attributes_kept
 from .build import Builder, Recorded, refuse
 from .casts import without_autocast
 from .collector import paused
@@ -346,7 +347,7 @@ class _Pipeline:
         """The model recorded in train mode, in eval mode, and as it is where that is neither; the mode that is timed first."""
         modes = (True, False) if self.options.mode == "train" else (False, True)
         root = entry.root(self.work)
-        found = observe_modes(root, entry.args, entry.kwargs, modes)
+        found = observe_modes(root, entry.args, entry.kwargs, modes, attributes=len(self.entries) == 1 and not entry.is_method)
         working = [o for o in found if not o.failure]
         return Recorded(entry, root, working or found)
 
@@ -522,7 +523,8 @@ class _Pipeline:
     def _measure(self, result: nn.Module) -> None:
         """Launches of one forward, before and after, in the mode asked for; times of the whole model where tuning is on."""
         training, entry = self.options.mode == "train", self.entries[0]
-        with preserved_state(self.work, result), hooks_silent(self.work), hooks_silent(result), torch.set_grad_enabled(training):
+        kept = preserved_state(self.work, result), attributes_kept(result, fused_modules.attributes_set(result))
+        with kept[0], kept[1], hooks_silent(self.work), hooks_silent(result), torch.set_grad_enabled(training):
             alone = self.report.fused[0] if len(self.report.fused) == 1 else None
             for module in (self.work, result):
                 module.train(training)

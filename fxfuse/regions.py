@@ -7,7 +7,7 @@ another, and a ``Refusal`` for each module call with something in it that could 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -122,19 +122,27 @@ class RegionFinder:
             self._refuse(frame, found.reason, found.place)
             self._visit_children(frame)
             return
+        self._tell([replace(idle, region=frame.path) for idle in found.idle])
         if found.worthwhile:
             inner = self._inner_frames(frame, found)
             if inner is None:
                 self.regions.append(Region(frame, found))
-                self.refusals.extend(near_misses(found.bundles, is_heavy, frame.path))
+                self._tell(near_misses(found.bundles, is_heavy, frame.path))
                 self.refusals.extend(in_turn(found.bundles, frame.path))
                 self._refuse_closed(frame)
                 return
             for child in inner:
                 self.visit(child)
+        if not found.worthwhile:
+            self._tell(near_misses(found.bundles, is_heavy, frame.path))
         self._refuse_closed(frame, RENORMS)
         for child in self._closed_below(frame):
             self.visit(child)
+
+    def _tell(self, refusals: list[Refusal]) -> None:
+        """Each sentence once: a call inside another is looked at again."""
+        known = {(refusal.reason, refusal.place) for refusal in self.refusals}
+        self.refusals.extend(refusal for refusal in refusals if (refusal.reason, refusal.place) not in known)
 
     def _visit_children(self, frame: Frame) -> None:
         for child in frame.children:
@@ -174,7 +182,12 @@ class RegionFinder:
             (holder,) = holders
             if holder is not None and holder not in children:
                 children.append(holder)
+        if self.observation.trace.touches and any(isinstance(self.prepared(self._frame(child)), Refusal) for child in children):
+            return None  # one that reads an attribute which the call around it sets
         return children
+
+    def _frame(self, index: int) -> Frame:
+        return self.observation.trace.frames[index]
 
     def _child_of(self, ancestor: int, at: int) -> int | None:
         """The direct child of ``ancestor`` that contains the call ``at``; None for ``ancestor`` itself."""

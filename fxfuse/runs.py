@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +57,7 @@ def run(
     seed: int = 0,
     shake: float = 0.0,
     buffers: bool = True,
+    attributes: Sequence[tuple[str, str]] = (),
 ) -> Run:
     """Call ``model`` on clones of the arguments and, with ``gradients``, backward from random cotangents.
 
@@ -64,6 +65,7 @@ def run(
     casts the inputs and lets factories make float64; None leaves both alone. The cotangents depend on ``seed`` and on the outputs'
     order only, and are rounded to the dtype ``cotangents``, so that a float64 run of the same call sees equal numbers;
     ``shake`` then moves each by up to twice that fraction. Random ops give fixed numbers. ``buffers=False`` leaves buffers out.
+    ``attributes``: (module path, name) of attributes that forward sets; what it set them to counts as outputs.
     Model state (buffers, flags, ``grad`` of parameters) and random state are as before afterwards. Exceptions are kept, not raised.
     """
     result = Run()
@@ -74,6 +76,7 @@ def run(
     versions = {name: version(leaf) for name, leaf in inputs.items()}
     saved = {p: p.grad for p in model.parameters()}
     before, missed = _fallbacks(model), _missed(model)
+    held = [vars(model.get_submodule(path)).get(name) for path, name in attributes]
     random = Derandomized()
     with preserved_state(model), torch.set_grad_enabled(gradients):
         for p in saved:
@@ -84,6 +87,10 @@ def run(
             with _precise(dtype), random, _counted(model, result.calls):
                 out = model(*args, **kwargs)
                 leaves = dict(named_leaves(out, "output"))
+                for (path, name), value in zip(attributes, held, strict=True):
+                    now = vars(model.get_submodule(path)).get(name)
+                    if now is not value:
+                        leaves.update(named_leaves(now, f"attribute {path}.{name}" if path else f"attribute {name}"))
                 result.flags = {n: leaf.requires_grad for n, leaf in leaves.items() if isinstance(leaf, Tensor)}
                 # Copied before backward: a model may hand out a tensor that it goes on to write.
                 result.outputs = {n: _kept(leaf) if isinstance(leaf, Tensor) else leaf for n, leaf in leaves.items()}

@@ -210,6 +210,8 @@ def compile_program(
         scope.update(is_compiling=torch.compiler.is_compiling, switch=torch.set_autocast_enabled, autocast=torch.autocast, kind=autocast[0])
         lines += ["    if is_compiling():", f"        with autocast(kind, enabled=False): {call}", "    else:", "        switch(kind, False)"]
         lines += [f"        try: {call}", "        finally: switch(kind, True)"]
+    if program.stores:
+        lines.extend(_stores(program, root, scope))
     lines.append(f"    return {_result(program.out_spec)}")
     exec("\n".join(lines), scope)
     return Compiled(scope["run"], program, places, facts, hold)
@@ -341,6 +343,19 @@ def _opened(spec: Any, name: str, first: int, scope: dict[str, Any]) -> list[str
     if names:
         lines.append(f"{', '.join(names)}, = {name}{'.values()' if spec.type is dict else ''}")
     return lines + inner
+
+
+def _stores(program: Program, root: nn.Module, scope: dict[str, Any]) -> list[str]:
+    """Lines that set the attributes that forward sets, and leave the result alone in ``out``. Not by ``setattr``, which is watched."""
+    lines: list[str] = []
+    at = program.out_spec.num_leaves
+    for i, store in enumerate(program.stores):
+        scope[f"keeper{i}"], scope[f"kept_spec{i}"] = walk(root, store.module), store.spec
+        until = at + store.spec.num_leaves
+        value = f"out[{at}]" if store.spec.is_leaf() else f"unflatten(list(out[{at}:{until}]), kept_spec{i})"
+        lines.append(f"    keeper{i}.__dict__[{store.name!r}] = {value}")
+        at = until
+    return [*lines, f"    out = out[:{program.out_spec.num_leaves}]"]
 
 
 def _result(spec: Any) -> str:

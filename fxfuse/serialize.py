@@ -15,7 +15,7 @@ import torch
 import torch.fx
 
 from fxfuse.errors import FxfuseError
-from fxfuse.graph import Guard, Place, Program
+from fxfuse.graph import Guard, Place, Program, Store
 from fxfuse.known_functions import known_function
 from fxfuse.over_lanes import OverLanes
 from fxfuse.private import pytree
@@ -227,6 +227,7 @@ def program_to_data(program: Program) -> dict[str, Any]:
         "guard": program.guard,
         "in_spec": _spec_to_data(program.in_spec),
         "out_spec": _spec_to_data(program.out_spec),
+        "stores": [(store.module, store.name, _spec_to_data(store.spec)) for store in program.stores],
     }
 
 
@@ -241,4 +242,6 @@ def program_from_data(data: dict[str, Any]) -> Program:
 def _program(data: dict[str, Any]) -> Program:
     if not isinstance(data["guard"], Guard):
         raise FxfuseError("the saved program is corrupt: it has no guard")
-    return Program(graph_from_data(data["graph"]), data["guard"], _spec_from_data(data["in_spec"]), _spec_from_data(data["out_spec"]))
+    specs = _spec_from_data(data["in_spec"]), _spec_from_data(data["out_spec"])
+    stores = tuple(Store(module, name, _spec_from_data(spec)) for module, name, spec in data.get("stores", ()))
+    return Program(graph_from_data(data["graph"]), data["guard"], *specs, stores)

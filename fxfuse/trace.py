@@ -15,6 +15,8 @@ import torch
 from .graph import Place
 from .sizes import Comparison
 
+MOST_NUMBERS = 4096  # of a tensor that a graph may spell out
+
 
 @dataclass(frozen=True, slots=True)
 class Ref:
@@ -32,6 +34,7 @@ class Value:
     name: str = ""  # of an attribute: its path in the model; of a constant: the call that read it out of data
     storage: int = 0  # equal for tensors that share memory
     shape: tuple[int, ...] = ()  # as it was when first seen: an in-place resize would show
+    numbers: bool = False  # a constant made anew in every run, of the same numbers: to be spelled out
 
 
 @dataclass(slots=True)
@@ -71,6 +74,28 @@ class Frame:
     switched: str = ""  # called under another switch that a graph does not repeat: which
 
 
+Key = tuple[str, str]  # of an attribute: the path of its module, and its name
+
+
+@dataclass(slots=True)
+class Touch:
+    """A read or a write of an attribute that forward sets. ``leaves``: what was written, flattened; None where no graph can give it."""
+
+    path: str
+    name: str
+    write: bool
+    value: Any  # what is written, until the run is over
+    frame: int
+    event: int  # the next one
+    place: Place | None
+    leaves: list[Any] | None = None
+    spec: Any = None
+
+    @property
+    def key(self) -> Key:
+        return self.path, self.name
+
+
 @dataclass
 class Trace:
     """One recorded run of a model."""
@@ -80,8 +105,11 @@ class Trace:
     frames: list[Frame]
     comparisons: list[tuple[Comparison, int, Place | None]]  # with the frame and the line in which it was made
     reads_dtype: bool = False
+    draws: bool = False  # Python's or numpy's random numbers were drawn
     moves: bool = False  # a module was moved to the device on which it is
     autocast: tuple[str, torch.dtype] | None = None  # the caller's: kind of device, dtype
     casts: bool = False  # some call was made under autocast, the caller's or forward's own
     failure: str = ""  # the run raised: why
+    touches: list[Touch] = field(default_factory=list)  # of the attributes that were watched
+    changed: set[Key] = field(default_factory=set)  # attributes that the run changed
     updates: dict[int, Any] | None = None  # passes.updates: which events update buffers, found once

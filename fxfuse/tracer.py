@@ -31,16 +31,17 @@ from fxfuse.private.tensor_hooks import hook_stores
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.private.versions import version
 
+from .attributes import settle, watching
 from .casts import Unrepeatable, Watched, casts_not_kept, to_cast
 from .containers import opened
-from .determinism import preserved_state
+from .determinism import foreign_random_state, preserved_state
 from .graph import Place
 from .moves import moves_noted
 from .outside import Change, Generators, Globals, drawing, draws_itself, is_generator, line_of_attribute
 from .passes.functional import autocast_to
 from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
-from .trace import Event, Frame, Ref, Trace, Value
+from .trace import MOST_NUMBERS, Event, Frame, Key, Ref, Touch, Trace, Value
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -97,9 +98,8 @@ _DATA_SHAPED: dict[str, Callable[[Any, Any], bool]] = {
     **dict.fromkeys(("arange", "range"), _has_tensor),
     **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), lambda args, kwargs: True),
 }
-# Calls that make a tensor of data, and how many numbers of a numpy array a graph may spell out.
+# Calls that make a tensor of data.
 _FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "new_tensor"))
-_MOST_NUMBERS = 4096
 _UNTRACKED = "runs without gradient tracking (no_grad, or a custom autograd Function)"
 _AUTOCAST = "switches autocast"
 # Types of arguments that stand for themselves in the record.
@@ -371,7 +371,7 @@ class Recorder(TorchFunctionMode):
         """A tensor made of a numpy array: the same made of its numbers, which a graph can hold."""
         if not any(type(arg).__module__ == "numpy" for arg in args) or out.requires_grad or poison:
             return func, described, kwargs, poison
-        if out.numel() > _MOST_NUMBERS:
+        if out.numel() > MOST_NUMBERS:
             return func, described, kwargs, f"makes a tensor of a numpy array of {out.numel():,} numbers"
         return torch.tensor, [out.tolist()], {"dtype": out.dtype, "device": out.device}, poison
 
@@ -413,6 +413,11 @@ class Recorder(TorchFunctionMode):
         if self.kept is not None:
             for tensor in tensors:
                 self.kept.before_write(self.trace.values[self.number(tensor).value].storage)
+
+    def touch(self, path: str, name: str, write: bool, value: Any) -> None:
+        """A watched attribute is read or written."""
+        frame, place = (self.stack[-1] if self.stack else -1), self.place(sys._getframe(1))
+        self.trace.touches.append(Touch(path, name, write, value, frame, len(self.trace.events), place))
 
     # -- sizes --------------------------------------------------------------------------------------------------------------------
 
@@ -599,10 +604,11 @@ class _Watched:
             watched = own["forward"] = partial(recorder.enter, self.path, self.module, forward, poison)
             watched.__wrapped__ = forward  # type: ignore[attr-defined]  # for inspect.signature(self.forward)
 
-    def stop(self) -> str:
-        """Put everything back; the name of an attribute that the run changed, or nothing."""
+    def stop(self) -> tuple[str, dict[str, Any]]:
+        """Put everything back. What else than an attribute was changed (a container, a Parameter), or nothing; the attributes."""
         own, values = self.module.__dict__, self.values
         changed = ""
+        attributes: dict[str, Any] = {}
         for name in self.hooks:
             own[name] = values[name]
         if "forward" in values:
@@ -610,11 +616,8 @@ class _Watched:
         else:
             own.pop("forward", None)
         if len(own) != len(values) or not all(map(is_, own.values(), values.values())):
-            for name in own.keys() - values.keys():
-                changed = name
-            for name, value in values.items():
-                if own.get(name, own) is not value:
-                    changed = name
+            attributes.update((name, value) for name, value in own.items() if values.get(name, values) is not value)
+            attributes.update((name, None) for name in values.keys() - own.keys())
             own.clear()
             own.update(values)  # also in their order
         if any(self.empty):
@@ -627,7 +630,7 @@ class _Watched:
                 changed = _changed_name(name, value, before)
                 value.clear()
                 getattr(value, "extend" if isinstance(value, (list, deque)) else "update")(before)
-        return changed
+        return changed, attributes
 
 
 def _items(container: Any) -> Any:
@@ -656,8 +659,9 @@ def _changed_name(name: str, container: Any, before: Any) -> str:
 
 
 @contextmanager
-def _watched(model: nn.Module, args: Any, kwargs: Any) -> Iterator[Recorder]:
-    """Every module's forward reports to the recorder; afterwards everything is as it was, and frames of changed modules are marked."""
+def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> Iterator[Recorder]:
+    """Every module's forward reports to the recorder, and so do the attributes ``keys``; afterwards everything is as it was, and frames of
+    changed modules are marked."""
     attributes: dict[int, str] = {}
     generators: list[Any] = []
     watched = [_Watched(path, module, attributes, generators) for path, module in model.named_modules()]
@@ -671,27 +675,33 @@ def _watched(model: nn.Module, args: Any, kwargs: Any) -> Iterator[Recorder]:
         for leaf in leaves:
             if id(leaf) not in recorder.known:
                 recorder.add(leaf, "input")
-        yield recorder
+        with watching({each.path: each.module for each in watched}, keys, recorder.touch):
+            yield recorder
     finally:
-        changed = {each.path: name for each in watched if (name := each.stop())}
+        stopped = {each.path: each.stop() for each in watched}
         recorder.kept.restore()
+        final: dict[Key, Any] = {(path, name): value for path, (_, found) in stopped.items() for name, value in found.items()}
+        recorder.trace.changed = set(final)
+        explained = settle(recorder.trace, recorder.describe, final) if keys else set()
+        changed = {path: name for path, name in final if (path, name) not in explained}
+        changed.update((path, name) for path, (name, _) in stopped.items() if name)
         for frame in recorder.trace.frames if changed else ():
             if frame.path in changed and not frame.poison:
                 frame.poison = f"forward changes self.{changed[frame.path]}"
                 frame.place = line_of_attribute(frame.module, changed[frame.path]) or frame.place
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: frozenset[Key] = frozenset()) -> Trace:
     """Run ``model(*args, **kwargs)`` once under watch. Leaves no trace: the values of parameters, buffers and inputs, random state,
-    attributes, hooks and grad mode stay as they were.
+    attributes, hooks and grad mode stay as they were. ``keys``: attributes whose every read and write is noted.
 
     A run that raises gives a ``Trace`` whose ``failure`` says why.
     """
     before = around = Globals(model)
-    trace, generators = _recorded(model, args, kwargs)
+    trace, generators = _recorded(model, args, kwargs, keys)
     if around.changes():  # a cache is filled once, and then it is read: that is the run that counts
         around = Globals(model)
-        trace, generators = _recorded(model, args, kwargs)
+        trace, generators = _recorded(model, args, kwargs, keys)
     changes = around.changes()
     if changes:
         before.restore()
@@ -705,10 +715,10 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     return trace
 
 
-def _recorded(model: nn.Module, args: Any, kwargs: Any) -> tuple[Trace, Generators | None]:
+def _recorded(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> tuple[Trace, Generators | None]:
     """One run under watch, and the random generators, where it drew from any."""
     moved = False
-    with _undisturbed(model, args, kwargs) as recorder, recorder.generators.preserved():
+    with _undisturbed(model, args, kwargs, keys) as recorder, recorder.generators.preserved():
         before = recorder.generators.states()
         try:
             _run(recorder, model, args, kwargs)
@@ -719,8 +729,8 @@ def _recorded(model: nn.Module, args: Any, kwargs: Any) -> tuple[Trace, Generato
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, args: Any, kwargs: Any) -> Iterator[Recorder]:
-    watched = _watched(model, args, kwargs)
+def _undisturbed(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key] = frozenset()) -> Iterator[Recorder]:
+    watched = _watched(model, args, kwargs, keys)
     with preserved_state(model), watched as recorder, torch.enable_grad(), torch.inference_mode(False), casts_not_kept():
         yield recorder
 
@@ -737,8 +747,10 @@ def _draws(model: nn.Module, args: Any, kwargs: Any, generators: Generators) -> 
 
 
 def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) -> None:
+    before = foreign_random_state()
     with moves_noted(recorder.trace), recorder:
         model(*args, **kwargs)
+    recorder.trace.draws = foreign_random_state() != before
 
 
 _RUN_CODE = _run.__code__

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from .attributes import touches_in
 from .graph import Place
 from .sizes import SizeOf, SizeOp
-from .trace import Event, Frame, Ref, Trace
+from .trace import MOST_NUMBERS, Event, Frame, Ref, Trace
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class _Different(Exception):
 def _both_empty(one: torch.Tensor, other: torch.Tensor) -> bool:
     """``torch.Tensor()``, from which a ``cat`` grows: wherever they were made, there is nothing in them to differ."""
     return not one.numel() and one.shape == other.shape and not one.requires_grad and not other.requires_grad
+
+
+def _same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """``torch.FloatTensor([0.5])``, made anew in every run: as good as the numbers in it, where these do not change."""
+    if type(one) is not torch.Tensor or type(other) is not torch.Tensor or one.numel() > MOST_NUMBERS or one.requires_grad:
+        return False
+    plain = one.layout is torch.strided and one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return plain and not one.is_complex() and torch.equal(one, other)
 
 
 class Unifier:
@@ -63,6 +72,20 @@ class Unifier:
             self.same(first.out, second.out)
         except _Different:
             return Mismatch("its outputs differ in structure between two runs", first.place, first.end - 1)
+        return self.attributes(first, second)
+
+    def attributes(self, first: Frame, second: Frame) -> Mismatch | None:
+        """What both frames set on modules, and read of it."""
+        ours, theirs = touches_in(self.one, first), touches_in(self.other, second)
+        if [(t.key, t.write) for t in ours] != [(t.key, t.write) for t in theirs]:
+            return Mismatch("it sets or reads other attributes in two runs", first.place, first.end - 1)
+        for a, b in zip(ours, theirs, strict=True):
+            try:
+                self.same([a.leaves, a.frame - first.index], [b.leaves, b.frame - second.index])
+                if a.spec != b.spec:
+                    raise _Different
+            except _Different as difference:
+                return Mismatch(f"it sets self.{a.name} to another value in two runs{difference}", a.place, min(a.event, first.end - 1))
         return None
 
     def event(self, a: Event, b: Event) -> str:
@@ -94,7 +117,9 @@ class Unifier:
         if left.origin == "constant" and left.tensor is not right.tensor and not _both_empty(left.tensor, right.tensor):
             if left.name:
                 raise _Different(f": what {left.name}() gives depends on the data")
-            raise _Different(": a tensor made where recording cannot see it (nn.Parameter(...), from_numpy, ...)")
+            if self.one.draws or self.other.draws or not _same_numbers(left.tensor, right.tensor):
+                raise _Different(": a tensor made where recording cannot see it (nn.Parameter(...), from_numpy, ...)")
+            left.numbers = True
         if len(left.shape) != len(right.shape) or left.tensor.dtype != right.tensor.dtype:
             raise _Different(": tensors of another rank or dtype")
         if self.taken.setdefault(b, a) != a:

@@ -161,6 +161,7 @@ class _Call:
     requires_grad: bool | None = True
     shake: float = 0.0
     buffers: bool = True
+    attributes: tuple[tuple[str, str], ...] = ()
 
     @property
     def label(self) -> str:
@@ -183,6 +184,7 @@ class _Call:
             seed=self.seed,
             shake=self.shake,
             buffers=self.buffers,
+            attributes=self.attributes,
         )
 
 
@@ -247,14 +249,16 @@ class _Check:
         wide = self._doubled() if float64 and self.copied else None
         own = (own_dtype or wide is None) and not (wide is not None and _all_float64(self.original, self.examples))
         buffers = any(True for _ in self.original.buffers())
+        attributes = tuple(fused_modules.attributes_set(self.fused, by_programs=True))
         examples = self.examples if len(self.examples) > 1 or wide is None else self.examples * 2
         for i, (args, kwargs) in enumerate(examples):
             if i == 1 and wide is not None:
                 wide = self._other_weights(*wide)
             for mode in modes:
+                coarse = coarsest((args, kwargs), self.original)
                 call = _Call(
-                    i, args, kwargs, mode, gradients, None, coarsest((args, kwargs), self.original), seed + 7919 * i, buffers=buffers
-                )
+                    i, args, kwargs, mode, gradients, None, coarse, seed + 7919 * i, buffers=buffers, attributes=attributes
+                )  # fmt: skip
                 if i < GRADIENT_EXAMPLES or mode != "eval":
                     self._compare_both(call, wide, own)
                 if mode == "eval" and gradients and (i == 0 or i >= GRADIENT_EXAMPLES):

@@ -668,7 +668,8 @@ class Emitter:
             members = list(dict.fromkeys(members))
             if len(members) > 1:
                 self._separate(self.bundles.classes[index], members)
-        self.graph.output([self._strided(leaf) if isinstance(leaf, Node) else leaf for leaf in leaves])
+        made = {leaf: self._strided(leaf) for leaf in dict.fromkeys(leaves) if isinstance(leaf, Node)}  # one tensor given twice is one
+        self.graph.output([made[leaf] if isinstance(leaf, Node) else leaf for leaf in leaves])
 
     def _separate(self, bundle: Bundle, members: list[Node]) -> None:
         """Lanes that leave the region one by one leave as tensors of their own, as they were: not as views of one pack."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from fxfuse.determinism import derandomized
 from fxfuse.private.asserts import assert_async
 
 from .ops import Op
@@ -110,6 +111,32 @@ def autocast_to(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     torch.bfloat16
     """
     return input.to(dtype)
+
+
+def dropout_each(input: torch.Tensor, keep: torch.Tensor, scale: torch.Tensor, own: int) -> torch.Tensor:
+    """Dropout of lanes in front, each with its own probability of keeping an entry, and scale of what is kept. Each entry of the first
+    ``own`` dims is kept or dropped as a whole.
+
+    >>> dropout_each(torch.ones(2, 3), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]), 2)
+    tensor([[1., 1., 1.],
+            [0., 0., 0.]])
+    """
+    lanes = (-1, *((1,) * (input.dim() - 1)))
+    ones = (1,) * (input.dim() - own)
+    kept = torch.bernoulli(keep.reshape(lanes).expand(*input.shape[:own], *ones))
+    if derandomized():  # as a dropout's there, this mask keeps all
+        kept = torch.ones_like(kept)
+    return input * (kept * scale.reshape(lanes))
+
+
+def drawn(base: torch.Tensor, name: str, numbers: tuple[Any, ...]) -> torch.Tensor:
+    """What ``base.normal_(0, 1)`` leaves in ``base``, as a tensor of its own; ``name`` is "normal".
+
+    >>> drawn(torch.zeros(2), "uniform", (3.0, 3.0))
+    tensor([3., 3.])
+    """
+    made: torch.Tensor = getattr(torch.empty_like(base), f"{name}_")(*numbers)
+    return made
 
 
 def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:

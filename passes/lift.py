@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.fx
 
-from fxfuse.graph import Refusal
+from fxfuse.attributes import touches_in
+from fxfuse.graph import Refusal, Store
 from fxfuse.private.pytree import tree_unflatten
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.sizes import SizeOf, SizeOp
-from fxfuse.trace import Event, Frame, Ref, Trace
+from fxfuse.trace import Event, Frame, Key, Ref, Touch, Trace
 
 from .functional import drop_unused, op_of
 from .lifted import Lifted, Refused, SizeDependent, Sizes
@@ -91,23 +92,72 @@ class _Lifter(Returned):
         self._late_counts()
         self._check_order()
         shared = self._shared(frame.out)
+        stores, kept = self._stores()
         outputs = [shared[leaf.value] if isinstance(leaf, Ref) and leaf.value in shared else self._output(leaf) for leaf in frame.out]
+        outputs += [self._output(leaf) for leaf in kept]
         self.graph.output(outputs)
         drop_unused(self.graph)
         mark_unread(self.graph, self.trace.values)
         return Lifted(
             self.graph, frame, self.constants, self.checks, self.dynamic, place=frame.place, random=self.random, factories=self.factories,
-            shapes={value: self.trace.values[value].shape for value in self.inputs}, sizes=self.sizes,
+            shapes={value: self.trace.values[value].shape for value in self.inputs}, sizes=self.sizes, stores=stores,
+            sets=frozenset((self._inside_path(t.path), t.name) for t in touches_in(self.trace, frame) if t.write),
         )  # fmt: skip
 
-    def _opaque_call(self, event: Event, index: int) -> int | None:
-        """Where ``event`` belongs to a frame that stays closed: one module call for all of it, and the index after it."""
-        at = event.frame
+    def _stores(self) -> tuple[list[Store], list[Any]]:
+        """The attributes that the frame sets, and all their leaves. What closed calls in it set, they set themselves."""
+        last: dict[Key, Touch] = {}
+        closed: dict[Key, dict[str, bool]] = {}  # closed calls that touch it, and whether one of them writes
+        for touch in touches_in(self.trace, self.frame):
+            self.place = touch.place
+            named = f"{touch.path}.{touch.name}" if touch.path else f"self.{touch.name}"
+            outermost = self._closed(touch.frame)
+            if outermost >= 0:
+                calls = closed.setdefault(touch.key, {})
+                path = self.trace.frames[outermost].path
+                calls[path] = calls.get(path, False) or touch.write
+            elif not touch.write:
+                if touch.key not in last:
+                    raise Refused(f"reads {named}, which another call sets", touch.place)
+            else:
+                self._inside_path(touch.path)
+                last[touch.key] = touch
+            calls = closed.get(touch.key, {})
+            if (calls and touch.key in last) or (len(calls) > 1 and any(calls.values())):
+                raise Refused(f"sets {named} in one call and reads or sets it in another that stays as it is", touch.place)
+        leaves: list[Any] = []
+        for touch in last.values():
+            if touch.leaves is None or self._changed_after(touch):
+                raise Refused(f"forward changes {touch.path or 'self'}.{touch.name}", touch.place)
+            leaves += touch.leaves
+        return [Store(self._inside_path(touch.path), touch.name, touch.spec) for touch in last.values()], leaves
+
+    def _changed_after(self, touch: Touch) -> bool:
+        """May a container that was set have been filled further after this frame was over? It has been looked at when all was over."""
+        frames = self.trace.frames
+        own = {id(each) for each in touches_in(self.trace, self.frame)}
+        others = [other for other in self.trace.touches if other.key == touch.key and id(other) not in own]
+        return not touch.spec.is_leaf() and any(other.event >= frames[self.frame.index].end for other in others)
+
+    def _inside_path(self, path: str) -> str:
+        """The path of a module in the region. Refuses where it is outside."""
+        own = self.frame.path
+        if path != own and own and not path.startswith(f"{own}."):
+            raise Refused(f"sets an attribute of {path or 'the model'}, which is outside", self.place)
+        return path[len(own) :].removeprefix(".") if own else path
+
+    def _closed(self, at: int) -> int:
+        """The outermost call that stays closed around the call ``at``; -1 where none does."""
         outermost = -1
         while at >= 0 and at != self.frame.index:
             if at in self.opaque:
                 outermost = at
             at = self.trace.frames[at].parent
+        return outermost
+
+    def _opaque_call(self, event: Event, index: int) -> int | None:
+        """Where ``event`` belongs to a frame that stays closed: one module call for all of it, and the index after it."""
+        outermost = self._closed(event.frame)
         if outermost < 0:
             return None
         called = self.trace.frames[outermost]

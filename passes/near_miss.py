@@ -1,7 +1,8 @@
 """Say why a lane stays out: the nearest bundle, and the first thing in which it differs.
 
 Comes in: the bundles of a graph. Goes out: a ``Refusal`` for each parameter-carrying op that stays single although its line of source
-also makes lanes of that op: "lane differs: weight [16, 1] against [8, 1] (model.py:41)".
+also makes lanes of that op: "lane differs: weight [16, 1] against [8, 1] (model.py:41)". Where none of that line's ops are lanes, a number
+in which they differ, there or in what feeds them, is told as well; so is an op at which lanes part.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ from typing import Any
 
 import networkx as nx
 
-from fxfuse.graph import Refusal
+from fxfuse.graph import Place, Refusal
 
-from .bundle import Bundle, Bundles, Node, dataflow_of
+from .bundle import POSITIONS, Bundle, Bundles, Node, dataflow_of
+from .ops import Op
+from .rules import has_rule
+
+# How far up a difference is looked for.
+DEEPEST = 12
 
 
 def near_misses(bundles: Bundles, is_heavy: Callable[[Bundle], bool], region: str) -> list[Refusal]:
@@ -26,20 +32,53 @@ def near_misses(bundles: Bundles, is_heavy: Callable[[Bundle], bool], region: st
     dataflow = dataflow_of(bundles.classes)
     for (_, place), group in groups.items():
         lanes = [bundle for bundle in group if bundle.index in bundles.active]
-        for bundle in group if lanes else ():
+        for bundle in group if len(group) > 1 else ():
             if bundle.index in bundles.active:
                 continue
             depends = nx.ancestors(dataflow, bundle.index) | nx.descendants(dataflow, bundle.index)
-            beside = [other for other in lanes if other.index not in depends]  # what feeds it is another layer, no other lane
+            # What feeds it is another layer, no other lane.
+            beside = [other for other in lanes or group if other.index not in depends and other is not bundle]
             if not beside:
                 continue
             nearest = max(beside, key=lambda other: (_alike(bundle, other), len(other.members)))
-            facts = ("dtype", "device", "requires_grad") if nearest.unequal else ()  # lanes of any width: widths do not keep it out
-            difference = _difference(bundle.members[0], nearest.members[0], facts) if facts else ""
-            difference = difference or _difference(bundle.members[0], nearest.members[0])
+            difference, at = "", place
+            if lanes:
+                facts = ("dtype", "device", "requires_grad") if nearest.unequal else ()  # lanes of any width: widths do not keep it out
+                difference = _difference(bundle.members[0], nearest.members[0], facts) if facts else ""
+                difference = difference or _difference(bundle.members[0], nearest.members[0])
+            if not difference:
+                difference, at = _number(bundle.members[0], nearest.members[0], bundles, DEEPEST)
             if difference:
                 name = bundle.members[0].meta.get("path") or "a lane"
-                found.setdefault(difference, Refusal(f"{name} stays out of the lanes next to it: {difference}", place, region))
+                found.setdefault(difference, Refusal(f"{name} stays out of the lanes next to it: {difference}", at or place, region))
+                if not lanes:
+                    break
+    for bundle in bundles.classes:
+        if bundle.op is not None and bundle.op.random and len(bundle.members) > 1 and not has_rule(bundle):
+            said = f"{bundle.name} of {len(bundle.members)} lanes stays as it is: it draws random numbers, and has no rule"
+            found.setdefault(bundle.name, Refusal(said, bundle.members[0].meta.get("place"), region))
+    return [*found.values(), *_partings(bundles, region, {refusal.place for refusal in found.values()})]
+
+
+def _partings(bundles: Bundles, region: str, told: set[Place | None]) -> list[Refusal]:
+    """Refusals for ops that take lanes which were one class until there, and differ in a number."""
+    groups: dict[Any, list[Node]] = {}
+    for bundle in bundles.classes:
+        first = bundle.members[0]
+        place = first.meta.get("place")
+        if bundle.op is None or bundle.index in bundles.active or place is None or place in told or bundle.name in (*POSITIONS, "item"):
+            continue
+        operands = tuple(bundles.of[node] for node in first.all_input_nodes)
+        if any(operand in bundles.active for operand in operands):
+            groups.setdefault((bundle.name, place, operands), []).append(first)
+    found: dict[str, Refusal] = {}
+    for (_, place, _), nodes in groups.items():
+        for other in nodes[1:]:
+            if set(nodes[0].all_input_nodes).isdisjoint(other.all_input_nodes):
+                difference, _ = _number(other, nodes[0], bundles, 0)
+                if difference:
+                    found.setdefault(difference, Refusal(f"lanes part at {difference}", place, region))
+                    break
     return list(found.values())
 
 
@@ -71,3 +110,24 @@ def _difference(one: Node, other: Node, facts: tuple[str, ...] = ("shape", "dtyp
         if names[0] != names[1]:
             return f"its input comes from {names[0]} against {names[1]}"
     return ""
+
+
+def _number(one: Node, other: Node, bundles: Bundles, depth: int) -> tuple[str, Place | None]:
+    """The first argument that is no tensor in which two calls differ, or those up to ``depth`` above them do; and its line."""
+    op: Any = one.target
+    if not isinstance(op, Op) or op != other.target or one is other:
+        return "", None
+    for name, a, b in zip(op.names, one.args, other.args, strict=True):
+        plain = not any(_holds_nodes(value) for value in (a, b)) and name not in POSITIONS.get(op.name, ())
+        if plain and (type(a) is not type(b) or a != b):
+            return f"{op.name} {name} {a} against {b}", one.meta.get("place")
+    for a, b in zip(one.all_input_nodes, other.all_input_nodes, strict=False):
+        if depth and bundles.of.get(a) != bundles.of.get(b):
+            found = _number(a, b, bundles, depth - 1)
+            if found[0]:
+                return found
+    return "", None
+
+
+def _holds_nodes(value: Any) -> bool:
+    return isinstance(value, Node) or (isinstance(value, (list, tuple)) and any(_holds_nodes(item) for item in value))

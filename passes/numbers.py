@@ -17,12 +17,13 @@ from .ops import Op
 
 Node = torch.fx.Node
 
-# Arguments that may be a number or a tensor, and mean the same as either.
+# Arguments that may be a number or a tensor, and mean the same as either; or of which the op's rule takes one for each lane.
 _OTHER = ("other",)
 TENSOR_TOO: dict[str, tuple[str, ...]] = {
     **dict.fromkeys("add sub mul div rsub __rdiv__ __rpow__ remainder fmod floor_divide eq ne lt le gt ge".split(), _OTHER),
     "pow": ("input", "exponent"), "float_power": ("exponent",), "lerp": ("weight",), "clamp": ("min", "max"), "clamp_min": ("min",),
     "clamp_max": ("max",), "where": ("input", "other"), "masked_fill": ("value",),
+    **dict.fromkeys("dropout dropout1d dropout2d dropout3d feature_dropout".split(), ("p",)),
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     generic = not (lifted.factories or trace.reads_dtype or trace.casts or _spells_dtype(graph))
     checks, anywhere = _strongest(lifted.size_checks), not (lifted.factories or trace.moves or trace.casts)
     guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, anywhere, trace.autocast)
-    return Program(graph, guard, frame.in_spec, frame.out_spec)
+    return Program(graph, guard, frame.in_spec, frame.out_spec, tuple(lifted.stores))
 
 
 def _strongest(checks: list[SizeCheck]) -> tuple[SizeCheck, ...]:

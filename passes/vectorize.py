@@ -48,6 +48,7 @@ class Prepared:
     groups: list[Group] = field(default_factory=list)  # lanes of unequal widths that can be one bundle
     together: bool = False  # they are; otherwise lanes are bundled by width
     all_lanes: bool = False  # also those that save nothing
+    idle: list[Refusal] = field(default_factory=list)  # lanes that were found, and save nothing
 
     def find(self) -> None:
         """Find the bundles anew, without what was disabled and without lane sets that save nothing."""
@@ -59,14 +60,25 @@ class Prepared:
             is_heavy if self.merge else None,
             [group for group in self.groups if not any(m in self.disabled for m in group.members)] if self.together else (),
         )
+        self.idle = []
         for component in () if self.all_lanes else self.bundles.components():
-            if saved_launches(self.bundles, component) <= 0:
+            saved, cost = launches_saved(self.bundles, component)
+            if saved <= cost:
+                self._note_idle(component, saved, cost)
                 self._leave(component)
         for component in self.bundles.components(through_forks=False) if self.skipped else ():
             if self._lane_set(component) in self.skipped:
                 self._leave(component)
         self.whole = self.bundles
         self.bundles = in_chunks(self.whole, self.chunks)
+
+    def _note_idle(self, component: set[int], saved: int, cost: int) -> None:
+        heavy = [self.bundles.classes[i] for i in sorted(component) if is_heavy(self.bundles.classes[i])]
+        if heavy:
+            first = min(heavy, key=lambda bundle: bundle.number)
+            names = " and ".join(dict.fromkeys(bundle.name for bundle in heavy))
+            said = f"{names} in {len(first.members)} lanes stays a loop: as one it saves {saved} launch{'' if saved == 1 else 'es'}"
+            self.idle.append(Refusal(f"{said} and takes {cost} to join what goes in", first.members[0].meta.get("place")))
 
     def _leave(self, component: set[int]) -> None:
         self.bundles.active -= component
@@ -196,9 +208,9 @@ def _rule(bundle: Bundle) -> Any:
     return found
 
 
-def saved_launches(bundles: Bundles, component: set[int]) -> int:
-    """Launches that computing a lane set as one saves, less those that gathering its operands costs."""
-    saved = 0
+def launches_saved(bundles: Bundles, component: set[int]) -> tuple[int, int]:
+    """Launches that computing a lane set as one saves, and those that joining its operands costs."""
+    saved = cost = 0
     for index in component:
         bundle = bundles.classes[index]
         lanes = len(bundle.members)
@@ -206,15 +218,15 @@ def saved_launches(bundles: Bundles, component: set[int]) -> int:
             saved += lanes - 1
         if bundle.name in ("select", "slice_along", "size"):
             continue
-        saved -= joining(bundle, bundles)
+        cost += joining(bundle, bundles)
         for column in _columns(bundle) if not bundle.unequal else ():
             if all(n is column[0] for n in column) or all(n.op == "get_attr" for n in column):
                 continue
             inner = bundles.bundle(column[0])
             if (inner is not None and all(bundles.of[n] == inner.index for n in column)) or bundles.stretch(column) is not None:
                 continue
-            saved -= 1
-    return saved
+            cost += 1
+    return saved, cost
 
 
 def joining(bundle: Bundle, bundles: Bundles) -> int:

@@ -7,6 +7,7 @@ remembers how it was made, a write to it is scattered back into its base, and ot
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.fx
 from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Event, Frame, Ref, Trace
 
-from .functional import as_slot, index_write, op_of
+from .functional import as_slot, drawn, index_write, op_of
 from .indexing import Indexing
 from .lifted import Refused, SizeDependent, Sizes
 from .ops import canonical, op_name
@@ -23,7 +24,15 @@ from .ops import canonical, op_name
 _SIZE = canonical(torch.Tensor.size, (torch.empty(0), 0), {})[0]
 _WRITE = op_of(index_write)
 _SLOT = op_of(as_slot)
+_DRAWN = replace(op_of(drawn), random=True)
+# Methods that fill a tensor with random numbers: their arguments, and what these are where they are left out.
+_DRAWS: dict[str, dict[str, Any]] = {
+    "normal": {"mean": 0.0, "std": 1.0}, "uniform": {"from": 0.0, "to": 1.0}, "exponential": {"lambd": 1.0}, "bernoulli": {"p": 0.5},
+    "cauchy": {"median": 0.0, "sigma": 1.0}, "log_normal": {"mean": 1.0, "std": 2.0},
+}  # fmt: skip
 _SIZE_OPS = {name: op_of(getattr(operator, name), f"size_{name}") for name in ("add", "sub", "mul")}
+_MADE = frozenset("zeros ones empty full new_zeros new_ones new_empty new_full zeros_like ones_like empty_like full_like".split())
+_VIEWS = frozenset("select slice_along unsqueeze squeeze reshape flatten transpose permute".split())
 SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
 
 
@@ -107,6 +116,11 @@ class Writes(Indexing):
         elif seen.origin == "constant":
             if seen.tensor.requires_grad:
                 raise Refused("uses a trainable tensor that no module of the model holds", self.place)
+            if seen.numbers:
+                facts = {"dtype": seen.tensor.dtype, "device": seen.tensor.device}
+                made: torch.fx.Node = self._call(torch.tensor, (seen.tensor.tolist(),), facts, Ref(value))
+                self.env[value] = made
+                return made
             target = f"packed.constant_{len(self.constants)}"
             self.constants[target] = seen.tensor
         else:
@@ -159,10 +173,14 @@ class Writes(Indexing):
         if name == "copy_":
             return self._node(_SLOT, (args[1], args[0]), target)
         if name in ("zero_", "fill_"):
-            filled = canonical(torch.full_like, (args[0], 0.0 if name == "zero_" else args[1]), {})
+            # Of what was computed: a fill whose gradient is zero, as it is there; a new buffer has none.
+            fill: Any = torch.full_like if _new(args[0]) else torch.fill
+            filled = canonical(fill, (args[0], 0.0 if name == "zero_" else args[1]), {})
             return self._node(filled[0], filled[1], target)
         base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
         func: Any
+        if base in _DRAWS and base != name:
+            return self._draw(event, base, args, kwargs, target)
         if base == name:  # F.relu(x, inplace=True)
             func = event.func
             kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
@@ -179,6 +197,15 @@ class Writes(Indexing):
             to, to_args = canonical(torch.Tensor.to, (node, dtype), {})
             node = self._node(to, to_args, target)
         return node
+
+    def _draw(self, event: Event, name: str, args: Any, kwargs: Any, target: int) -> Any:
+        """Random numbers drawn into a new tensor."""
+        signature = _DRAWS[name]
+        given = dict(zip(signature, args[1:], strict=False)) | kwargs
+        numbers = tuple(given.get(argument, default) for argument, default in signature.items())
+        if not _new(args[0]) or not set(given) <= set(signature) or any(isinstance(number, torch.fx.Node) for number in numbers):
+            raise Refused(f"{name}_ draws into a tensor that was computed, or from tensors or a generator", event.place)
+        return self._node(_DRAWN, (args[0], name, numbers), target)
 
     def _write(self, value: int, node: Any, event: Event) -> None:
         self.env[value] = node
@@ -213,6 +240,13 @@ class Writes(Indexing):
         if name in ("transpose", "t", "swapaxes"):
             return self._call(made.func, (node, *args[1:]), {}, Ref(base))
         raise Refused(f"writes into a view made by {name}", event.place)
+
+
+def _new(node: Any) -> bool:
+    """Is this a tensor that was made from numbers, or what was written into one, in whole or in part?"""
+    while node.op == "call_function" and node.target.name in _VIEWS:
+        node = node.all_input_nodes[0]
+    return node.op == "call_function" and node.target.name in _MADE
 
 
 def _values(tree: Any, found: list[int]) -> None:

@@ -255,7 +255,7 @@ SAMPLES: dict[str, list[Sample]] = {
     # elementwise
     **each("clone zeros_like ones_like contiguous", in_torch, (3, 4)),
     "contiguous": [call(lambda x: x.mT.contiguous(), (3, 4))], "detach": [call(lambda x: x.detach() * x, (3, 4))],
-    "full_like": [call(lambda x: torch.full_like(x, 2.5), (3, 4))],
+    "fill": [call(lambda x: torch.fill(x, 2.5), (3, 4), oracle=False)], "full_like": [call(lambda x: torch.full_like(x, 2.5), (3, 4))],
     "to": [call(lambda x: x.to(torch.float32), (3, 4)), call(lambda x: x.type("torch.FloatTensor"), (3, 4))],
     "type_as": [call(lambda x, y: x.type_as(y), (3, 4), below(3, 2))],
     "masked_fill": [
@@ -279,6 +279,18 @@ SAMPLES: dict[str, list[Sample]] = {
     **each("rand_like randn_like", lambda n: lambda x: in_torch(n)(x) * 0 + x, (3, 4)),
     **each("rand randn", lambda n: lambda x: in_torch(n)(3, 4) * 0 + x, (3, 4)),
     "bernoulli": [call(lambda x: torch.bernoulli((x > 0).double()), (3, 4))],
+    "poisson": [call(lambda x: torch.poisson(x * 0) + x, (3, 4))], "randint_like": [call(lambda x: torch.randint_like(x, 1) + x, (3, 4))],
+    "randint": [call(lambda x: torch.randint(1, (3, 4)) + x, (3, 4)), call(lambda x: torch.randint(2, 3, (3, 1)) * x, (3, 4))],
+    "randperm": [call(lambda x: torch.randperm(1) + x, (3, 4), oracle=False)],
+    "normal": [
+        call(torch.normal, (3, 4), Numbers((4,), lambda s, g: torch.zeros(s, dtype=torch.float64), False), oracle=False),
+        call(lambda x: torch.normal(x, 0.0), (3, 4), oracle=False),
+        call(lambda x: torch.normal(2.0, 0.0, (3, 4)) * x, (3, 4), oracle=False),
+    ],
+    "multinomial": [
+        call(lambda x: torch.multinomial((x == x.amax(-1, keepdim=True)).double(), 1) + x, s, oracle=False) for s in ((3, 4), (4,))
+    ],
+    "drawn": [call(lambda x: torch.empty_like(x).uniform_(2, 2) * x, (3, 4), oracle=False)],
     "rrelu": [call(lambda x, t=t: F.rrelu(x, 0.3, 0.3 if t else 0.4, training=t), (3, 4), oracle=False) for t in (True, False)],
     "gumbel_softmax": [call(lambda x, d=d: F.gumbel_softmax(x * 1e9, dim=d), (3, 4)) for d in (0, -1)],
     # tensors made from numbers

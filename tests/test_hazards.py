@@ -314,18 +314,16 @@ def test_a_lane_that_reads_the_lane_before():
     refused(randomized(Model()), "no loop over equal networks was found", line=False)
 
 
-@pytest.mark.parametrize("attribute", ["counter", "cache"])
-def test_attributes_changed_in_forward(attribute):
+def test_attributes_changed_in_forward():  # those that are only set: tests/test_attributes.py
     class Model(Nets):
-        counter, cache = 0, None
+        counter = 0
 
         def forward(self, x):
             out = super().forward(x)
-            setattr(self, attribute, self.counter + 1 if attribute == "counter" else out.detach())
+            self.counter = self.counter + 1
             return out
 
-    model = randomized(Model())
-    refused(model, f"forward changes self.{attribute}", line=False)
+    refused(randomized(Model()), "forward changes self.counter")
 
 
 def test_buffers_changed_in_forward():

@@ -19,9 +19,9 @@ def recordings(monkeypatch):
     """``(rows, training)`` of every recording that is made."""
     made = []
 
-    def counting(model, args, kwargs):
+    def counting(model, args, kwargs, *rest):
         made.append((args[0].shape[0] if args and isinstance(args[0], torch.Tensor) and args[0].dim() else None, model.training))
-        return record(model, args, kwargs)
+        return record(model, args, kwargs, *rest)
 
     monkeypatch.setattr(module_under_test, "record", counting)
     return made

@@ -89,7 +89,7 @@ rule(
     "where", "threshold", "_threshold", "isclose", "complex", "polar", "long", "int", "short", "bool", "char", "byte", "cfloat", "cdouble",
     "special_expit", "special_exp2", "special_expm1", "special_erf", "special_erfc", "special_erfinv", "special_gammaln", "special_digamma",
     "special_logit", "special_log1p", "special_sinc", "special_round", "special_xlogy", "special_psi", "special_i0", "special_multigammaln",
-    "imag", "conj", "conj_physical", "resolve_conj", "real", "get_real", "get_imag",
+    "imag", "conj", "conj_physical", "resolve_conj", "real", "get_real", "get_imag", "fill",
     lowering="pointwise",
 )(pointwise)  # fmt: skip
 
