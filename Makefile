@@ -4,6 +4,7 @@
 #   make bench   the figures of README.md
 #   make zoo     models of other packages: launches before and after, right or wrong (ZOO="--time --why subject ...")
 #   make zoo-test   the same as tests, without the table
+#   make fuzz    random models for as long as you say (FUZZ="--minutes 60 --seed 7"); what fails is appended to .fuzz/failures.txt
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ PIP := $(BIN)/python $(INSTALL) -c $(PINS) "$(TORCH)"
 ZOO_VENV := .venv-zoo
 ZOO_PYTHON := $(ZOO_VENV)/bin/python
 
-.PHONY: demo test lint types bench zoo zoo-test clean
+.PHONY: demo test lint types bench zoo zoo-test fuzz clean
 
 demo: $(VENV)/.installed-bench
 	$(BIN)/python examples/demo.py
@@ -40,6 +41,9 @@ zoo: $(ZOO_VENV)/.installed
 
 zoo-test: $(ZOO_VENV)/.installed
 	$(ZOO_PYTHON) -m pytest -q -n 2 -m zoo tests/test_zoo.py
+
+fuzz: $(VENV)/.installed-test
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
 # An environment is made anew when what it should hold has changed. A Debian python3 has no ensurepip: virtualenv stands in.
 %/.made: pyproject.toml $(PINS)

@@ -28,6 +28,7 @@ from .bundle import Bundle, Bundles
 from .functional import drop_unused, numbers_like, slice_along
 from .lifted import Lifted
 from .ops import Op
+from .outputs import chain, treatment
 from .tidy import tidy
 
 Node = torch.fx.Node
@@ -607,13 +608,16 @@ class Emitter:
         leaves = list(output.args[0])  # type: ignore[arg-type]
         by_bundle: dict[int, list[Node]] = {}
         for leaf in leaves:
+            views = chain(leaf) if isinstance(leaf, Node) else []
+            if len(views) > 1 and views[-1].op == "placeholder":  # a view of an input stays one
+                for view in reversed(views[:-1]):
+                    self.singles[view] = self._copy(view)
+                continue
             bundle = self.bundles.bundle(leaf) if isinstance(leaf, Node) else None
             if bundle is not None and bundle.index in self.values and self.values[bundle.index].dim is not None:
                 by_bundle.setdefault(bundle.index, []).append(leaf)
         for index, members in by_bundle.items():
-            members = list(dict.fromkeys(members))
-            if len(members) > 1:
-                self._separate(self.bundles.classes[index], members)
+            self._separate(self.bundles.classes[index], list(dict.fromkeys(members)))
         self.graph.output([self._strided(leaf) if isinstance(leaf, Node) else leaf for leaf in leaves])
 
     def _separate(self, bundle: Bundle, members: list[Node]) -> None:
@@ -621,7 +625,10 @@ class Emitter:
         value, dim = self.values[bundle.index]
         assert dim is not None
         self.source = members[0]
-        pieces = self.call(torch.unbind_copy, value, dim)
+        if len(members) == 1:
+            self.singles[members[0]] = self.call(torch.select_copy, value, dim, self.bundles.position[members[0]])
+            members = []
+        pieces = self.call(torch.unbind_copy, value, dim) if members else None
         for member in members:
             self.singles[member] = self.call(operator.getitem, pieces, self.bundles.position[member])
         self.source = None
@@ -632,13 +639,20 @@ class Emitter:
         wanted, value = leaf.meta.get("out_stride"), node.meta.get("val")
         if wanted is None or not isinstance(value, torch.Tensor) or value.shape != torch.Size(leaf.meta["shape"]):
             return node
-        if all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
+        how = treatment(leaf, node)
+        free = leaf.meta.get("dyn", ())  # of size 1 in the recording alone
+        seen = enumerate(zip(wanted, value.stride(), value.shape, strict=True))
+        if not how and all(w == s or (n == 1 and d not in free) for d, (w, s, n) in seen):
             return node
+
+        def copied(node: Node) -> Node:
+            return self.call("clone", node, memory_format=torch.contiguous_format) if how == "clone" else self.call("contiguous", node)
+
         order = sorted(range(len(wanted)), key=lambda d: (-wanted[d], d))
         if order == list(range(len(order))):
-            return self.call("contiguous", node)
+            return copied(node)
         inverse = [order.index(d) for d in range(len(order))]
-        return self.call(torch.permute, self.call("contiguous", self.call(torch.permute, node, tuple(order))), tuple(inverse))
+        return self.call(torch.permute, copied(self.call(torch.permute, node, tuple(order))), tuple(inverse))
 
     # -- layout helpers for rules ---------------------------------------------------------------------------------------------------
 
@@ -688,8 +702,9 @@ def _own_shapes(nodes: list[Node]) -> tuple[tuple[int, ...], ...] | None:
 
 
 def _restrided(before: Node, after: Any) -> bool:
+    """``before``, in the recording, and ``after``: a value that a pass has made has no strides of its own yet."""
     value = after.meta.get("val") if isinstance(after, Node) else None
-    return isinstance(value, torch.Tensor) and before.meta.get("stride") is not None and value.stride() != before.meta["stride"]
+    return isinstance(value, torch.Tensor) and value.stride() != before.meta.get("stride")
 
 
 # A region whose tensors have fewer elements than this in all is run on zeros to find shapes; others on meta tensors.

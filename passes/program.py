@@ -47,9 +47,15 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     # Sizes that were varied together are one size until a run shows otherwise.
     equal = tuple((places[0], other) for places in one_size for other in places[1:])
     generic = not lifted.factories and not trace.reads_dtype and not _spells_dtype(graph)
-    checks = _strongest(lifted.size_checks)
+    checks = _strongest([*lifted.size_checks, *(_some_rows(leaves) if any(n.meta.get("some_rows") for n in graph.nodes) else ())])
     guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, not lifted.factories and not trace.moves)
     return Program(graph, guard, frame.in_spec, frame.out_spec)
+
+
+def _some_rows(leaves: list[object]) -> list[SizeCheck]:
+    """No free size is 0."""
+    tensors = [(index, leaf.shape) for index, leaf in enumerate(leaves) if isinstance(leaf, TensorGuard)]
+    return [SizeCheck(index, dim, ">=", 1) for index, shape in tensors for dim, size in enumerate(shape) if size is None]
 
 
 def _strongest(checks: list[SizeCheck]) -> tuple[SizeCheck, ...]:
