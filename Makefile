@@ -6,6 +6,7 @@
 #   make zoo-test   the same as tests, without the table
 #   make mutants bugs put into every rule: are they found at run time, and by the tests? (MUTANTS="conv shape --most 200"; about an hour)
 #   make census  every architecture of transformers and every module of torch.nn: right or wrong (CENSUS="--jobs 4 --why bert ...")
+#   make fuzz    random models for as long as you say (FUZZ="--minutes 60 --seed 7"); what fails is appended to .fuzz/failures.txt
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ PIP := $(BIN)/python $(INSTALL) -c $(PINS) "$(TORCH)"
 ZOO_VENV := .venv-zoo
 ZOO_PYTHON := $(ZOO_VENV)/bin/python
 
-.PHONY: demo test lint types bench zoo zoo-test mutants census clean
+.PHONY: demo test lint types bench zoo zoo-test mutants census fuzz clean
 
 demo: $(VENV)/.installed-bench
 	$(BIN)/python examples/demo.py
@@ -48,6 +49,9 @@ mutants: $(VENV)/.installed-test
 
 census: $(ZOO_VENV)/.installed
 	$(ZOO_PYTHON) benchmarks/census.py $(CENSUS)
+
+fuzz: $(VENV)/.installed-test
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ)
 
 # An environment is made anew when what it should hold has changed. A Debian python3 has no ensurepip: virtualenv stands in.
 %/.made: pyproject.toml $(PINS)

@@ -6,7 +6,7 @@ with the reason, and the kind (parameter or buffer) of those that may be packed.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -76,15 +76,20 @@ def _reason(tensor: torch.Tensor, kind: str, module: nn.Module, key: str) -> str
 
 
 def carry_over(model: nn.Module, copied: nn.Module) -> None:
-    """Give the Parameters of a copy the attributes and gradient hooks of the originals, which copy.deepcopy leaves out."""
+    """Give the Parameters of a copy what copy.deepcopy leaves out: attributes, gradient hooks, and memory that two of them share."""
     others = dict(copied.named_modules())
     done: set[int] = set()
+    memory: dict[tuple[Any, ...], torch.Tensor] = {}
     for path, module in model.named_modules():
         for name, tensor in module._parameters.items():
             made = others[path]._parameters.get(name) if path in others else None
             if tensor is None or made is None or made is tensor or id(made) in done:
                 continue
             done.add(id(made))
+            if _has_address(tensor):
+                first = memory.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), made)
+                if first is not made:
+                    made.data = first.data
             made.__dict__.update(tensor.__dict__)
             hooks, late = ([*(store or {}).values()] for store in hook_stores(tensor))
             if not (hooks or late):

@@ -29,6 +29,7 @@ from .bundle import Bundle, Bundles
 from .functional import drop_unused, numbers_like, slice_along
 from .lifted import Lifted
 from .ops import Op
+from .outputs import treatment
 from .tidy import tidy
 
 Node = torch.fx.Node
@@ -665,16 +666,18 @@ class Emitter:
             if bundle is not None and value is not None and (value.dim is not None or bundle.apart is not None):
                 by_bundle.setdefault(bundle.index, []).append(leaf)
         for index, members in by_bundle.items():
-            members = list(dict.fromkeys(members))
-            if len(members) > 1:
-                self._separate(self.bundles.classes[index], members)
+            self._separate(self.bundles.classes[index], list(dict.fromkeys(members)))
         made = {leaf: self._strided(leaf) for leaf in dict.fromkeys(leaves) if isinstance(leaf, Node)}  # one tensor given twice is one
         self.graph.output([made[leaf] if isinstance(leaf, Node) else leaf for leaf in leaves])
 
     def _separate(self, bundle: Bundle, members: list[Node]) -> None:
         """Lanes that leave the region one by one leave as tensors of their own, as they were: not as views of one pack."""
         self.source = members[0]
-        pieces = self.separated.get(bundle.index) or self._own_pieces(bundle)
+        value, dim = self.values[bundle.index]
+        if len(members) == 1 and dim is not None and bundle.index not in self.separated:
+            self.singles[members[0]] = self.call(torch.select_copy, value, dim, self.bundles.position[members[0]])
+            members = []
+        pieces = (self.separated.get(bundle.index) or self._own_pieces(bundle)) if members else None
         for member in members:
             self.singles[member] = self.call(operator.getitem, pieces, self.bundles.position[member])
         self.source = None
@@ -710,14 +713,20 @@ class Emitter:
         wanted, value = leaf.meta.get("out_stride"), node.meta.get("val")
         if wanted is None or not isinstance(value, torch.Tensor) or value.shape != torch.Size(leaf.meta["shape"]):
             return node
-        one_row = any(value.shape[d] == 1 for d in leaf.meta.get("dyn") or ())  # of which the strides of more rows cannot be told
-        if not one_row and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
+        how = treatment(leaf, node)
+        free = leaf.meta.get("dyn") or ()  # of size 1 in the recording alone: of one row the strides of more rows cannot be told
+        seen = enumerate(zip(wanted, value.stride(), value.shape, strict=True))
+        if not how and all(w == s or (n == 1 and d not in free) for d, (w, s, n) in seen):
             return node
+
+        def copied(node: Node) -> Node:
+            return self.call("clone", node, memory_format=torch.contiguous_format) if how == "clone" else self.call("contiguous", node)
+
         order = sorted(range(len(wanted)), key=lambda d: (-wanted[d], d))
         if order == list(range(len(order))):
-            return self.call("contiguous", node)
+            return copied(node)
         inverse = [order.index(d) for d in range(len(order))]
-        return self.call(torch.permute, self.call("contiguous", self.call(torch.permute, node, tuple(order))), tuple(inverse))
+        return self.call(torch.permute, copied(self.call(torch.permute, node, tuple(order))), tuple(inverse))
 
     # -- layout helpers for rules ---------------------------------------------------------------------------------------------------
 
@@ -767,8 +776,9 @@ def _own_shapes(nodes: list[Node]) -> tuple[tuple[int, ...], ...] | None:
 
 
 def _restrided(before: Node, after: Any) -> bool:
+    """``before``, in the recording, and ``after``: a value that a pass has made has no strides of its own yet."""
     value = after.meta.get("val") if isinstance(after, Node) else None
-    return isinstance(value, torch.Tensor) and before.meta.get("stride") is not None and value.stride() != before.meta["stride"]
+    return isinstance(value, torch.Tensor) and value.stride() != before.meta.get("stride")
 
 
 # A region whose tensors have fewer elements than this in all is run on zeros to find shapes; others on meta tensors.

@@ -47,9 +47,16 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     # Sizes that were varied together are one size until a run shows otherwise.
     equal = tuple((places[0], other) for places in one_size for other in places[1:])
     generic = not (lifted.factories or trace.reads_dtype or trace.casts or _spells_dtype(graph))
-    checks, anywhere = _strongest(lifted.size_checks), not (lifted.factories or trace.moves or trace.casts)
+    rows = _some_rows(leaves) if any(node.meta.get("some_rows") for node in graph.nodes) else []
+    checks, anywhere = _strongest([*lifted.size_checks, *rows]), not (lifted.factories or trace.moves or trace.casts)
     guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, anywhere, trace.autocast)
     return Program(graph, guard, frame.in_spec, frame.out_spec, tuple(lifted.stores))
+
+
+def _some_rows(leaves: list[object]) -> list[SizeCheck]:
+    """No free size is 0."""
+    tensors = [(index, leaf.shape) for index, leaf in enumerate(leaves) if isinstance(leaf, TensorGuard)]
+    return [SizeCheck(index, dim, ">=", 1) for index, shape in tensors for dim, size in enumerate(shape) if size is None]
 
 
 def _strongest(checks: list[SizeCheck]) -> tuple[SizeCheck, ...]:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hazards import Nets, X, fuse
 from torch import Tensor, nn
 
 import fxfuse
 from checks import assert_close, randn, randomized
-from hazards import Nets, X, fuse
 
 HERE = "test_hazards_data.py:"
 

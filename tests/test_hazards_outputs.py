@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hazards import Nets, X, fuse
 from torch import Tensor, nn
 
 import fxfuse
 from checks import assert_close, own_gradients, randn, randomized
 from fxfuse.private.pytree import tree_leaves
-from hazards import Nets, X, fuse
 
 
 def addresses(tensor: Tensor) -> set[int]:

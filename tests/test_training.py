@@ -15,8 +15,8 @@ from small_loops import KINDS, Inputs
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.memory import peak_bytes
 from checks import QUICK, assert_close, mlp, model_of, randomized
+from fxfuse.memory import peak_bytes
 
 RTOL = 1e-9
 STEPS = 50

@@ -179,6 +179,7 @@ def _grouped_conv(emitter: Emitter, bundle: Bundle, rows: Node, weights: list[No
     channels = emitter.call(torch.flatten, emitter.call(torch.transpose, rows, 1, 2), 0, 1)  # [G * K, N]
     flat = None if bias is None else emitter.call(torch.flatten, bias, 0, 1)
     out = emitter.call(torch.conv1d, emitter.call(torch.unsqueeze, channels, 0), weight, flat, 1, 0, 1, lanes)
+    out.meta["some_rows"] = True  # a convolution over no positions raises
     return emitter.call(torch.transpose, emitter.call(torch.unflatten, emitter.call(torch.squeeze, out, 0), 0, (lanes, -1)), 1, 2)
 
 

@@ -1,0 +1,61 @@
+"""What leaves a region is the caller's: it may be written to and viewed as what the original returned.
+
+Comes in: an output of the lifted graph, and the node that computes it in the emitted one. Goes out: what has to be done to it. A join in
+the loop (``cat``, ``stack``, a buffer that is filled) is new memory in rows; packed, it is a view of what the lanes computed last, which
+autograd may have kept for its backward, which another output may show, or which has the strides of an input.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch.fx
+
+from .ops import Op
+
+Node = torch.fx.Node
+
+# Views of one tensor, as the lifted graph and as the emitted one spell them.
+_VIEWS = frozenset(
+    "select slice_along narrow unsqueeze squeeze transpose t mT permute movedim flatten unflatten view reshape expand view_as reshape_as "
+    "expand_as broadcast_to diagonal unfold getitem unbind ravel contiguous".split()
+)
+# New memory in rows, whatever the strides of what they read, and not needed for their own backward.
+_ROWS = frozenset(
+    "cat stack clone bmm baddbmm mm addmm linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d unbind_copy "
+    "index_select embedding".split()
+)
+# Not needed for their own backward either, but with the strides of what they read.
+_PLAIN = frozenset(
+    "add sub mul div neg addcmul sum mean dropout gelu silu leaky_relu where clamp sin cos log log1p abs square lerp matmul einsum softplus "
+    "layer_norm group_norm batch_norm to".split()
+)
+
+
+def chain(node: Node) -> list[Node]:
+    """``node`` and what it is a view of, up to the first that is none."""
+    found = [node]
+    while _name(found[-1]) in _VIEWS and found[-1].all_input_nodes:
+        found.append(found[-1].all_input_nodes[0])
+    return found
+
+
+def treatment(before: Node, after: Node) -> Literal["", "contiguous", "clone"]:
+    """How to make ``after`` the caller's own, where ``before`` is; nothing of the graph reads it as an output yet."""
+    if _name(chain(before)[-1]) not in ("cat", "stack"):
+        return ""
+    views = chain(after)
+    root = views[-1]
+    # Only the chain itself may read what is handed out.
+    shared = any(len(node.users) > 1 for node in views[1:]) or len(after.users) > 0
+    name = _name(root)
+    if root.op not in ("call_function", "call_method") or shared or name not in _ROWS | _PLAIN:
+        return "clone"
+    return "" if name in _ROWS else "contiguous"
+
+
+def _name(node: Node) -> str:
+    target: Any = node.target
+    if isinstance(target, Op):
+        return target.name
+    return str(target) if node.op != "call_function" else str(getattr(target, "__name__", ""))
