@@ -59,6 +59,7 @@ def tracked_len(model: nn.Module) -> Iterator[None]:
             if key in _users or not names.keys() & _NAMES.keys():
                 _users[key] = _users.get(key, 0) + 1
                 names.update(_NAMES)
+    _here.recording = getattr(_here, "recording", 0) + 1
     try:
         yield
     finally:
