@@ -76,7 +76,7 @@ def _layers(members: list[Node], op: Op) -> list[Group]:
     alike: dict[Any, list[Node]] = {}
     for node in members:
         given = dict(zip(op.names, node.args, strict=True))
-        x, weight, bias = given["input"], given["weight"], given["bias"]
+        x, weight, bias = (uncast(given[name]) for name in ("input", "weight", "bias"))
         if not _is_weight(weight) or (bias is not None and not _is_weight(bias)) or not isinstance(x, Node):
             continue
         assert isinstance(weight, Node)
@@ -89,7 +89,7 @@ def _layers(members: list[Node], op: Op) -> list[Group]:
             alike.setdefault((x.meta["shape"][:-1], x.meta["dyn"], len(x.meta["shape"])), []).append(node)
     found: list[Group] = []
     for group in alike.values():
-        if op.name == "linear" and len({node.args[0] for node in group}) > 1:
+        if op.name == "linear" and len({uncast(node.args[0]) for node in group}) > 1:
             for part in _of_like_size(_apart(group)):
                 found.extend(_group(part, -1))
         else:
@@ -99,12 +99,17 @@ def _layers(members: list[Node], op: Op) -> list[Group]:
 
 def _group(members: list[Node], dim: int) -> list[Group]:
     """The group, where its members' weights are distinct and their sizes unequal."""
-    weights = [member.args[1] for member in members]
-    sizes = {weight.meta["shape"] for weight in weights}  # type: ignore[union-attr]
+    weights = [uncast(member.args[1]) for member in members]
+    sizes = {weight.meta["shape"] for weight in weights}
     if len(set(weights)) < len(weights) or len(sizes) < 2:
         return []
     widths = {member.meta["shape"][dim] for member in members}
     return [Group(tuple(members), dim if len(widths) > 1 else None)]
+
+
+def uncast(arg: Any) -> Any:
+    """What autocast casts before the call, or ``arg`` itself: lanes are told apart, laid out and packed before they are cast."""
+    return arg.args[0] if isinstance(arg, Node) and isinstance(arg.target, Op) and arg.target.name == "autocast_to" else arg
 
 
 def _is_weight(arg: Any) -> bool:
@@ -113,14 +118,14 @@ def _is_weight(arg: Any) -> bool:
 
 def _apart(members: list[Node]) -> list[Node]:
     """Members whose input no other member reads: several layers on one input among others are no lanes of it."""
-    inputs = [member.args[0] for member in members]
+    inputs = [uncast(member.args[0]) for member in members]
     return [member for member, x in zip(members, inputs, strict=True) if inputs.count(x) == 1]
 
 
 def _of_like_size(members: list[Node]) -> list[list[Node]]:
     """The members in groups that filling up makes at most ``MOST_WASTE`` times as large, in program order."""
     parts: list[list[Node]] = []
-    for member in sorted(members, key=lambda node: node.args[1].meta["shape"]):  # type: ignore[union-attr]
+    for member in sorted(members, key=lambda node: uncast(node.args[1]).meta["shape"]):
         if parts and _waste([*parts[-1], member]) <= MOST_WASTE:
             parts[-1].append(member)
         else:
@@ -130,7 +135,7 @@ def _of_like_size(members: list[Node]) -> list[list[Node]]:
 
 
 def _waste(members: list[Node]) -> float:
-    shapes = [member.args[1].meta["shape"] for member in members]  # type: ignore[union-attr]
+    shapes = [uncast(member.args[1]).meta["shape"] for member in members]
     filled = len(shapes) * max(m for m, _ in shapes) * max(k for _, k in shapes)
     return float(filled / max(1, sum(m * k for m, k in shapes)))
 

@@ -25,7 +25,7 @@ from .lifted import Lifted
 from .picks import unify_picks
 from .pointwise_conv import unify_pointwise
 from .rules import has_rule, is_heavy, is_view, rule_of
-from .unequal import Group
+from .unequal import Group, uncast
 
 LaneSet = frozenset[tuple[Any, ...]]  # (op, place, path, lanes) of each of its bundles
 
@@ -233,12 +233,12 @@ def joining(bundle: Bundle, bundles: Bundles) -> int:
     """Launches that lanes of unequal widths cost besides the op itself: what brings their inputs to one width, and their results apart."""
     if not bundle.unequal or not is_heavy(bundle):
         return 0
-    inputs = [member.args[0] for member in bundle.members]
+    inputs = [uncast(member.args[0]) for member in bundle.members]
     if all(x is inputs[0] for x in inputs):
         return 0
-    shapes = {x.meta["shape"] for x in inputs}  # type: ignore[union-attr]
-    source = bundles.end_to_end(inputs[0])  # type: ignore[arg-type]
-    apart = source is not None and all(bundles.of[x] == source.index for x in inputs)  # type: ignore[index]
+    shapes = {x.meta["shape"] for x in inputs}
+    source = bundles.end_to_end(inputs[0])
+    apart = source is not None and all(bundles.of[x] == source.index for x in inputs)
     fill = 2 + (0 if apart else 1) if len(shapes) > 1 else (0 if apart else 1)
     return fill + (0 if bundle.apart is None else 2)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import fxfuse
 from checks import QUICK, Cases, assert_case, assert_fused_equals, own_gradients, randn, randomized
+from fxfuse import launches
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
 from fxfuse.passes.unequal import MOST_WASTE
@@ -244,6 +245,21 @@ def test_copies_pickles_and_shared_parameters(cls):
     for each in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fxfuse.unfuse(fused), lazy, inside):
         for got, want in zip(torch.utils._pytree.tree_leaves(each(x)), expected):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["OneNetworkPerGroupOfColumns", "HeadsOfUnequalWidths", "HiddenWidths", "PointwiseBranches"])
+def test_autocast_takes_the_fast_way(name):
+    case = CASES[name]
+    model = randomized(case.model()).float()
+    fused = fxfuse.optimize(model, case.x.float(), objective="launches", **QUICK)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = (torch.utils._pytree.tree_leaves(each(case.x.float())) for each in (fused, model))
+        counted = launches.count(lambda: fused(case.x.float()))
+    assert counted.heavy == case.heavy
+    assert not fxfuse.report(fused).fallbacks
+    for a, b in zip(got, want):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
 
 
 def test_dtype_and_freezing():

@@ -10,13 +10,16 @@ Results of unequal widths lie end to end in one tensor; an op that needs them on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from ..bundle import Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
+from ..functional import autocast_to
 from ..ops import Op
-from ..unequal import CONVOLUTIONS
+from ..unequal import CONVOLUTIONS, uncast
 from .base import Rule, rank
 from .linear import by_rows
 
@@ -32,19 +35,35 @@ def _inputs(bundle: Bundle) -> list[Node]:
     return [member.all_input_nodes[0] for member in bundle.members]
 
 
+def _operands(bundle: Bundle, name: str) -> list[Node] | None:
+    """The lanes' own nodes for a tensor argument, before autocast's casts; None where it is left out."""
+    assert bundle.op is not None
+    column = bundle.op.names.index(name)
+    return None if bundle.members[0].args[column] is None else [uncast(member.args[column]) for member in bundle.members]
+
+
+def _cast(emitter: Emitter, bundle: Bundle, name: str, node: Node) -> Node:
+    """What was laid out or packed, as autocast casts it."""
+    assert bundle.op is not None
+    given: Any = bundle.members[0].args[bundle.op.names.index(name)]
+    return node if uncast(given) is given else emitter.call(autocast_to, node, given.args[1])
+
+
 def _linear(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
-    inputs = _inputs(bundle)
+    inputs, weights, biases = (_operands(bundle, name) for name in ("input", "weight", "bias"))
+    assert inputs is not None
+    assert weights is not None
     if inputs[0] is inputs[1]:
         weight, bias = _rows(emitter, bundle)
-        return Packed(emitter.call(F.linear, emitter.single(inputs[0]), weight, bias), None), "wide_linear"
-    assert bundle.op is not None
-    weights = [member.args[1] for member in bundle.members]
-    most_out, most_in = (max(node.meta["shape"][dim] for node in weights) for dim in (0, 1))  # type: ignore[union-attr]
+        return Packed(emitter.call(F.linear, emitter.single(_inputs(bundle)[0]), weight, bias), None), "wide_linear"
+    most_out, most_in = (max(node.meta["shape"][dim] for node in weights) for dim in (0, 1))
     widths = [node.meta["shape"][-1] for node in inputs]
     x = emitter.front(emitter.fetch(inputs), len(inputs)) if len(set(widths)) == 1 else _filled(emitter, inputs, widths, most_in)
-    filled = emitter.filled_up(weights, (most_out, most_in), (1, 0))  # type: ignore[arg-type]
-    biases = emitter.nodes(bundle, "bias")
-    bias = None if biases is None else emitter.call(torch.unsqueeze, emitter.filled_up(biases, (most_out,), (0,)), 1)
+    x = _cast(emitter, bundle, "input", x)
+    filled = _cast(emitter, bundle, "weight", emitter.filled_up(weights, (most_out, most_in), (1, 0)))
+    bias = None
+    if biases is not None:
+        bias = emitter.call(torch.unsqueeze, _cast(emitter, bundle, "bias", emitter.filled_up(biases, (most_out,), (0,))), 1)
 
     def product(rows: Node) -> Node:
         return emitter.call(torch.bmm, rows, filled) if bias is None else emitter.call(torch.baddbmm, bias, rows, filled)
@@ -58,7 +77,7 @@ def _rows(emitter: Emitter, bundle: Bundle) -> tuple[Node, Node | None]:
     found: list[Node | None] = []
     widths = [member.meta["shape"][bundle.apart] for member in bundle.members]
     for name in ("weight", "bias"):
-        nodes = emitter.nodes(bundle, name)
+        nodes = _operands(bundle, name)
         if nodes is None:
             found.append(None)
             continue
@@ -67,7 +86,7 @@ def _rows(emitter: Emitter, bundle: Bundle) -> tuple[Node, Node | None]:
             raise CannotVectorize(f"{bundle.name}: {table}")
         if table[1] != [sum(widths[:lane]) for lane in range(len(widths))] or table[0].meta["val"].shape[0] != sum(widths):
             raise CannotVectorize(f"{bundle.name}: weights are packed in another order already")
-        found.append(table[0])
+        found.append(_cast(emitter, bundle, name, table[0]))
     weight, bias = found
     assert weight is not None
     return weight, bias
