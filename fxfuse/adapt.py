@@ -33,6 +33,7 @@ from .errors import FallbackError
 from .fused import STATE, RegionState, unfuse
 from .graph import Guard, Program, Refusal, TensorGuard
 from .guards import explain_miss
+from .held import kept
 from .inputs import batch_size, resample
 from .lengths import tracked_len
 from .observe import observe, reads_offsets
@@ -158,7 +159,7 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     resolve_packed(made.graph, made.packs)
     used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
     constants = {name: tensor for name, tensor in made.packs.constants.items() if name in used and name not in plan.constants}
-    return _Made(make_program(observation.trace, prepared.lifted, made.graph), constants, entry, not reads_offsets(observation.trace))
+    return _Made(kept(make_program(observation.trace, prepared.lifted, made.graph)), constants, entry, not reads_offsets(observation.trace))
 
 
 def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
