@@ -30,6 +30,7 @@ from fxfuse.private import (
     schemas,
     state_dicts,
     storages,
+    tensor_guards,
     tensor_hooks,
     torch_function,
     transforms,
@@ -231,6 +232,25 @@ def test_fake_tensors() -> None:
 
     torch.export.export(Model(), (torch.zeros(2),), strict=False)
     assert fake_tensors.FakeTensor in types
+
+
+def test_tensor_guards() -> None:
+    x, w = torch.zeros(2, 3), torch.nn.Parameter(torch.zeros(4))
+    same = tensor_guards.alike([x, w])
+    assert same(torch.ones(3, 2).t(), w)
+    with torch.no_grad():
+        assert same(x, w)
+    others = [torch.zeros(2, 4), torch.zeros(2, 3, 1), x.double(), torch.zeros(2, 3, device="meta"), x.clone().requires_grad_(), x.to_sparse()]
+    for other in (*others, None, w, x.as_subclass(torch.nn.Buffer)):
+        assert not same(other, w), other
+    with torch.inference_mode():
+        assert not same(torch.zeros(2, 3), w)
+    assert not same(x, w.detach())
+    assert not tensor_guards.alike([])()
+    assert not tensor_guards.alike([x, x.as_subclass(torch.nn.Buffer)])(x, x)
+    assert "torch._dynamo" not in subprocess.run(
+        [sys.executable, "-c", "import fxfuse.private.tensor_guards, sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def test_autocast() -> None:
