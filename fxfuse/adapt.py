@@ -114,7 +114,8 @@ def _fits(guard: Guard, leaves: list[Any]) -> bool:
 
     wanted = tuple(given(leaf, value) for leaf, value in zip(guard.leaves, leaves, strict=True))
     casts = next(iter(autocast_on()), None)
-    return batch_size(tuple(leaves), {}) != 0 and explain_miss(replace(guard, leaves=wanted, generic_dtype=False, autocast=casts), leaves) is None
+    asked = replace(guard, leaves=wanted, generic_dtype=False, autocast=casts)
+    return batch_size(tuple(leaves), {}) != 0 and explain_miss(asked, leaves) is None
 
 
 def _best(state: RegionState, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], casts: tuple[str, torch.dtype]) -> _Made:
@@ -212,7 +213,7 @@ def _try_only(trial: RegionState, made: _Made, program: Program, *, strict: bool
     """Make ``program`` the only one of a copied region."""
     flags, name = trial.flags(), made.entry.name
     forward = {flags: program} if name == FORWARD else {}
-    methods = {} if name == FORWARD else {name: {flags: (program,)}}
+    methods: dict[str, dict[tuple[bool, ...], tuple[Program, ...]]] = {} if name == FORWARD else {name: {flags: (program,)}}
     trial.plan = replace(trial.plan, programs=forward, methods=methods, making=None)
     trial.extra.update(made.constants)
     trial.facts.clear()  # what the weights are now counts

@@ -42,8 +42,8 @@ _MOST_REASONS = 100  # reasons hold shapes: a run over endless shapes must not f
 def _unsaved() -> dict[str, Any]:
     """What a state has before its first call: never copied or saved."""
     return {
-        **{"ready": None, "current": None, "compiled": {}, "methods": {}, "others": {}, "loading": None, "holders": None},
-        **{"adapted": {}, "unfit": {}},
+        "ready": None, "current": None, "compiled": {}, "methods": {}, "others": {}, "loading": None, "holders": None,
+        "adapted": {}, "unfit": {},
     }
 
 

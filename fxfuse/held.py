@@ -79,7 +79,9 @@ def _inside(value: Any) -> dict[Any, Any] | None:
 
 def _seen(value: Any, depth: int) -> Any:
     inside = _inside(value) if depth else None
-    return value if inside is None or len(inside) > _MOST_SEEN else _Seen(value, {key: _seen(item, depth - 1) for key, item in inside.items()})
+    if inside is None or len(inside) > _MOST_SEEN:
+        return value
+    return _Seen(value, {key: _seen(item, depth - 1) for key, item in inside.items()})
 
 
 def _same(now: Any, before: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Under ``torch.autocast`` a fused model takes the fast way: the dtypes of the original, its values at the rounding of bfloat16, gradients."""
+"""Under ``torch.autocast`` a fused model takes the fast way: the original's dtypes, its values up to bfloat16's rounding, gradients."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_networks_per_column(lowering: str) -> None:
     assert_fast(Columns(), randn(6, 4), 2, lowering=lowering, validate=True)
 
 
-@pytest.mark.parametrize("inputs, hidden, outputs", [(1, 1, 1), (3, 5, 1), (2, 6, 4)])
+@pytest.mark.parametrize(("inputs", "hidden", "outputs"), [(1, 1, 1), (3, 5, 1), (2, 6, 4)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_widths(inputs: int, hidden: int, outputs: int, bias: bool) -> None:
     def net() -> nn.Module:
@@ -397,7 +397,8 @@ def test_hooked_lanes_stay_calls_under_autocast() -> None:
 
 
 def test_random_numbers_and_the_model_are_left_alone() -> None:
-    model, x = randomized(Columns(make=lambda: nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))).float(), single(randn(6, 4))
+    model = randomized(Columns(make=lambda: nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))).float()
+    x = single(randn(6, 4))
     fused = fuse(model, x, validate=True)
     before = torch.get_rng_state()
     assert_same(model, fused, x)
@@ -410,12 +411,14 @@ def test_random_numbers_and_the_model_are_left_alone() -> None:
 
 
 def test_recurrent_networks_say_why() -> None:
-    model, x = randomized(Shared(lambda: nn.GRU(3, 4, batch_first=True), lambda outs: torch.stack([o for o, _ in outs]))).float(), single(randn(2, 5, 3))
+    model = randomized(Shared(lambda: nn.GRU(3, 4, batch_first=True), lambda outs: torch.stack([o for o, _ in outs]))).float()
+    x = single(randn(2, 5, 3))
     fused = fuse(model, x)
     assert fxfuse.report(fused).fused
     assert_same(model, fused, x)
     reasons = list(fxfuse.report(fused).fallbacks)
-    assert all(r.startswith("autocast is on for cpu, and autocast casts inside of gru, which a graph does not repeat (") for r in reasons), reasons
+    said = "autocast is on for cpu, and autocast casts inside of gru, which a graph does not repeat ("
+    assert all(reason.startswith(said) for reason in reasons), reasons
 
 
 def test_a_wrong_program_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

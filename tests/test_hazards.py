@@ -6,18 +6,17 @@ fxfuse does not validate its result here (``validate=False``), so that a wrong r
 from __future__ import annotations
 
 import collections
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hazards import Nets, X, fuse, handled, mlp, refused
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fxfuse
 from checks import assert_close, assert_equal_models, own_gradients, randn, randomized
 from fxfuse.launches import count
-from hazards import Nets, X, fuse, handled, mlp, refused
 
 # -- weights ----------------------------------------------------------------------------------------------------------------------
 

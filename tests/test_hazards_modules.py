@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
+from hazards import Nets, X, fuse, mlp, refused
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fxfuse
 from checks import assert_close, assert_equal_models, randn, randomized
 from fxfuse.launches import count
-from hazards import Nets, X, fuse, mlp, refused
 
 
 @pytest.mark.parametrize("lanes", ["all", "one"])

@@ -1,4 +1,4 @@
-"""What a caller may do with results: ``view`` them, write into them, find inputs, weights and each other through them, as with the original."""
+"""What a caller may do with results, as with the original's: view them, write into them, find inputs, weights, each other through them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hazards import Nets, X, fuse
 from torch import Tensor, nn
 
 import fxfuse
 from checks import assert_close, own_gradients, randn, randomized
 from fxfuse.private.pytree import tree_leaves
-from hazards import Nets, X, fuse
 
 
 def addresses(tensor: Tensor) -> set[int]:
@@ -98,7 +98,9 @@ RESULTS = {
     "halves": lambda self, x: torch.cat(self.outs(x), 1).chunk(2, 1),
     "split and joined": lambda self, x: (lambda parts: (*parts, torch.cat(parts, 1)))(torch.cat(self.outs(x), 1).split(1, 1)),
     "written": lambda self, x: (lambda out: (out, out.select(1, 0).fill_(0.5)))(torch.cat(self.outs(x), 1)),
-    "real and imaginary": lambda self, x: (lambda z: (z, z.real, torch.view_as_real(z)))(torch.complex(*torch.cat(self.outs(x), 1).chunk(2, 1))),
+    "real and imaginary": lambda self, x: (lambda z: (z, z.real, torch.view_as_real(z)))(
+        torch.complex(*torch.cat(self.outs(x), 1).chunk(2, 1))
+    ),
 }  # fmt: skip
 
 
