@@ -178,6 +178,7 @@ def _items(value: Any) -> Any:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, tuple):
         return all(_same(a, b) for a, b in zip(one, other, strict=True))
+
     def alike(a: Any, b: Any) -> bool:
         return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and bool(a == b))
 

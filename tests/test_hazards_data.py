@@ -87,6 +87,13 @@ def outcome(
     return fused
 
 
+
+def halved(out: Tensor) -> Tensor:
+    while out.abs().max() > 0.5:
+        out = out / 2
+    return out
+
+
 OTHERS = "its steps depend on the data: {} is called with other arguments in two runs"
 GIVES = OTHERS + ": what {}() gives depends on the data"
 
@@ -95,8 +102,7 @@ GIVES = OTHERS + ": what {}() gives depends on the data"
 DATA = {
     "if": (lambda self, out, x: out * 2 if x.sum() > 0 else out, "reads tensor data into Python (bool)"),
     "if of a lane": (lambda self, out, x: out if (out[:, 0] > 0).any() else out * 3, "reads tensor data into Python (bool)"),
-    "while": (lambda self, out, x: [out := out / 2 for _ in iter(lambda: bool(out.abs().max() > 0.5), False)][-1:][0] if out.sum() < 9e9 else out,
-              "reads tensor data into Python (bool)"),
+    "while": (lambda self, out, x: halved(out), "reads tensor data into Python (bool)"),
     "item": (lambda self, out, x: out * x.max().item(), OTHERS.format("mul")),
     "float": (lambda self, out, x: out * float(x.mean()), OTHERS.format("mul")),
     "tolist": (lambda self, out, x: out * sum(x[0].tolist()), OTHERS.format("mul")),

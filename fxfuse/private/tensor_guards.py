@@ -31,8 +31,8 @@ def alike(tensors: Sequence[Any]) -> Callable[..., bool]:
         return never
     guards = TensorGuards(
         *tensors,
-        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-        dynamic_dims_strides=[[None] * tensor.dim() for tensor in tensors],
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],  # type: ignore[misc]  # of each tensor
+        dynamic_dims_strides=[[None] * tensor.dim() for tensor in tensors],  # type: ignore[misc]
     )
     check: Callable[..., bool] = guards.check
     return check
