@@ -226,7 +226,7 @@ def without_casts(program: Program) -> Program:
     """The program for calls without autocast: what autocast casts stays as it is."""
     graph = copy.deepcopy(program.graph)
     for node in graph.nodes:
-        if node.target is autocast_to:
+        if node.target is autocast_to and node.args[1].is_floating_point:
             node.replace_all_uses_with(node.args[0])
     return replace(program, graph=graph, guard=replace(program.guard, autocast=None))
 

@@ -478,3 +478,60 @@ def test_another_shape_says_so() -> None:
     wide = single(randn(6, 5))
     assert_same(model, fused, wide)
     assert fxfuse.report(fused).fallbacks == {"input 0 has shape (6, 5), recorded (any, 4)": 1}
+
+
+def test_a_region_behind_other_layers() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner, self.last = nn.Linear(3, 4), Columns(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, again: bool = False) -> Tensor:
+            out = self.inner(self.stem(x).relu())
+            return self.last(self.inner(out) if again else out)
+
+    fused = assert_fast(Outer(), randn(6, 3), 4)
+    assert list(regions(fused)) == ["inner"]
+    model = fxfuse.unfuse(fused)
+    with torch.autocast("cpu", dtype=BF16):
+        assert_close(fused(single(randn(5, 3)), again=True), model(single(randn(5, 3)), again=True), "twice", 0.03)
+    assert not fxfuse.report(fused).fallbacks
+
+
+def test_a_model_fused_under_autocast() -> None:
+    model, x = randomized(Columns()).float(), single(randn(6, 4))
+    with torch.autocast("cpu", dtype=BF16):
+        fused = fuse(model, x, validate=True)
+    assert_same(model, fused, x)
+    assert_close(fused(x), model(x), "without autocast", 1e-6)
+    assert not fxfuse.report(fused).fallbacks
+
+
+def test_nested_regions_of_the_caller() -> None:
+    model, x = randomized(Columns()).float(), single(randn(6, 4))
+    fused = fuse(model, x)
+    with torch.autocast("cpu", dtype=BF16):
+        low = fused(x)
+        with torch.autocast("cpu", enabled=False):
+            assert_close(fused(x), model(x), "switched off inside", 1e-6)
+            with torch.autocast("cpu", dtype=torch.float16):
+                assert fused(x).dtype is torch.float16
+        assert_close(fused(x), low, "on again", 0.0)
+    assert not fxfuse.report(fused).fallbacks
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_an_exception_leaves_autocast_as_it_was() -> None:
+    class Model(Columns):
+        def forward(self, x: Tensor, rows: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x)[rows]
+
+    model, x = randomized(Model()).float(), single(randn(6, 4))
+    fused = fuse(model, (x, torch.tensor([0, 1])))
+    with torch.autocast("cpu", dtype=BF16):
+        fused(x, torch.tensor([2, 1]))
+        with pytest.raises(IndexError):
+            fused(x, torch.tensor([2, 99]))
+        assert torch.is_autocast_enabled("cpu")
+        assert fused(x, torch.tensor([2, 1])).dtype is BF16
+    assert not fxfuse.report(fused).fallbacks

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from hazards import Nets, X, fuse, mlp, refused
+from hazards import Nets, X, fuse, handled, mlp, refused
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -300,3 +300,27 @@ def test_second_entries_and_handled_keywords() -> None:
         before = sum(fxfuse.report(fused).fallbacks.values())
         assert_close(fused(X, **keywords), model(X, **keywords), str(keywords))
         assert (sum(fxfuse.report(fused).fallbacks.values()) == before) is fast, keywords
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("channels", [2, 6])
+def test_a_shared_input_with_groups(bias: bool, channels: int) -> None:
+    """Weights laid end to end would mix the groups of one lane with those of another."""
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv1d(4, channels, 3, groups=2, bias=bias) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([conv(x) for conv in self.convs], 1)
+
+    handled(randomized(Model()), 1, randn(3, 4, 7))
+
+
+def test_functional_dropout_with_the_flag_of_the_module() -> None:
+    class Model(Nets):
+        def forward(self, x: Tensor) -> Tensor:
+            outs = [nn.functional.dropout(net(x[:, i : i + 1]), 1.0, training=self.training) for i, net in enumerate(self.nets)]
+            return torch.cat(outs, 1)
+
+    handled(randomized(Model()), 3)
