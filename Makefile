@@ -37,6 +37,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/launches.py
 	$(BIN)/python benchmarks/feature_networks.py
 	$(BIN)/python benchmarks/pass_cost.py
+	$(BIN)/python benchmarks/guard_cost.py
 
 zoo: $(ZOO_VENV)/.installed
 	$(ZOO_PYTHON) benchmarks/zoo.py $(ZOO)

@@ -33,6 +33,7 @@ from .errors import FallbackError
 from .fused import STATE, RegionState, unfuse
 from .graph import Guard, Program, Refusal, TensorGuard
 from .guards import explain_miss
+from .held import kept
 from .inputs import batch_size, resample
 from .lengths import tracked_len
 from .observe import observe, reads_offsets
@@ -113,7 +114,8 @@ def _fits(guard: Guard, leaves: list[Any]) -> bool:
 
     wanted = tuple(given(leaf, value) for leaf, value in zip(guard.leaves, leaves, strict=True))
     casts = next(iter(autocast_on()), None)
-    return batch_size(tuple(leaves), {}) != 0 and explain_miss(replace(guard, leaves=wanted, generic_dtype=False, autocast=casts), leaves) is None
+    asked = replace(guard, leaves=wanted, generic_dtype=False, autocast=casts)
+    return batch_size(tuple(leaves), {}) != 0 and explain_miss(asked, leaves) is None
 
 
 def _best(state: RegionState, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], casts: tuple[str, torch.dtype]) -> _Made:
@@ -158,7 +160,7 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     resolve_packed(made.graph, made.packs)
     used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
     constants = {name: tensor for name, tensor in made.packs.constants.items() if name in used and name not in plan.constants}
-    return _Made(make_program(observation.trace, prepared.lifted, made.graph), constants, entry, not reads_offsets(observation.trace))
+    return _Made(kept(make_program(observation.trace, prepared.lifted, made.graph)), constants, entry, not reads_offsets(observation.trace))
 
 
 def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -211,7 +213,7 @@ def _try_only(trial: RegionState, made: _Made, program: Program, *, strict: bool
     """Make ``program`` the only one of a copied region."""
     flags, name = trial.flags(), made.entry.name
     forward = {flags: program} if name == FORWARD else {}
-    methods = {} if name == FORWARD else {name: {flags: (program,)}}
+    methods: dict[str, dict[tuple[bool, ...], tuple[Program, ...]]] = {} if name == FORWARD else {name: {flags: (program,)}}
     trial.plan = replace(trial.plan, programs=forward, methods=methods, making=None)
     trial.extra.update(made.constants)
     trial.facts.clear()  # what the weights are now counts
@@ -224,7 +226,7 @@ def without_casts(program: Program) -> Program:
     """The program for calls without autocast: what autocast casts stays as it is."""
     graph = copy.deepcopy(program.graph)
     for node in graph.nodes:
-        if node.target is autocast_to:
+        if node.target is autocast_to and node.args[1].is_floating_point:
             node.replace_all_uses_with(node.args[0])
     return replace(program, graph=graph, guard=replace(program.guard, autocast=None))
 

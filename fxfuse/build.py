@@ -18,7 +18,7 @@ from .determinism import preserved_state
 from .entries import FORWARD, INSIDE, Entry
 from .errors import ArgumentError
 from .graph import Making, Program, Refusal, RegionPlan
-from .held import Places
+from .held import Places, kept
 from .inputs import resample
 from .observe import Observation
 from .options import Options
@@ -259,7 +259,7 @@ class Builder:
         owner = self.work.get_submodule(plan.path)
         for way, observation, lifted, graph, method in built.graphs:
             resolve_packed(graph, packs)
-            program = self.places.named(make_program(observation.trace, lifted, graph))
+            program = kept(self.places.named(make_program(observation.trace, lifted, graph)))
             for same in [observation, *(o for o in way.observations if o.same_as is observation)]:
                 flags = dict(zip(way.root.modules(), same.flags, strict=True))
                 key = tuple(flags[m] for m in owner.modules())

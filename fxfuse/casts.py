@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.private.autocast import autocast_on
-from fxfuse.private.dispatch import BesideDynamo, WithoutDynamo, dynamo_is_imported
+from fxfuse.private.dispatch import CAST, BesideDynamo, WithoutDynamo, dynamo_is_imported
 from fxfuse.private.pytree import tree_leaves, tree_map_only
 from fxfuse.private.versions import version
 
@@ -59,7 +59,7 @@ class _Spy(WithoutDynamo):
         self.casts = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.casts = self.casts or func is torch.ops.aten._to_copy.default
+        self.casts = self.casts or func is CAST
         return func(*args, **kwargs) if kwargs else func(*args)
 
 

@@ -17,8 +17,12 @@ from torch import Tensor
 
 from fxfuse.graph import Guard, TensorGuard
 from fxfuse.held import Kept
+from fxfuse.private.autocast import any_autocast_enabled
 from fxfuse.private.fake_tensors import FakeTensor
+from fxfuse.private.tensor_guards import alike, never
 
+_KNOWN = 3  # calls that are remembered: a full batch, the last one, one of evaluation
+_MOST_LEARNT = 32
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq, "!=": operator.ne}
 
 
@@ -72,6 +76,8 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
         "FakeTensor": FakeTensor,  # what torch.export traces with
         "strided": torch.strided,
         "autocast": _autocast,
+        "any_autocast": any_autocast_enabled,
+        "is_compiling": torch.compiler.is_compiling,
         "autocast_dtype": torch.get_autocast_dtype,
         "default_dtype": torch.get_default_dtype,
         "same_constant": _same_constant,
@@ -87,66 +93,91 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
         space[name] = value
         return name
 
-    tests: list[str] = []  # the guard holds where none of these is true; ":=" gives a shape a name for the tests after it
+    each: list[str] = []  # of each tensor; ":=" gives a shape a name for the tests after it. The guard holds where no test is true.
     dtypes: list[str] = []  # generic programs: expressions that must all be one dtype, or one device
     devices: list[str] = []
+    others: list[str] = []  # of anything else than tensors
+    tensors: list[str] = []
     for i, leaf in enumerate(guard.leaves):
         x = f"x{i}"
         if not isinstance(leaf, TensorGuard):
             value = leaf[1]
-            if value is None or isinstance(value, bool):
-                tests.append(f"{x} is not {value!r}")
-            else:
-                tests.append(f"not same_constant({x}, {constant(value)})")
+            plain = value is None or isinstance(value, bool)
+            others.append(f"{x} is not {value!r}" if plain else f"not same_constant({x}, {constant(value)})")
             continue
-        tests.append(f"type({x}) is not Tensor and type({x}) is not Parameter and type({x}) is not FakeTensor")
-        tests.append(f"{x}.layout is not strided")
-        tests.append(f"len(s{i} := {x}.shape) != {len(leaf.shape)}")
-        tests.extend(f"s{i}[{dim}] != {size}" for dim, size in enumerate(leaf.shape) if size is not None)
+        tensors.append(x)
+        each.append(f"type({x}) is not Tensor and type({x}) is not Parameter and type({x}) is not FakeTensor")
+        each.append(f"{x}.layout is not strided")
+        each.append(f"len(s{i} := {x}.shape) != {len(leaf.shape)}")
+        each.extend(f"s{i}[{dim}] != {size}" for dim, size in enumerate(leaf.shape) if size is not None)
         if guard.generic_dtype and leaf.dtype.is_floating_point:
             if not dtypes:
-                tests.append(f"not {x}.dtype.is_floating_point")
+                each.append(f"not {x}.dtype.is_floating_point")
             dtypes.append(f"{x}.dtype")
         else:
-            tests.append(f"{x}.dtype is not {constant(leaf.dtype)}")
+            each.append(f"{x}.dtype is not {constant(leaf.dtype)}")
         if guard.generic_device:
             devices.append(f"{x}.device")
         else:
-            tests.append(f"{x}.device != {constant(leaf.device)}")
+            each.append(f"{x}.device != {constant(leaf.device)}")
         if leaf.requires_grad is not None:
-            tests.append(f"{x}.requires_grad is not {leaf.requires_grad}")
+            each.append(f"{x}.requires_grad is not {leaf.requires_grad}")
     for i, fact in enumerate(facts):
+        tensors.append(f"t{i}")
         if guard.generic_dtype and fact.dtype.is_floating_point:
             dtypes.append(f"t{i}.dtype")
         else:
-            tests.append(f"t{i}.dtype is not {constant(fact.dtype)}")
+            each.append(f"t{i}.dtype is not {constant(fact.dtype)}")
         if guard.generic_device:
             devices.append(f"t{i}.device")
         else:
-            tests.append(f"t{i}.device != {constant(fact.device)}")
-    tests.extend(f"{other} is not {dtypes[0]}" for other in dtypes[1:])
-    tests.extend(f"{other} != {devices[0]}" for other in devices[1:])
-    tests.extend(f"not (s{check.input}[{check.dim}] {check.op} {check.bound})" for check in guard.sizes)
-    tests.extend(f"s{a}[{m}] != s{b}[{n}]" for (a, m), (b, n) in guard.equal_dims)
-    tensors = [i for i, leaf in enumerate(guard.leaves) if isinstance(leaf, TensorGuard)]
-    tests.extend(f"x{i} is not x{guard.same[i]}" for i in tensors if guard.same[i] != i)
-    distinct = [i for i in tensors if guard.same[i] == i]
+            each.append(f"t{i}.device != {constant(fact.device)}")
+    each.extend(f"{other} is not {dtypes[0]}" for other in dtypes[1:])
+    each.extend(f"{other} != {devices[0]}" for other in devices[1:])
+    each.extend(f"not (s{check.input}[{check.dim}] {check.op} {check.bound})" for check in guard.sizes)
+    each.extend(f"s{a}[{m}] != s{b}[{n}]" for (a, m), (b, n) in guard.equal_dims)
+    inputs = [i for i, leaf in enumerate(guard.leaves) if isinstance(leaf, TensorGuard)]
+    others.extend(f"x{i} is not x{guard.same[i]}" for i in inputs if guard.same[i] != i)
+    distinct = [i for i in inputs if guard.same[i] == i]
     if len(distinct) > 4:
-        tests.append("len({" + ", ".join(f"id(x{i})" for i in distinct) + f"}}) != {len(distinct)}")
+        others.append("len({" + ", ".join(f"id(x{i})" for i in distinct) + f"}}) != {len(distinct)}")
     else:
-        tests.extend(f"x{i} is x{j}" for n, i in enumerate(distinct) for j in distinct[:n])
-    tests.append("default_dtype() is not constant0")
+        others.extend(f"x{i} is x{j}" for n, i in enumerate(distinct) for j in distinct[:n])
+    others.append("default_dtype() is not constant0")
     if guard.autocast is None:
-        tests.append(f"autocast({devices[0]}.type)" if devices else f"autocast({_recorded_device(guard, facts).type!r})")
+        kind = f"{devices[0]}.type" if devices else repr(_recorded_device(guard, facts).type)
+        others.append(f"(compiling or any_autocast()) and autocast({kind})")
     else:
         kind, dtype = guard.autocast
-        tests.append(f"not autocast({kind!r}) or autocast_dtype({kind!r}) is not {constant(dtype)}")
+        others.append(f"not autocast({kind!r}) or autocast_dtype({kind!r}) is not {constant(dtype)}")
 
+    # Tensors that are like those of a call before, sizes and all, pass as those did: the usual call needs no more than that.
+    given = ", ".join(tensors)
+    known = [f"known{number}" for number in range(_KNOWN)]
+    space.update(dict.fromkeys(known, never), learn=_learner(space))
     names = [f"x{i}" for i in range(len(guard.leaves))] + [f"t{i}" for i in range(len(facts))]
-    lines = [f"def check({', '.join(names)}):", *(f"    if {test}: return False" for test in tests), "    return True"]
+    lines = [f"def check({', '.join(names)}):", "    compiling = is_compiling()"]
+    if tensors:
+        lines.append(f"    if compiling or not ({' or '.join(f'{name}({given})' for name in known)}):")
+        lines += [f"        if {test}: return False" for test in each]
+        lines.append(f"        if not compiling: learn({given})")
+    lines += [*(f"    if {test}: return False" for test in others), "    return True"]
     exec("\n".join(lines), space)
     check: Callable[..., bool] = space["check"]
     return check
+
+
+def _learner(space: dict[str, Any]) -> Callable[..., None]:
+    """Remembers the tensors that passed, the last few of them; after so many, sizes change at every call and it is no use."""
+    learnt = 0
+
+    def learn(*tensors: Any) -> None:
+        nonlocal learnt
+        if learnt < _MOST_LEARNT:
+            learnt += 1
+            space[f"known{learnt % _KNOWN}"] = alike(tensors)
+
+    return learn
 
 
 def _recorded_device(guard: Guard, facts: Sequence[Facts]) -> torch.device:

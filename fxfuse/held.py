@@ -19,6 +19,8 @@ from .graph import Guard, Program
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _SKIPPED = frozenset(vars(nn.Module()))
 _DEEPEST = 6  # containers inside of containers that are looked into
+_DEEPEST_SEEN = 3  # objects inside of objects whose attributes are compared at a call
+_MOST_SEEN = 100  # attributes of one
 _MOST = 100_000  # objects that are looked at, in one model
 
 
@@ -46,7 +48,7 @@ class Kept:
     @staticmethod
     def of(value: Any) -> Kept:
         """The object as it is now."""
-        return Kept(value, dict(getattr(value, "__dict__", {})))
+        return Kept(value, {name: _seen(inner, _DEEPEST_SEEN) for name, inner in getattr(value, "__dict__", {}).items()})
 
     def holds(self, given: Any) -> bool:
         """Is ``given`` this object, with the attributes that it had?"""
@@ -56,8 +58,46 @@ class Kept:
         return len(now) == len(before) and all(name in now and _same(now[name], value) for name, value in before.items())
 
 
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """A container or an object among the attributes, and what was in it."""
+
+    value: Any
+    inside: dict[Any, Any]
+
+
+def _inside(value: Any) -> dict[Any, Any] | None:
+    """What a container or an object holds, by key; None for what stands for itself."""
+    if isinstance(value, (*_PLAIN, nn.Module, torch.Tensor, type)) or callable(value):
+        return None
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    return getattr(value, "__dict__", None)
+
+
+def _seen(value: Any, depth: int) -> Any:
+    inside = _inside(value) if depth else None
+    if inside is None or len(inside) > _MOST_SEEN:
+        return value
+    return _Seen(value, {key: _seen(item, depth - 1) for key, item in inside.items()})
+
+
 def _same(now: Any, before: Any) -> bool:
+    if type(before) is _Seen:
+        inside = _inside(now) or {}
+        return now is before.value and inside.keys() == before.inside.keys() and all(_same(inside[k], v) for k, v in before.inside.items())
     return now is before or (type(now) is type(before) and isinstance(before, _PLAIN) and bool(now == before))
+
+
+def kept(program: Program) -> Program:
+    """The program, its guard asking of a caller's own objects that they are what they were."""
+    leaves = tuple(
+        (leaf[0], Kept.of(leaf[1])) if isinstance(leaf, tuple) and type(leaf[1]) is not Held and _inside(leaf[1]) is not None else leaf
+        for leaf in program.guard.leaves
+    )
+    return replace(program, guard=replace(program.guard, leaves=leaves))
 
 
 class Places:

@@ -2,8 +2,8 @@
 
 Comes in: a model about to be recorded. Goes out: a context in which ``len`` of a tensor, in the files that the model's forwards come
 from, is ``x.shape[0]``. Python's own ``len`` turns any result into a plain ``int``, so that ``torch.zeros(len(x), 3)`` would hold for
-the recorded batch size only; and ``range`` reads a size unseen: ``range(0, n, 32)`` has one step at every small ``n``. The names are put into the
-globals of those files, and taken out again; for anything but a tensor, or a size, they are Python's own.
+the recorded batch size only; and ``range`` reads a size unseen: ``range(0, n, 32)`` has one step at every small ``n``. The names are
+put into the globals of those files, and taken out again; for anything but a tensor, or a size, they are Python's own.
 """
 
 from __future__ import annotations

@@ -55,6 +55,8 @@ from .validate import other_examples
 from .validate import validate as compare
 from .weights import carry_over
 
+_WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"})
+
 
 def optimize(
     model: nn.Module,
@@ -233,6 +235,11 @@ def _spare(model: nn.Module, report: Report) -> nn.Module:
         return model
 
 
+def _wraps(kind: type) -> bool:
+    """Is this one of torch's wrappers for training on several devices?"""
+    return any(base.__name__ in _WRAPPERS and base.__module__.startswith("torch.") for base in kind.__mro__)
+
+
 class _Pipeline:
     def __init__(self, model: nn.Module, entries: list[Entry], options: Options, report: Report, undo: Undo) -> None:
         self.model, self.options, self.report = model, options, report
@@ -270,6 +277,10 @@ class _Pipeline:
     def run(self, inplace: bool) -> nn.Module:
         if hooks_for_all():
             return self._unchanged(inplace, Refusal("hooks for all modules are registered, which every call of a module runs"))
+        wrapped = next(((path, type(m)) for path, m in self.model.named_modules() if _wraps(type(m))), None)
+        if wrapped is not None:
+            said = f"{wrapped[0] or 'the model'} is wrapped in {wrapped[1].__name__}, which holds the Parameters that it was given"
+            return self._unchanged(True, Refusal(f"{said}: fuse first, then wrap"))
         with self.stage("record"):
             try:
                 self.work = sharing_copy(self.model)

@@ -178,7 +178,11 @@ def _items(value: Any) -> Any:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, tuple):
         return all(_same(a, b) for a, b in zip(one, other, strict=True))
-    return len(one) == len(other) and all(a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b) for a, b in zip(one, other))
+
+    def alike(a: Any, b: Any) -> bool:
+        return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and bool(a == b))
+
+    return len(one) == len(other) and all(map(alike, one, other))
 
 
 class Globals:
@@ -188,7 +192,7 @@ class Globals:
         self.held: list[_Held] = []
         seen: set[tuple[int, str]] = set()
         for kind in dict.fromkeys(type(module) for module in model.modules()):
-            for space, name, owner, place in _named(kind):
+            for space, name, owner, place in _named(kind):  # type: ignore[arg-type]  # classes are hashable
                 value = space.get(name)
                 container = isinstance(value, (list, dict, set, deque))
                 at = id(space.cell) if isinstance(space, _Cell) else id(space)

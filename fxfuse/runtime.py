@@ -208,8 +208,8 @@ def compile_program(
         lines.append(f"    {call}")
     else:  # the casts are in the graph; torch.autocast itself takes some microseconds, and only it can be traced
         scope.update(is_compiling=torch.compiler.is_compiling, switch=torch.set_autocast_enabled, autocast=torch.autocast, kind=autocast[0])
-        lines += ["    if is_compiling():", f"        with autocast(kind, enabled=False): {call}", "    else:", "        switch(kind, False)"]
-        lines += [f"        try: {call}", "        finally: switch(kind, True)"]
+        lines += ["    if is_compiling():", f"        with autocast(kind, enabled=False): {call}"]
+        lines += ["    else:", "        switch(kind, False)", f"        try: {call}", "        finally: switch(kind, True)"]
     if program.stores:
         lines.extend(_stores(program, root, scope))
     lines.append(f"    return {_result(program.out_spec)}")

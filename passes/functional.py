@@ -105,7 +105,7 @@ def pick_along(tensor: torch.Tensor, dim: int, positions: tuple[int, ...]) -> to
 
 
 def autocast_to(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The cast that autocast makes of an argument; no other, so that a comparison in float64 can leave it out.
+    """A cast that nobody wrote: autocast's, and that of a value written into a tensor of another dtype. In float64 it is left out.
 
     >>> autocast_to(torch.ones(1), torch.bfloat16).dtype
     torch.bfloat16

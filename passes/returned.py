@@ -1,8 +1,8 @@
 """Results that share memory: with each other, with an input, with a weight.
 
-Comes in: what a module call returned, and how each recorded view was made. Goes out: ``Returned``, a layer of the lifter: such a result is the
-very view of the very tensor that it is in the original, so that a caller who writes into one finds it in the other. The tensor that they
-are views of is made once, by itself; views of it are calls that no lane set takes up. All other results are values, as everything is here.
+Comes in: what a module call returned, and how each recorded view was made. Goes out: ``Returned``, a layer of the lifter: such a result
+is the very view of the very tensor that it is in the original, so that a caller who writes into one finds it in the other. The tensor
+that they are views of is made once, by itself; views of it are calls that no lane set takes up. All other results are values.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Returned(Updating):
         if value in made:
             return made[value]
         if value == root:
-            node = self._read(root)
+            node: torch.fx.Node = self._read(root)
             if not held:
                 node = self._alone(RETURNED, (node,), value)
                 with DisableTorchFunction():

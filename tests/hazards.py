@@ -65,6 +65,6 @@ def refused(
     assert not alone or not report.fused
     texts = [str(refusal) for refusal in report.refused]
     assert any(reason in text for text in texts), texts
-    assert not line or any(reason in text and re.search(r"\(test_hazards\w*\.py:\d+\)$", text) for text in texts), texts
+    assert not line or any(reason in text and re.search(r"\((test_)?hazards\w*\.py:\d+\)$", text) for text in texts), texts
     assert_equal_models(model, fused, drawn(x, rows))
     return fused

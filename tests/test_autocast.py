@@ -1,4 +1,4 @@
-"""Under ``torch.autocast`` a fused model takes the fast way: the dtypes of the original, its values at the rounding of bfloat16, gradients."""
+"""Under ``torch.autocast`` a fused model takes the fast way: the original's dtypes, its values up to bfloat16's rounding, gradients."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_networks_per_column(lowering: str) -> None:
     assert_fast(Columns(), randn(6, 4), 2, lowering=lowering, validate=True)
 
 
-@pytest.mark.parametrize("inputs, hidden, outputs", [(1, 1, 1), (3, 5, 1), (2, 6, 4)])
+@pytest.mark.parametrize(("inputs", "hidden", "outputs"), [(1, 1, 1), (3, 5, 1), (2, 6, 4)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_widths(inputs: int, hidden: int, outputs: int, bias: bool) -> None:
     def net() -> nn.Module:
@@ -397,7 +397,8 @@ def test_hooked_lanes_stay_calls_under_autocast() -> None:
 
 
 def test_random_numbers_and_the_model_are_left_alone() -> None:
-    model, x = randomized(Columns(make=lambda: nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))).float(), single(randn(6, 4))
+    model = randomized(Columns(make=lambda: nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))).float()
+    x = single(randn(6, 4))
     fused = fuse(model, x, validate=True)
     before = torch.get_rng_state()
     assert_same(model, fused, x)
@@ -410,12 +411,14 @@ def test_random_numbers_and_the_model_are_left_alone() -> None:
 
 
 def test_recurrent_networks_say_why() -> None:
-    model, x = randomized(Shared(lambda: nn.GRU(3, 4, batch_first=True), lambda outs: torch.stack([o for o, _ in outs]))).float(), single(randn(2, 5, 3))
+    model = randomized(Shared(lambda: nn.GRU(3, 4, batch_first=True), lambda outs: torch.stack([o for o, _ in outs]))).float()
+    x = single(randn(2, 5, 3))
     fused = fuse(model, x)
     assert fxfuse.report(fused).fused
     assert_same(model, fused, x)
     reasons = list(fxfuse.report(fused).fallbacks)
-    assert all(r.startswith("autocast is on for cpu, and autocast casts inside of gru, which a graph does not repeat (") for r in reasons), reasons
+    said = "autocast is on for cpu, and autocast casts inside of gru, which a graph does not repeat ("
+    assert all(reason.startswith(said) for reason in reasons), reasons
 
 
 def test_a_wrong_program_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,3 +478,60 @@ def test_another_shape_says_so() -> None:
     wide = single(randn(6, 5))
     assert_same(model, fused, wide)
     assert fxfuse.report(fused).fallbacks == {"input 0 has shape (6, 5), recorded (any, 4)": 1}
+
+
+def test_a_region_behind_other_layers() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner, self.last = nn.Linear(3, 4), Columns(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, again: bool = False) -> Tensor:
+            out = self.inner(self.stem(x).relu())
+            return self.last(self.inner(out) if again else out)
+
+    fused = assert_fast(Outer(), randn(6, 3), 4)
+    assert list(regions(fused)) == ["inner"]
+    model = fxfuse.unfuse(fused)
+    with torch.autocast("cpu", dtype=BF16):
+        assert_close(fused(single(randn(5, 3)), again=True), model(single(randn(5, 3)), again=True), "twice", 0.03)
+    assert not fxfuse.report(fused).fallbacks
+
+
+def test_a_model_fused_under_autocast() -> None:
+    model, x = randomized(Columns()).float(), single(randn(6, 4))
+    with torch.autocast("cpu", dtype=BF16):
+        fused = fuse(model, x, validate=True)
+    assert_same(model, fused, x)
+    assert_close(fused(x), model(x), "without autocast", 1e-6)
+    assert not fxfuse.report(fused).fallbacks
+
+
+def test_nested_regions_of_the_caller() -> None:
+    model, x = randomized(Columns()).float(), single(randn(6, 4))
+    fused = fuse(model, x)
+    with torch.autocast("cpu", dtype=BF16):
+        low = fused(x)
+        with torch.autocast("cpu", enabled=False):
+            assert_close(fused(x), model(x), "switched off inside", 1e-6)
+            with torch.autocast("cpu", dtype=torch.float16):
+                assert fused(x).dtype is torch.float16
+        assert_close(fused(x), low, "on again", 0.0)
+    assert not fxfuse.report(fused).fallbacks
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_an_exception_leaves_autocast_as_it_was() -> None:
+    class Model(Columns):
+        def forward(self, x: Tensor, rows: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x)[rows]
+
+    model, x = randomized(Model()).float(), single(randn(6, 4))
+    fused = fuse(model, (x, torch.tensor([0, 1])))
+    with torch.autocast("cpu", dtype=BF16):
+        fused(x, torch.tensor([2, 1]))
+        with pytest.raises(IndexError):
+            fused(x, torch.tensor([2, 99]))
+        assert torch.is_autocast_enabled("cpu")
+        assert fused(x, torch.tensor([2, 1])).dtype is BF16
+    assert not fxfuse.report(fused).fallbacks

@@ -1,4 +1,4 @@
-"""Forwards whose steps depend on data, sizes, chance, or on what was called before: right on what was not recorded, or refused with a line."""
+"""Forwards that depend on data, sizes, chance, or on what was called before: right on what was not recorded, or refused with a line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections import Counter, deque
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -69,7 +69,9 @@ def right(model: nn.Module, fused: nn.Module, rows: tuple[int, ...] = (1, 2, 3, 
             assert got is want, (got, want)
 
 
-def outcome(model: nn.Module, reason: str | tuple[str, ...] | None, rows: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 8, 12), line: bool = True) -> nn.Module:
+def outcome(
+    model: nn.Module, reason: str | tuple[str, ...] | None, rows: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 8, 12), line: bool = True
+) -> nn.Module:
     """``reason``: None where it fuses; else a sentence of the report, with a line of this file."""
     fused = fuse(model, X)
     report = fxfuse.report(fused)
@@ -85,27 +87,36 @@ def outcome(model: nn.Module, reason: str | tuple[str, ...] | None, rows: tuple[
     return fused
 
 
+
+def halved(out: Tensor) -> Tensor:
+    while out.abs().max() > 0.5:
+        out = out / 2
+    return out
+
+
+OTHERS = "its steps depend on the data: {} is called with other arguments in two runs"
+GIVES = OTHERS + ": what {}() gives depends on the data"
+
 # -- data -----------------------------------------------------------------------------------------------------------------------------
 
 DATA = {
     "if": (lambda self, out, x: out * 2 if x.sum() > 0 else out, "reads tensor data into Python (bool)"),
     "if of a lane": (lambda self, out, x: out if (out[:, 0] > 0).any() else out * 3, "reads tensor data into Python (bool)"),
-    "while": (lambda self, out, x: [out := out / 2 for _ in iter(lambda: bool(out.abs().max() > 0.5), False)][-1:][0] if out.sum() < 9e9 else out,
-              "reads tensor data into Python (bool)"),
-    "item": (lambda self, out, x: out * x.max().item(), "its steps depend on the data: mul is called with other arguments in two runs: "),
-    "float": (lambda self, out, x: out * float(x.mean()), "its steps depend on the data: mul is called with other arguments in two runs: "),
-    "tolist": (lambda self, out, x: out * sum(x[0].tolist()), "its steps depend on the data: mul is called with other arguments in two runs: "),
-    "numpy": (lambda self, out, x: out * torch.as_tensor(np.tanh(x.detach().numpy())), "its steps depend on the data: tensor is called with other arguments in two runs: "),
+    "while": (lambda self, out, x: halved(out), "reads tensor data into Python (bool)"),
+    "item": (lambda self, out, x: out * x.max().item(), OTHERS.format("mul")),
+    "float": (lambda self, out, x: out * float(x.mean()), OTHERS.format("mul")),
+    "tolist": (lambda self, out, x: out * sum(x[0].tolist()), OTHERS.format("mul")),
+    "numpy": (lambda self, out, x: out * torch.as_tensor(np.tanh(x.detach().numpy())), OTHERS.format("tensor")),
     "nonzero": (lambda self, out, x: out[(x[:, 0] > 0).nonzero()[:, 0]],
-                "its steps depend on the data: __getitem__ is called with other arguments in two runs: what nonzero() gives depends on the data"),
+                GIVES.format("__getitem__", "nonzero")),
     "boolean mask": (lambda self, out, x: out[x[:, 0] > 0], "makes a tensor whose size depends on the data (getitem)"),
     "masked_select": (lambda self, out, x: torch.masked_select(out, x > 0) * 1,
-                      "its steps depend on the data: mul is called with other arguments in two runs: what masked_select() gives depends on the data"),
+                      GIVES.format("mul", "masked_select")),
     "where of one argument": (lambda self, out, x: out[torch.where(x[:, 0] > 0)], "makes a tensor whose size depends on the data (where)"),
     "unique": (lambda self, out, x: out.sum() + x.sign().unique().sum(),
-               "its steps depend on the data: sum is called with other arguments in two runs: what unique() gives depends on the data"),
+               GIVES.format("sum", "unique")),
     "index of a list": (lambda self, out, x: out * [1.0, 2.0, 3.0][int(x.argmax()) % 3], "reads tensor data into Python (int)"),
-    "max in Python": (lambda self, out, x: out * max(x[0]), "its steps depend on the data: gt is called with other arguments in two runs"),
+    "max in Python": (lambda self, out, x: out * max(x[0]), OTHERS.format("gt")),
     "repeat_interleave": (lambda self, out, x: out.repeat_interleave((x[:, 0] > 0).long() + 1, 0),
                           "makes a tensor whose size depends on the data (repeat_interleave)"),
     "assert": (lambda self, out, x: out if not torch.isnan(x).any() else None, "reads tensor data into Python (bool)"),
@@ -188,7 +199,9 @@ SIZES = {
     "a range with a step": lambda self, out, x: torch.stack([out[i] for i in range(0, x.shape[0], 2)]),
     "chunks of rows": lambda self, out, x: torch.cat([out[i : i + 8].cumsum(0) for i in range(0, x.shape[0], 8)]),
     "chunks counted": lambda self, out, x: torch.cat([c.cumsum(0) for c in (out[8 * i : 8 * i + 8] for i in range(math.ceil(len(x) / 8)))]),
-    "while there are rows": lambda self, out, x: sum(out[i : i + 8].cumsum(0).sum() for i in itertools.takewhile(lambda i: i < len(x), range(0, 99, 8))),
+    "while there are rows": lambda self, out, x: sum(
+        out[i : i + 8].cumsum(0).sum() for i in itertools.takewhile(lambda i: i < len(x), range(0, 99, 8))
+    ),
     "a bit": lambda self, out, x: out if x.shape[0] & 1 else out * 2,
     "half, compared": lambda self, out, x: out if x.shape[0] / 2 > 1 else out * 2,
     "its root, compared": lambda self, out, x: out if math.sqrt(x.shape[0]) > 1.9 else out * 2,
@@ -272,7 +285,7 @@ def test_chance_outside_of_torch(name: str) -> None:
     assert not fxfuse.report(fused).fused
 
 
-@pytest.mark.parametrize("name, source", [("python", "random"), ("numpy", "numpy.random"), ("older", "numpy.random")])
+@pytest.mark.parametrize(("name", "source"), [("python", "random"), ("numpy", "numpy.random"), ("older", "numpy.random")])
 def test_generators_of_the_model(name: str, source: str) -> None:
     def after(self: Any, out: Tensor, x: Tensor) -> Tensor:
         return out * 2 if getattr(self, name).random() < 0.5 else out
@@ -340,7 +353,7 @@ class ClassCounter(Loop):
 
 
 class ClassList(Loop):
-    history: list[Any] = []
+    history: ClassVar[list[Any]] = []
 
     def after(self, out: Tensor, x: Tensor) -> Tensor:
         self.history.append(len(self.history))
@@ -364,7 +377,7 @@ def counts_in_a_closure() -> Any:
     return after
 
 
-@pytest.mark.parametrize("name, make, reason", [
+@pytest.mark.parametrize(("name", "make", "reason"), [
     ("a global number", lambda: with_after(lambda self, out, x: counted(out)), "forward changes the global TOTAL"),
     ("a global list", lambda: with_after(appends), "forward changes the global SEEN"),
     ("a number of the class", lambda: randomized(ClassCounter()), "forward changes ClassCounter.calls"),

@@ -30,6 +30,7 @@ from fxfuse.private import (
     schemas,
     state_dicts,
     storages,
+    tensor_guards,
     tensor_hooks,
     torch_function,
     transforms,
@@ -209,6 +210,16 @@ def test_dispatch() -> None:
         assert calls.names.count("mm") == 3
         assert "sum" in calls.names
     assert dispatch.dynamo_is_imported() == ("torch._dynamo" in sys.modules)
+    seen = []
+
+    class Casts(dispatch.WithoutDynamo):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Casts(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    assert seen.count(dispatch.CAST) == 2
 
 
 def test_dispatch_does_not_import_dynamo() -> None:
@@ -231,6 +242,25 @@ def test_fake_tensors() -> None:
 
     torch.export.export(Model(), (torch.zeros(2),), strict=False)
     assert fake_tensors.FakeTensor in types
+
+
+def test_tensor_guards() -> None:
+    x, w = torch.zeros(2, 3), torch.nn.Parameter(torch.zeros(4))
+    same = tensor_guards.alike([x, w])
+    assert same(torch.ones(3, 2).t(), w)
+    with torch.no_grad():
+        assert same(x, w)
+    others = [torch.zeros(2, 4), torch.zeros(2, 3, 1), x.double(), torch.zeros(2, 3, device="meta"), x.clone().requires_grad_()]
+    for other in (*others, x.to_sparse(), None, w, x.as_subclass(torch.nn.Buffer)):
+        assert not same(other, w), other
+    with torch.inference_mode():
+        assert not same(torch.zeros(2, 3), w)
+    assert not same(x, w.detach())
+    assert not tensor_guards.alike([])()
+    assert not tensor_guards.alike([x, x.as_subclass(torch.nn.Buffer)])(x, x)
+    assert "torch._dynamo" not in subprocess.run(
+        [sys.executable, "-c", "import fxfuse.private.tensor_guards, sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def test_autocast() -> None:

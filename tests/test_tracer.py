@@ -349,7 +349,8 @@ def backward(self, x):
 
 POISONED = {
     "no_grad": (no_grad_write, "gradient tracking"), "Function": (lambda self, x: Straight.apply(x * 1.5), "gradient tracking"),
-    "out=": (lambda self, x: torch.add(x, x, out=torch.empty(3, 3)), "out="), "autocast": (autocast_of_a_cell, "autocast casts inside of gru_cell"),
+    "out=": (lambda self, x: torch.add(x, x, out=torch.empty(3, 3)), "out="),
+    "autocast": (autocast_of_a_cell, "autocast casts inside of gru_cell"),
     "data": (set_data, "sets the data"), "a number": (lambda self, x: x * torch.finfo(torch.result_type(x, x)).eps, "result_type"),
     "backward": (backward, "backward pass"),
 }  # fmt: skip

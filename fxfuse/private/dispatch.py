@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["BesideDynamo", "TorchDispatchMode", "WithoutDynamo", "dynamo_is_imported"]
+__all__ = ["CAST", "BesideDynamo", "TorchDispatchMode", "WithoutDynamo", "dynamo_is_imported"]
+
+CAST = torch.ops.aten._to_copy.default  # what a mode sees of a cast, autocast's too
 
 
 class WithoutDynamo(TorchDispatchMode):  # type: ignore[no-untyped-call]

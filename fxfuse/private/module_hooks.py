@@ -5,10 +5,16 @@ Private: all of them, and ``hooks_for_all``, which says whether hooks for all mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook as hooks_for_all
+from torch.nn.modules import module as _modules
 
 __all__ = ["BOOKKEEPING", "CALL_HOOKS", "HOOK_DICTS", "has_hooks", "hooks_for_all"]
+
+# Is a hook for the calls of all modules registered?
+hooks_for_all: Callable[[], Any] = _modules._has_any_global_hook
 
 # Hooks that run around a call of the module, and the marks that say how.
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -8,6 +8,7 @@ import torch
 
 from ..bundle import Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
+from ..functional import autocast_to
 from .base import Rule, rank, rule, shared, tensors, unpacked
 
 
@@ -139,7 +140,7 @@ def _as_slot(emitter: Emitter, bundle: Bundle) -> Packed:
     for _ in range(-extra):
         node = emitter.call(torch.unsqueeze, node, 1)
     if node.meta["val"].dtype is not bundle.members[0].meta["dtype"]:
-        node = emitter.call("to", node, bundle.members[0].meta["dtype"])
+        node = emitter.call(autocast_to, node, bundle.members[0].meta["dtype"])
     if tuple(node.meta["val"].shape[1:]) != tuple(shape) or bundle.members[0].meta["dyn"]:
         target = emitter.front(slot, len(bundle.members))
         node = emitter.call("expand_as", node, target)
