@@ -87,9 +87,11 @@ def cases(sample: Sample, first: bool) -> Iterator[tuple[tuple[Layout, ...], int
             yield layout, 3, True
     # As many lanes as a dim is long: only then has a misplaced lane axis the right size.
     plain = [layout for layout in layouts(sample, first) if not {"own", "shared"} & set(layout)]
+    mixed = [layout for layout in layouts(sample, first) if {"own", "shared"} <= set(layout)]
     sizes = dict.fromkeys(size for operand in sample.operands[:1] for size in operand.shape if 1 < size < 6)
     for layout in dict.fromkeys([*plain[:1], *plain[-1:]]):
         yield from ((layout, lanes, False) for lanes in sizes)
+    yield from ((layout, lanes, False) for layout in mixed for lanes in list(sizes)[:1])
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------------------------

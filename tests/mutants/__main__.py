@@ -68,10 +68,11 @@ def main() -> int:
 def _work(suite: Suite, given: Any) -> int:
     start = time.perf_counter()
     chosen = bugs(given.families, given.kind or ["injected", "source"])
-    if given.most is not None and given.most < len(chosen):
+    total = len(chosen)
+    if given.most is not None and given.most < total:
         kept = set(random.Random(given.seed).sample(range(len(chosen)), given.most))
         chosen = [bug for i, bug in enumerate(chosen) if i in kept]
-    print(f"{len(chosen)} bugs ({time.perf_counter() - start:.0f} s)", flush=True)
+    print(f"{len(chosen)} of {total} bugs ({time.perf_counter() - start:.0f} s)", flush=True)
     if given.list:
         print("\n".join(bug.name for bug in chosen))
         return 0

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rule_samples import SAMPLES, Sample, call, positive
+from rule_samples import SAMPLES, Sample
 from test_forks import CASES as FORKS
 from test_joins import CASES as JOINS
 from test_rules_generated import Layout, Loop, cases, flat
@@ -25,26 +24,8 @@ from fxfuse.passes.rules.base import RULES
 MOST = 6  # subjects of one op
 CHOOSING = frozenset("linear conv bilinear recurrent".split())  # families with rules of several lowerings
 
-# Ops that no rule names: those whose schema is tagged pointwise, and those that torch.vmap computes. By family.
-UNNAMED: dict[str, dict[str, list[Sample]]] = {
-    "elementwise": {
-        "relu": [call(F.relu, (3, 4))], "tanh": [call(torch.tanh, (3, 4))], "exp": [call(torch.exp, (3, 4))],
-        "gelu": [call(lambda x: F.gelu(x, approximate="tanh"), (3, 4))], "leaky_relu": [call(lambda x: F.leaky_relu(x, 0.2), (3, 4))],
-        "elu": [call(lambda x: F.elu(x, 1.3), (3, 4))], "softplus": [call(lambda x: F.softplus(x, 1.5), (3, 4))],
-        "add": [call(lambda x, y: torch.add(x, y, alpha=2) * 1.5, (3, 4), (4,)), call(lambda x: x + 1.5, (3, 4))],
-        "sub": [call(lambda x, y: x - y, (3, 4), (4,))], "mul": [call(torch.mul, (3, 4), (3, 1))],
-        "div": [call(torch.div, (3, 4), positive(4)), call(lambda x: torch.div(x, 0.4, rounding_mode="floor"), (3, 4))],
-        "pow": [call(torch.pow, positive(3, 4), (4,)), call(lambda x: x**3, (3, 4))], "lerp": [call(torch.lerp, (3, 4), (3, 4), (4,))],
-        "clamp": [call(lambda x: x.clamp(-0.5, 0.7), (3, 4)), call(torch.clamp, (3, 4), (3, 4), (3, 4))],
-        "addcmul": [call(lambda x, y, z: torch.addcmul(x, y, z, value=0.5), (3, 4), (3, 4), (4,))],
-        "lt": [call(torch.lt, (3, 4), (3, 4))], "atan2": [call(torch.atan2, (3, 4), (3, 4))],
-    },
-    "fallback": {
-        "kron": [call(torch.kron, (2, 3), (3, 2))], "cov": [call(torch.cov, (3, 4))],
-        "trapezoid": [call(lambda x: torch.trapezoid(x, dx=0.5, dim=0), (3, 4))],
-        "block_diag": [call(torch.block_diag, (2, 3), (3, 2))],
-    },
-}  # fmt: skip
+# Samples of ops that no rule names: of those that torch.vmap computes. The others are tagged pointwise by their schema.
+BY_VMAP = frozenset({"kron", "cov", "trapezoid"})
 
 
 @dataclass(frozen=True)
@@ -80,20 +61,18 @@ def family_of(op: str) -> str:
     """The file of the rule: "conv", "shape"; of an op without a rule of its own the one that serves it."""
     if op in RULES:
         return RULES[op].vectorize.__module__.rpartition(".")[2]
-    return next(family for family, samples in UNNAMED.items() if op in samples)
+    return "fallback" if op in BY_VMAP else "elementwise"
 
 
 def ops() -> list[str]:
-    """Every op that a rule or a sample names, sorted by family."""
-    named = [op for op in RULES if op in SAMPLES]
-    return sorted([*named, *(op for samples in UNNAMED.values() for op in samples)], key=lambda op: (family_of(op), op))
+    """Every op that has a sample, sorted by family."""
+    return sorted(SAMPLES, key=lambda op: (family_of(op), op))
 
 
 @functools.cache
 def subjects_of(op: str) -> list[Subject]:
     """A few models that use ``op``: each sample with its operands as slices, as weights, and one of them shared."""
-    samples = SAMPLES[op] if op in RULES else UNNAMED[family_of(op)][op]
-    by_sample = [_turned(list(_of_sample(op, number, sample)), number) for number, sample in enumerate(samples) if not sample.never]
+    by_sample = [_turned(list(_of_sample(op, number, sample)), number) for number, sample in enumerate(SAMPLES[op]) if not sample.never]
     turns = [one[turn] for turn in range(MOST) for one in by_sample if turn < len(one)]
     options = 5 if family_of(op) in CHOOSING else 1
     others = [replace(one, name=f"{one.name}, lowering {n}", option=n) for n in range(1, options) for one in turns[:MOST]]

@@ -100,7 +100,7 @@ class Suite:
                 rows[name] = [round(seconds, 3), sorted(functions), sorted(ops)]
         return rows
 
-    def killer(self, covering: Callable[[Facts], bool], first: str = "", seconds: float = 20.0) -> tuple[str, str]:
+    def killer(self, covering: Callable[[Facts], bool], first: str = "", seconds: float = 12.0) -> tuple[str, str]:
         """The first test that fails, of those that ``covering`` picks, quickest first, and what it says; ("", "") where none does."""
         names = sorted((name for name, facts in self.facts.items() if covering(facts)), key=lambda name: self.facts[name].seconds)
         end = time.perf_counter() + seconds
