@@ -2,6 +2,7 @@
 #   make demo    install the package and fuse a real feature-network model: report, launches, speed, differences
 #   make test    install what the tests need, then lint, types, tests
 #   make bench   the figures of README.md
+#   make stress  a gigabyte of weights, 100,000 calls, a failure in every function: an hour, 4 GB of memory; not in CI
 #   make zoo     models of other packages: launches before and after, right or wrong (ZOO="--time --why subject ...")
 #   make zoo-test   the same as tests, without the table
 PYTHON ?= python3
@@ -16,7 +17,7 @@ PIP := $(BIN)/python $(INSTALL) -c $(PINS) "$(TORCH)"
 ZOO_VENV := .venv-zoo
 ZOO_PYTHON := $(ZOO_VENV)/bin/python
 
-.PHONY: demo test lint types bench zoo zoo-test clean
+.PHONY: demo test lint types bench stress zoo zoo-test clean
 
 demo: $(VENV)/.installed-bench
 	$(BIN)/python examples/demo.py
@@ -34,6 +35,9 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/launches.py
 	$(BIN)/python benchmarks/feature_networks.py
 	$(BIN)/python benchmarks/pass_cost.py
+
+stress: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -s -m stress
 
 zoo: $(ZOO_VENV)/.installed
 	$(ZOO_PYTHON) benchmarks/zoo.py $(ZOO)

@@ -77,6 +77,7 @@ def test_shared_parameters_of_a_large_model() -> None:
         each.eval()(*inputs(1, 6))
     assert fxfuse.report(fused).fused
     assert_equal_models(model, fused, [(inputs(2, 6), {}), (inputs(3, 3), {})])
+    fused.zero_grad()
     fused(*inputs(4, 5)).sum().backward()
     expected = torch.optim.SGD(model.parameters(), 0.1)
     model.zero_grad()
@@ -89,9 +90,7 @@ def test_shared_parameters_of_a_large_model() -> None:
 
 def test_timed_and_left_as_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the packed form is slower, the model is what it was, but that its weights lie side by side."""
-    from fxfuse import optimize
-
-    monkeypatch.setattr(optimize, "medians", lambda calls, budget: [1.0, 2.0])
+    monkeypatch.setattr(sys.modules["fxfuse.optimize"], "medians", lambda calls, budget: [1.0, 2.0])
     model, inputs = KINDS["columns"]()
     given = copy.deepcopy(model)
     for inplace in (True, False):
@@ -107,7 +106,7 @@ class TwoLoops(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one = model_of(_loop, nets=nn.ModuleList(mlp(2, 3, 2) for _ in range(4)))
-        self.two = model_of(_loop, nets=nn.ModuleList(nn.Sequential(nn.Linear(2, 3), nn.Softmax(-1)) for _ in range(4)))
+        self.two = model_of(_loop, nets=nn.ModuleList(nn.Sequential(nn.Linear(2, 4), nn.Softmax(-1)) for _ in range(4)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.one(x), self.two(x)
@@ -131,10 +130,12 @@ def test_a_wrong_rule_is_found_and_undone_alone(factor: float, dtype: torch.dtyp
     x = randn(6, 4, 2).to(dtype)
     given = copy.deepcopy(model)
     fused = fxfuse.optimize(given, x, objective="launches", inplace=True)
+    ops = {op.op for plan in fxfuse.report(fused).fused for op in plan.ops}
     if factor - 1 < 1e-10:  # rounding
-        assert len(fxfuse.report(fused).fused) == 2
+        assert {"linear", "softmax"} <= ops
         return
-    assert [plan.path for plan in fxfuse.report(fused).fused] in (["one"], ["one", "two"])
+    assert "linear" in ops
+    assert "softmax" not in ops
     assert any("undone: the rewritten form differs" in str(refusal) for refusal in fxfuse.report(fused).refused)
     for got, want in zip(fused(x), model(x)):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
@@ -171,7 +172,7 @@ def test_a_failure_while_weights_move_leaves_their_values(error: type[BaseExcept
 # -- many modules, calls, levels --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("levels", [50, 200])
+@pytest.mark.parametrize("levels", [200])
 def test_deep_nesting(levels: int) -> None:
     inner: nn.Module = model_of(_loop, nets=nn.ModuleList(mlp(2, 3, 2) for _ in range(3)))
     for _ in range(levels):
@@ -185,6 +186,39 @@ def test_deep_nesting(levels: int) -> None:
     assert not [note for note in report.validation.notes if "Recursion" in note]
     assert sys.getrecursionlimit() == limit
     assert_equal_models(model, fused, [(randn(4, 3, 2, seed=5), {})])
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_on_meta_is_left_with_one_sentence(device: str, inplace: bool) -> None:
+    """And fuses once it has weights."""
+    model, inputs = KINDS["conv_norm"]()
+    empty = copy.deepcopy(model).to("meta")
+    before = everything_but_bits(empty)
+    (x,) = inputs(1, 6)
+    result = fxfuse.optimize(empty, x.to(device), objective="launches", inplace=inplace)
+    (refusal,) = fxfuse.report(result).refused
+    assert str(refusal).startswith("it has tensors on the meta device, where nothing can be computed or compared: give it weights first")
+    assert type(result) is type(empty)
+    assert (result is empty) is inplace
+    assert everything_but_bits(empty) == before
+    result.load_state_dict(model.state_dict(), assign=True)
+    fused = fxfuse.optimize(result, x, objective="launches", inplace=inplace)
+    assert fxfuse.report(fused).fused
+    assert_equal_models(model, fused, [(inputs(2, 6), {})])
+
+
+def everything_but_bits(model: nn.Module) -> Any:
+    return [(name, id(t), t.shape, t.device) for name, t in [*model.named_parameters(), *model.named_buffers()]]
+
+
+def test_a_model_that_gets_its_weights_before_its_first_call() -> None:
+    model, inputs = KINDS["columns"]()
+    fused = fxfuse.optimize(copy.deepcopy(model).to("meta"), objective="launches", tune=False)
+    fused.load_state_dict(model.state_dict(), assign=True)
+    fused(*inputs(1, 6))
+    assert fxfuse.report(fused).fused
+    assert_equal_models(model, fused, [(inputs(2, 6), {})])
 
 
 def run_stress(case: str) -> dict[str, Any]:
