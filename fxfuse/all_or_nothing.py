@@ -29,7 +29,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     >>> layer = nn.Linear(2, 3)
     >>> before = layer.bias.clone()
     >>> with contextlib.suppress(ValueError), all_or_nothing(layer):
-    ...     torch.nn.init.zeros_(layer.bias)
+    ...     _ = torch.nn.init.zeros_(layer.bias)
     ...     raise ValueError
     >>> bool((layer.bias == before).all())
     True
