@@ -3,6 +3,7 @@
 #   make test    install what the tests need, then lint, types, tests
 #   make bench   the figures of README.md
 #   make zoo     models of other packages: launches before and after, right or wrong, speed (ZOO="--no-time --why subject ...")
+#   make stress  a gigabyte of weights, 100,000 calls, a failure in every function: an hour, 4 GB of memory; not in CI
 #   make zoo-test   the same as tests, without the table
 #   make mutants bugs put into every rule: are they found at run time, and by the tests? (MUTANTS="conv shape --most 200"; about an hour)
 #   make census  every architecture of transformers and every module of torch.nn: right or wrong (CENSUS="--jobs 4 --why bert ...")
@@ -19,7 +20,7 @@ PIP := $(BIN)/python $(INSTALL) -c $(PINS) "$(TORCH)"
 ZOO_VENV := .venv-zoo
 ZOO_PYTHON := $(ZOO_VENV)/bin/python
 
-.PHONY: demo test lint types bench zoo zoo-test mutants census fuzz clean
+.PHONY: demo test lint types bench zoo zoo-test mutants census fuzz stress clean
 
 demo: $(VENV)/.installed-bench
 	$(BIN)/python examples/demo.py
@@ -38,6 +39,9 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/feature_networks.py
 	$(BIN)/python benchmarks/pass_cost.py
 	$(BIN)/python benchmarks/guard_cost.py
+
+stress: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -s -m stress
 
 zoo: $(ZOO_VENV)/.installed
 	$(ZOO_PYTHON) benchmarks/zoo.py $(ZOO)

@@ -1,7 +1,7 @@
 """Checkpoints that do not fit change nothing.
 
-Comes in: a model and a state dict. Goes out: the model with that state, or, where anything raises, the model bit for bit as it was, and the
-error. ``nn.Module.load_state_dict`` writes what fits before it raises over the rest; of packed weights that would leave lanes of two models.
+Comes in: a model and a state dict. Goes out: the model with that state, or, where anything raises, the model bit for bit as it was, and
+the error. ``nn.Module.load_state_dict`` writes what fits before it raises over the rest; packed weights would be lanes of two models.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     >>> layer = nn.Linear(2, 3)
     >>> before = layer.bias.clone()
     >>> with contextlib.suppress(ValueError), all_or_nothing(layer):
-    ...     torch.nn.init.zeros_(layer.bias)
+    ...     _ = torch.nn.init.zeros_(layer.bias)
     ...     raise ValueError
     >>> bool((layer.bias == before).all())
     True
     """
-    stores = [store for module in model.modules() for store in (module._parameters, module._buffers)]
+    stores: list[dict[str, Any]] = [store for module in model.modules() for store in (module._parameters, module._buffers)]
     held = [dict(store) for store in stores]
     tensors = {id(tensor): tensor for store in held for tensor in store.values() if tensor is not None}
     saved = [(tensor, tensor.data, tensor.requires_grad, _values(tensor)) for tensor in tensors.values()]

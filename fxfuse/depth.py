@@ -1,7 +1,7 @@
 """Models nested so deep that Python's limit of recursion is near.
 
-Comes in: a model. Goes out: ``deeper``: a context in which the limit is as much higher as watching and copying such a model takes: a few more
-frames for each module that is inside another one.
+Comes in: a model. Goes out: ``deeper``: a context in which the limit is as much higher as watching and copying such a model takes:
+a few more frames for each module that is inside another one.
 """
 
 from __future__ import annotations

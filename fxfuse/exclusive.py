@@ -1,7 +1,7 @@
 """One rewrite at a time.
 
-Comes in: nothing. Goes out: ``alone``: a context that one thread at a time is in, and ``alone_now``, which does not wait. Two threads may
-optimize at once, the same model too: trial runs silence hooks and put random state back, and what is timed must not run beside other timings.
+Comes in: nothing. Goes out: ``alone``: a context that one thread at a time is in, and ``alone_now``, which does not wait. Two threads
+may optimize at once, the same model too: trial runs silence hooks and put random state back, and no two things should be timed at once.
 """
 
 from __future__ import annotations

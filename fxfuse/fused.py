@@ -720,7 +720,7 @@ def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
 
 
 def move(model: nn.Module, plans: list[RegionPlan], packing: Literal["packed", "alias"], moved: Moved) -> None:
-    """Let the Parameters that ``plans`` pack move into packs: ``model`` computes what it did, on the same Parameters, over one buffer each."""
+    """Let the Parameters that ``plans`` pack move into packs: ``model`` computes what it did, on the same Parameters."""
     for plan in plans:
         surgery = _examine(model, plan, _packing(plan, packing))
         for recipe, members in zip(plan.recipes, surgery.tensors, strict=True):
@@ -801,7 +801,9 @@ def _container(root: Pack, name: str, state: RegionState) -> nn.Module:
     return owner
 
 
-def _place(root: Pack, recipe: Recipe, members: list[Tensor], store: str, state: RegionState, surgery: _Surgery, moved: Moved | None) -> nn.Module:
+def _place(
+    root: Pack, recipe: Recipe, members: list[Tensor], store: str, state: RegionState, surgery: _Surgery, moved: Moved | None
+) -> nn.Module:
     """Pack the members into the container tree; their gradients, where any has one, come along."""
     owner, name = _container(root, recipe.name, state), recipe.name.rpartition(".")[2]
     first = members[0]

@@ -1,8 +1,9 @@
 """Models whose weights should not be there twice.
 
-Comes in: a model whose weights take more than ``LARGE`` bytes. Goes out: ``Moved``: packs into which its weights moved one lane at a time,
-each lane's tensor a view of the pack from then on; ``twin``: the model's structure once more over the very same weights; ``sample``: which
-weights are small enough for their gradients to be compared. So a model is rewritten, compared and timed with hardly more than its own memory.
+Comes in: a model whose weights take more than ``LARGE`` bytes. Goes out: ``Moved``: packs into which its weights moved one lane at a
+time, each lane's tensor a view of the pack from then on; ``twin``: the model's structure once more over the very same weights;
+``sample``: which weights are small enough for their gradients to be compared. So a model is rewritten, compared and timed with hardly
+more than its own memory.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Moved:
         self.packs: dict[tuple[str, str], tuple[Recipe, Tensor]] = {}
 
     def pack(self, path: str, recipe: Recipe, members: Sequence[Tensor]) -> Tensor:
-        """The members' values as one tensor. The first time they move there: each one's data become a view of it, its own memory is freed."""
+        """The members' values as one tensor. The first time they move there: their data become views of it, their own memory is freed."""
         known = self.packs.get((path, recipe.name))
         if known is not None and known[0] == recipe:
             return known[1]
@@ -80,7 +81,7 @@ def without_history(trace: Trace) -> None:
 
 
 def sample(original: nn.Module, fused: nn.Module) -> tuple[int, int]:
-    """Of two twins, let only small tensors require gradients, the same ones in both. ``(how many, of how many)``, by the original's names."""
+    """Of two twins, let only small tensors require gradients, the same ones in both. ``(how many, of how many)`` of the original's."""
     limit = COMPARED * weight_bytes(fused)
     total = 0.0
     for parameter in sorted(fused.parameters(), key=Tensor.numel):

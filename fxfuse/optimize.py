@@ -56,6 +56,11 @@ from .validate import validate as compare
 from .weights import carry_over
 
 _WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"})
+LONG = 20_000  # torch calls of one forward
+META = (
+    "it has tensors on the meta device, where nothing can be computed or compared: "
+    "give it weights first (load_state_dict with assign=True, or to_empty), then fuse it"
+)
 
 
 def optimize(
@@ -257,6 +262,7 @@ class _Pipeline:
         self.base = model  # what is rewritten
         self.moved: Moved | None = None  # the packs into which the weights of ``base`` have moved, where it is large
         self.compared_gradients = ""
+        self.long = False  # compared on one example besides the given one, of another batch size and other data
         self.keep_integers = False  # fresh inputs are made with the example's own integers
 
     @contextmanager
@@ -281,6 +287,8 @@ class _Pipeline:
         if wrapped is not None:
             said = f"{wrapped[0] or 'the model'} is wrapped in {wrapped[1].__name__}, which holds the Parameters that it was given"
             return self._unchanged(True, Refusal(f"{said}: fuse first, then wrap"))
+        if any(tensor.is_meta for tensor in (*self.model.parameters(), *self.model.buffers())):
+            return self._unchanged(inplace, Refusal(META))
         with self.stage("record"):
             try:
                 self.work = sharing_copy(self.model)
@@ -295,6 +303,7 @@ class _Pipeline:
         if not recorded:
             return self._unchanged(inplace)
         self.entries = [way.entry for way in recorded]
+        self.long = any(len(way.observations[0].trace.events) > LONG for way in recorded)
         self.keep_integers = any(reads_offsets(way.observations[0].trace) for way in recorded)
         self.builder = Builder(self.model, self.work, self.options, self.report)
         with self.stage("find lanes"):
@@ -445,7 +454,8 @@ class _Pipeline:
                 calls = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(original), entry.root(fused))]
                 before, after = medians(calls, budget=1.0)
             if after * LEAST_GAIN > before:
-                said = f"left as a loop: packed runs {before / after:.2f}x (inference; weights as large as these are timed without gradients)"
+                how = "inference; weights as large as these are timed without gradients"
+                said = f"left as a loop: packed runs {before / after:.2f}x ({how})"
                 self.report.refused.append(Refusal(said, plans[0].place, plans[0].path))
                 return []
         return plans
@@ -514,7 +524,7 @@ class _Pipeline:
         outcomes: list[Validation] = []
         for entry in self.entries:
             example = (entry.args, entry.kwargs)
-            others = other_examples(example)[:3]
+            others = other_examples(example)[2:3] if self.long else other_examples(example)[:3]
             if self.keep_integers:
                 others = [resample(*example, seed=seed, keep_integers=True) for seed in (1, 2)]
             if self.moved is not None:

@@ -1,8 +1,8 @@
 """Warnings of trial runs, unheard, in this thread alone.
 
-Comes in: nothing. Goes out: ``quiet``: a context in which this thread warns of nothing. ``warnings.catch_warnings`` would not do: it replaces
-the filters of the whole process, so that other threads' warnings are lost meanwhile, and where two threads leave it in another order than
-they entered, one of them leaves the other's filters behind for good.
+Comes in: nothing. Goes out: ``quiet``: a context in which this thread warns of nothing. ``warnings.catch_warnings`` would not do: it
+replaces the filters of the whole process, so that other threads' warnings are lost meanwhile, and where two threads leave it in another
+order than they entered, one of them leaves the other's filters behind for good.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def quiet(category: type[Warning] = Warning) -> Iterator[None]:
         yield
     finally:
         here.thread = None  # somebody may have copied the list meanwhile, and put the copy back later: there it matches nothing any more
-        for known in (filters, warnings.filters):
+        now: list[Any] = warnings.filters  # type: ignore[assignment]
+        for known in (filters, now):
             for at in [at for at, each in enumerate(known) if each is entry]:
-                del known[at]  # type: ignore[attr-defined]
+                del known[at]

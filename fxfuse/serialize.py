@@ -24,8 +24,8 @@ from fxfuse.private.schemas import NN_FUNCTIONS, OpOverload, OpOverloadPacket, o
 _NAMESPACES = ("torch", "torch.nn.functional", NN_FUNCTIONS, "torch.special", "torch.linalg", "torch.fft", "operator", "math", "builtins")
 _LEAF = pytree.tree_flatten(0)[1]
 # The values that calls of a graph may be given, beside nodes, containers and functions.
-_VALUES = (str, bytes, int, float, complex, bool, type(None), type(Ellipsis), range, torch.Size)
-_VALUES += (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_VALUES: tuple[type, ...] = (str, bytes, int, float, complex, bool, type(None), type(Ellipsis), range)
+_VALUES += (torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _NUMBERS = (bool, int, float, complex)  # as dtypes
 _KEPT_META = (str, int, float, bool, Place, type(None))
 
@@ -111,7 +111,7 @@ def _encode(value: Any) -> Any:
         return {key: _encode(item) for key, item in value.items()}
     if callable(value) and not isinstance(value, type):
         return target_to_data(value)
-    if isinstance(value, numbers.Integral) and not isinstance(value, int):  # of numpy
+    if not isinstance(value, int) and isinstance(value, numbers.Integral):  # of numpy
         return int(value)
     return value
 
@@ -130,7 +130,8 @@ def _decode(value: Any, nodes: dict[str, torch.fx.Node]) -> Any:
         return [_decode(item, nodes) for item in value]
     if type(value) is dict:
         return {key: _decode(item, nodes) for key, item in value.items()}
-    if not isinstance(value, _VALUES) and not any(value is number for number in _NUMBERS):  # graphs become source text, in which an object of another class writes what it likes
+    # Graphs become source text, in which an object of another class writes what it likes.
+    if not isinstance(value, _VALUES) and not any(value is number for number in _NUMBERS):
         raise FxfuseError(f"a saved program may not hold a {type(value).__name__}")
     return value
 

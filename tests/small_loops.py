@@ -69,8 +69,8 @@ def experts() -> tuple[nn.Module, Inputs]:
         gates = [torch.softmax(gate(x), -1).unsqueeze(1) for gate in self.gates]
         return [tower((gate @ expert).squeeze(1)) for gate, tower in zip(gates, self.towers)]
 
-    parts = {"gates": [nn.Linear(4, 3) for _ in range(2)], "towers": [mlp(5, 4) for _ in range(2)], "experts": [mlp(4, 6, 5) for _ in range(3)]}
-    return randomized(model_of(forward, **{name: nn.ModuleList(some) for name, some in parts.items()})), _rows(4)
+    gates, towers = nn.ModuleList(nn.Linear(4, 3) for _ in range(2)), nn.ModuleList(mlp(5, 4) for _ in range(2))
+    return randomized(model_of(forward, gates=gates, towers=towers, experts=nn.ModuleList(mlp(4, 6, 5) for _ in range(3)))), _rows(4)
 
 
 def unequal() -> tuple[nn.Module, Inputs]:

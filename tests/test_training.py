@@ -115,7 +115,10 @@ def test_fifty_steps_are_the_same(kind: str, optimizer: str) -> None:
     assert len(moved) > len(before) // 2, "nothing was trained"
 
 
-@pytest.mark.parametrize(("kind", "way", "optimizer"), alternating(["columns", "conv_norm", "tied"], ["inplace", "shared", "chunked"], OPTIMIZERS))
+OTHERS = alternating(["columns", "conv_norm", "tied"], ["inplace", "shared", "chunked"], OPTIMIZERS)
+
+
+@pytest.mark.parametrize(("kind", "way", "optimizer"), OTHERS)
 def test_other_ways_to_fuse_train_the_same(kind: str, way: str, optimizer: str) -> None:
     if (kind, way) == ("tied", "chunked"):
         kind = "unequal"

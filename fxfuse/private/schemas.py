@@ -18,7 +18,7 @@ NN_FUNCTIONS = torch._C._nn.__name__  # where F.gelu and its like are found by n
 # Namespaces of C functions that compute on tensors, and hold nothing else that can be called.
 C_FUNCTIONS: dict[str, Any] = {
     "torch": torch._C._VariableFunctions,
-    **{space.__name__: space for space in (torch._C._nn, torch._C._special, torch._C._linalg, torch._C._fft)},
+    **{space.__name__: space for space in (getattr(torch._C, name) for name in ("_nn", "_special", "_linalg", "_fft"))},
 }
 
 
