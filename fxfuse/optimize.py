@@ -23,6 +23,7 @@ from fxfuse.private.pytree import tree_map_only
 from . import fused as fused_modules
 from .build import Builder, Recorded, refuse
 from .collector import paused
+from .contents import Contents
 from .copies import independent_copy, sharing_copy
 from .determinism import preserved_state
 from .difference import Validation
@@ -168,6 +169,7 @@ def _whole(model: nn.Module, entries: list[Entry], options: Options, inplace: bo
 def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module:
     report = Report(type(model).__name__)
     pipeline = _Pipeline(model, entries, options, report)
+    given = Contents(part for entry in entries for part in (*entry.args, *entry.kwargs.values()))
     try:
         # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
         with warnings.catch_warnings(), torch.inference_mode(False):
@@ -183,6 +185,8 @@ def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool
         result = model if inplace else pipeline.spare()
         set_report(result, report)
         return result
+    finally:
+        given.restore()  # a cache among the example inputs is as it was
 
 
 class _Pipeline:

@@ -32,6 +32,7 @@ from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.private.versions import version
 
 from .containers import opened
+from .contents import Contents
 from .determinism import preserved_state
 from .graph import Place
 from .moves import moves_noted
@@ -73,6 +74,7 @@ _MAYBE_IN_PLACE = frozenset(
 )
 _USUAL = frozenset(name for name, value in nn.Module().__dict__.items() if value == {} or value == set()) - {"_parameters", "_modules"}
 _usual = itemgetter(*sorted(_USUAL))
+_STORES = frozenset(nn.Module().__dict__)
 
 
 def _has_mask(args: Any, kwargs: Any) -> bool:
@@ -420,9 +422,11 @@ class Recorder(TorchFunctionMode):
         """Stands in for the ``forward`` of ``module``. Runs with this mode on."""
         trace, known, stack = self.trace, self.known, self.stack
         ref = known.get(id(args[0])) if len(args) == 1 and not kwargs else None
+        given: Contents | None = None
         if ref is not None:  # one tensor: the usual call
             leaves, spec = [ref], _ONE_TENSOR
         else:
+            given = Contents((*args, *kwargs.values()))
             flat, spec = tree_flatten((args, kwargs))
             leaves = [self.describe(leaf) for leaf in flat]
         index = len(trace.frames)
@@ -443,8 +447,13 @@ class Recorder(TorchFunctionMode):
             trace.frames[parent].children.append(index)
         stack.append(index)
         tracking = torch.is_grad_enabled()
+        own = module.__dict__
+        before = list(own.values())
         try:
             out = forward(*args, **kwargs)
+            frame.sets_own = len(own) != len(before) or not all(map(is_, own.values(), before))
+            if given is not None and given.held and (changed := given.changed()):
+                frame.poison = frame.poison or f"changes the {changed} that it was given"
             if torch.is_grad_enabled() != tracking:  # for whoever called it, too: only the calls themselves do that
                 for outer in stack:
                     trace.frames[outer].poison = trace.frames[outer].poison or _UNTRACKED
@@ -526,7 +535,7 @@ class _Kept:
 class _Watched:
     """One module during a run: its forward reports to the recorder, its hooks are off; afterwards everything is as it was."""
 
-    __slots__ = ("empty", "filled", "hooks", "module", "path", "values")
+    __slots__ = ("empty", "filled", "hooks", "module", "objects", "path", "values")
 
     def __init__(self, path: str, module: nn.Module, attributes: dict[int, str]) -> None:
         self.path, self.module = path, module
@@ -539,6 +548,7 @@ class _Watched:
             self.empty.extend(found)
         self.filled: list[tuple[str, Any, Any]] = []  # containers, and copies of them
         self.hooks: list[str] = []
+        self.objects: list[tuple[str, Any]] = []  # what may hold more than is compared here: objects, containers of containers
         for name, value in own.items():
             kind = type(value)
             if kind in _PLAIN or name in usual:
@@ -556,6 +566,8 @@ class _Watched:
                                 attributes.setdefault(id(tensor), f"{path}.{key}" if path else key)
             elif isinstance(value, Tensor):
                 attributes.setdefault(id(value), f"{path}.{name}" if path else name)
+            if name not in _STORES and not isinstance(value, (Tensor, nn.Module)):
+                self.objects.append((name, value))
 
     def start(self, recorder: Recorder) -> None:
         own = self.module.__dict__
@@ -632,6 +644,12 @@ def _watched(model: nn.Module, args: Any, kwargs: Any) -> Iterator[Recorder]:
     recorder = Recorder(attributes)
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     recorder.kept = _Kept(leaves, watched)
+    objects: dict[int, tuple[Contents, list[tuple[str, str]]]] = {}  # by id: what it holds, and which attributes of which modules it is
+    for each in watched:
+        for name, value in each.objects:
+            if id(value) not in objects:
+                objects[id(value)] = (Contents((value,)), [])
+            objects[id(value)][1].append((each.path, name))
     try:
         for each in watched:
             each.start(recorder)
@@ -641,10 +659,31 @@ def _watched(model: nn.Module, args: Any, kwargs: Any) -> Iterator[Recorder]:
         yield recorder
     finally:
         changed = {each.path: name for each in watched if (name := each.stop())}
+        for contents, holders in objects.values():
+            if contents.changed():
+                contents.restore()
+                changed.update(holders)
         recorder.kept.restore()
-        for frame in recorder.trace.frames if changed else ():
-            if frame.path in changed:
-                frame.poison = frame.poison or f"forward changes self.{changed[frame.path]}"
+        if changed:
+            _mark_changed(recorder.trace, changed)
+
+
+def _mark_changed(trace: Trace, changed: dict[str, str]) -> None:
+    """Close the calls of modules that the run changed: what they did to themselves, a graph does not repeat.
+
+    A module that no call of its own changed was changed by one around it, or so it must be taken.
+    """
+    alone = {frame.path for frame in trace.frames if frame.sets_own}
+    around: dict[str, str] = {}
+    for path, name in changed.items():
+        if path not in alone:
+            parts = path.split(".") if path else []
+            for length in range(len(parts)):
+                around.setdefault(".".join(parts[:length]), f"{path}.{name}")
+    for frame in trace.frames:
+        name = changed.get(frame.path) or around.get(frame.path)
+        if name:
+            frame.poison = frame.poison or f"forward changes self.{name.removeprefix(f'{frame.path}.')}"
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -653,11 +692,14 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
     A run that raises gives a ``Trace`` whose ``failure`` says why.
     """
+    given = Contents((*args, *kwargs.values()))
     with preserved_state(model), _watched(model, args, kwargs) as recorder, torch.enable_grad(), torch.inference_mode(False):
         try:
             _run(recorder, model, args, kwargs)
         except Exception as error:  # the user's model: anything can come
             recorder.trace.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        finally:
+            given.restore()
     return recorder.trace
 
 
