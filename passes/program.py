@@ -79,7 +79,7 @@ def fits(case: tuple[Any, Any], frame: Frame, lifted: Lifted) -> bool:
 def _one_dtype(leaves: list[object], graph: torch.fx.Graph) -> bool:
     """Do the floating inputs and weights share one dtype? Angles in float32 beside words in bfloat16 are as they were recorded."""
     given = [leaf.dtype for leaf in leaves if isinstance(leaf, TensorGuard)]
-    held = [node.meta["val"].dtype for node in graph.nodes if node.op == "get_attr"]
+    held = [node.meta["val"].dtype for node in graph.nodes if node.op == "get_attr" and "val" in node.meta]
     return len({dtype for dtype in (*given, *held) if dtype.is_floating_point}) <= 1
 
 
