@@ -28,6 +28,7 @@ from .attributes import attributes_kept
 from .build import Builder, Recorded, refuse
 from .casts import without_autocast
 from .collector import paused
+from .contents import Contents
 from .copies import independent_copy, sharing_copy
 from .depth import deeper
 from .determinism import preserved_state
@@ -197,6 +198,7 @@ def _whole(model: nn.Module, entries: list[Entry], options: Options, inplace: bo
 def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module:
     report = Report(type(model).__name__)
     undo = Undo()
+    given = Contents(part for entry in entries for part in (*entry.args, *entry.kwargs.values()))
     try:
         # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
         # Recorded without autocast, whoever calls: a region makes programs for calls under it when the first of them comes.
@@ -211,6 +213,8 @@ def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool
     except BaseException:
         undo.restore()
         raise
+    finally:
+        given.restore()  # a cache among the example inputs is as it was
 
 
 def _failed(model: nn.Module, error: Exception, report: Report, inplace: bool) -> nn.Module:

@@ -72,6 +72,7 @@ class Frame:
     raw: tuple[Any, Any] | None = None  # the args and kwargs themselves
     untracked: bool = False  # called under ``no_grad``
     switched: str = ""  # called under another switch that a graph does not repeat: which
+    sets_own: bool = False  # an attribute of the module was another object after the call
 
 
 Key = tuple[str, str]  # of an attribute: the path of its module, and its name

@@ -34,6 +34,7 @@ from fxfuse.private.versions import version
 from .attributes import settle, watching
 from .casts import Unrepeatable, Watched, casts_not_kept, to_cast
 from .containers import opened
+from .contents import Contents
 from .determinism import foreign_random_state, preserved_state
 from .graph import Place
 from .moves import moves_noted
@@ -77,6 +78,7 @@ _MAYBE_IN_PLACE = frozenset(
 )
 _USUAL = frozenset(name for name, value in nn.Module().__dict__.items() if value == {} or value == set()) - {"_parameters", "_modules"}
 _usual = itemgetter(*sorted(_USUAL))
+_STORES = frozenset(nn.Module().__dict__)
 
 
 def _has_mask(args: Any, kwargs: Any) -> bool:
@@ -454,9 +456,11 @@ class Recorder(TorchFunctionMode):
         """Stands in for the ``forward`` of ``module``. Runs with this mode on."""
         trace, known, stack = self.trace, self.known, self.stack
         ref = known.get(id(args[0])) if len(args) == 1 and not kwargs else None
+        given: Contents | None = None
         if ref is not None:  # one tensor: the usual call
             leaves, spec = [ref], _ONE_TENSOR
         else:
+            given = Contents((*args, *kwargs.values()))
             flat, spec = tree_flatten((args, kwargs))
             leaves = [self.describe(leaf) for leaf in flat]
         index = len(trace.frames)
@@ -477,8 +481,13 @@ class Recorder(TorchFunctionMode):
             trace.frames[parent].children.append(index)
         stack.append(index)
         tracking = torch.is_grad_enabled()
+        own = module.__dict__
+        before = list(own.values())
         try:
             out = forward(*args, **kwargs)
+            frame.sets_own = len(own) != len(before) or not all(map(is_, own.values(), before))
+            if given is not None and given.held and (changed := given.changed()):
+                frame.poison = frame.poison or f"changes the {changed} that it was given"
             if torch.is_grad_enabled() != tracking:  # for whoever called it, too: only the calls themselves do that
                 for outer in stack:
                     trace.frames[outer].poison = trace.frames[outer].poison or _UNTRACKED
@@ -560,7 +569,7 @@ class _Kept:
 class _Watched:
     """One module during a run: its forward reports to the recorder, its hooks are off; afterwards everything is as it was."""
 
-    __slots__ = ("empty", "filled", "hooks", "module", "path", "values")
+    __slots__ = ("empty", "filled", "hooks", "module", "objects", "path", "values")
 
     def __init__(self, path: str, module: nn.Module, attributes: dict[int, str], generators: list[Any]) -> None:
         self.path, self.module = path, module
@@ -573,6 +582,7 @@ class _Watched:
             self.empty.extend(found)
         self.filled: list[tuple[str, Any, Any]] = []  # containers, and copies of them
         self.hooks: list[str] = []
+        self.objects: list[tuple[str, Any]] = []  # what may hold more than is compared here: objects, containers of containers
         for name, value in own.items():
             kind = type(value)
             if kind in _PLAIN or name in usual:
@@ -592,6 +602,8 @@ class _Watched:
                 attributes.setdefault(id(value), f"{path}.{name}" if path else name)
             elif is_generator(value):
                 generators.append(value)
+            if name not in _STORES and not isinstance(value, (Tensor, nn.Module)):
+                self.objects.append((name, value))
 
     def start(self, recorder: Recorder) -> None:
         own = self.module.__dict__
@@ -669,6 +681,12 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
     recorder.generators = Generators(generators)
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     recorder.kept = _Kept(leaves, watched)
+    objects: dict[int, tuple[Contents, list[tuple[str, str]]]] = {}  # by id: what it holds, and which attributes of which modules it is
+    for each in watched:
+        for name, value in each.objects:
+            if id(value) not in objects:
+                objects[id(value)] = (Contents((value,)), [])
+            objects[id(value)][1].append((each.path, name))
     try:
         for each in watched:
             each.start(recorder)
@@ -685,10 +703,31 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
         explained = settle(recorder.trace, recorder.describe, final) if keys else set()
         changed = {path: name for path, name in final if (path, name) not in explained}
         changed.update((path, name) for path, (name, _) in stopped.items() if name)
-        for frame in recorder.trace.frames if changed else ():
-            if frame.path in changed and not frame.poison:
-                frame.poison = f"forward changes self.{changed[frame.path]}"
-                frame.place = line_of_attribute(frame.module, changed[frame.path]) or frame.place
+        for contents, holders in objects.values():
+            if contents.changed():
+                contents.restore()
+                changed.update(holders)
+        if changed:
+            _mark_changed(recorder.trace, changed)
+
+
+def _mark_changed(trace: Trace, changed: dict[str, str]) -> None:
+    """Close the calls of modules that the run changed: what they did to themselves, a graph does not repeat.
+
+    A module that no call of its own changed was changed by one around it, or so it must be taken.
+    """
+    alone = {frame.path for frame in trace.frames if frame.sets_own}
+    around: dict[str, str] = {}
+    for path, name in changed.items():
+        if path not in alone:
+            parts = path.split(".") if path else []
+            for length in range(len(parts)):
+                around.setdefault(".".join(parts[:length]), f"{path}.{name}")
+    for frame in trace.frames:
+        name = changed.get(frame.path) or around.get(frame.path)
+        if name and not frame.poison:
+            name = name.removeprefix(f"{frame.path}.")
+            frame.poison, frame.place = f"forward changes self.{name}", line_of_attribute(frame.module, name) or frame.place
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: frozenset[Key] = frozenset()) -> Trace:
@@ -717,13 +756,15 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys
 
 def _recorded(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> tuple[Trace, Generators | None]:
     """One run under watch, and the random generators, where it drew from any."""
-    moved = False
+    moved, given = False, Contents((*args, *kwargs.values()))
     with _undisturbed(model, args, kwargs, keys) as recorder, recorder.generators.preserved():
         before = recorder.generators.states()
         try:
             _run(recorder, model, args, kwargs)
         except Exception as error:  # the user's model: anything can come
             recorder.trace.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        finally:
+            given.restore()
         moved = recorder.generators.states() != before
     return recorder.trace, recorder.generators if moved else None
 

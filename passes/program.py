@@ -46,7 +46,7 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
                 places.extend((index, dim) for dim in sorted(dims.get(leaf.value, frozenset()) & dynamic))
     # Sizes that were varied together are one size until a run shows otherwise.
     equal = tuple((places[0], other) for places in one_size for other in places[1:])
-    generic = not (lifted.factories or trace.reads_dtype or trace.casts or _spells_dtype(graph))
+    generic = not (lifted.factories or trace.reads_dtype or trace.casts or _spells_dtype(graph)) and _one_dtype(leaves, graph)
     rows = _some_rows(leaves) if any(node.meta.get("some_rows") for node in graph.nodes) else []
     checks, anywhere = _strongest([*lifted.size_checks, *rows]), not (lifted.factories or trace.moves or trace.casts)
     guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, anywhere, trace.autocast)
@@ -81,6 +81,13 @@ def fits(case: tuple[Any, Any], frame: Frame, lifted: Lifted) -> bool:
             if len(given.shape) != len(shape) or any(d not in dynamic and given.shape[d] != size for d, size in enumerate(shape)):
                 return False
     return True
+
+
+def _one_dtype(leaves: list[object], graph: torch.fx.Graph) -> bool:
+    """Do the floating inputs and weights share one dtype? Angles in float32 beside words in bfloat16 are as they were recorded."""
+    given = [leaf.dtype for leaf in leaves if isinstance(leaf, TensorGuard)]
+    held = [node.meta["val"].dtype for node in graph.nodes if node.op == "get_attr" and "val" in node.meta]
+    return len({dtype for dtype in (*given, *held) if dtype.is_floating_point}) <= 1
 
 
 def _spells_dtype(graph: torch.fx.Graph) -> bool:

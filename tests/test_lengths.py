@@ -77,7 +77,8 @@ def test_any_length_takes_the_fast_way(model, length):
     made = checks.randomized(model())
     fused = fxfuse.optimize(made, ids(3, length), objective="launches", strict=True, tune=False)
     assert fxfuse.report(fused).fused
-    checks.assert_equal_models(made, fused, [((ids(rows, other, seed=rows),), {}) for rows, other in ((3, length), (5, 11), (1, 30), (2, 1))])
+    sizes = ((3, length), (5, 11), (1, 30), (2, 1))
+    checks.assert_equal_models(made, fused, [((ids(rows, other, seed=rows),), {}) for rows, other in sizes])
     assert not fxfuse.report(fused).fallbacks
 
 

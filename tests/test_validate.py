@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxfuse
 from fxfuse.difference import Spread, distance, distances
 from fxfuse.errors import ArgumentError, ValidationError
 from fxfuse.validate import validate, verify
@@ -783,3 +784,55 @@ def test_spreads():
     assert (spread.count, spread.max, spread.mean) == (3, 0.5, 0.25)
     assert spread.histogram == [(-math.inf, 1), (-1.0, 2)]
     assert Spread().mean == 0
+
+
+class Turned(nn.Module):
+    """Works in float32 whatever the model's dtype is: with a tensor that forward makes, or one that it is given."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.q, self.k, self.made = nn.Linear(4, 6), nn.Linear(4, 6), made
+
+    def forward(self, x, angles):
+        if self.made:
+            ones = torch.ones(6, 3, dtype=torch.float32)
+            return self.q(x).float() @ ones, self.k(x).float() @ ones
+        return self.q(x) * angles.cos(), self.k(x) * angles.cos()
+
+
+class Angles(nn.Module):
+    """Makes angles in float32, outside of the module that holds the lanes, as many language models do."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.turned = Turned(made)
+
+    def forward(self, x):
+        return self.turned(x, torch.arange(6, dtype=torch.float32) / 7)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_float64_model_with_float32_inside_fuses_and_is_proved(made):
+    torch.manual_seed(0)
+    model, x = Angles(made).double(), torch.randn(5, 4, dtype=torch.float64)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    report = fxfuse.report(fused)
+    assert report.fused, str(report)
+    assert not report.refused, str(report)
+    assert report.validation is None or report.validation.proved
+    for mode in (True, False):
+        for got, want in zip(fused.train(mode)(x), model.train(mode)(x)):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert not fxfuse.report(fused).fallbacks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_inputs_of_two_dtypes_take_the_fast_way(dtype):
+    """The region is given float32 beside the model's own dtype, call after call."""
+    torch.manual_seed(0)
+    model, x = Angles(False).to(dtype), torch.randn(5, 4).to(dtype)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False, strict=True)
+    assert fxfuse.report(fused).fused, str(fxfuse.report(fused))
+    for rows in (5, 2):
+        for got, want in zip(fused(x[:rows]), model(x[:rows])):
+            torch.testing.assert_close(got, want)

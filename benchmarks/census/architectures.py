@@ -24,7 +24,7 @@ from zoo.registry import as_double, randomized, silence
 
 MOST_PARAMETERS = 40_000_000
 MOST_SECONDS = 2.0  # of one forward
-MOST_SEARCH = 15.0  # for sizes that fit
+MOST_SEARCH = 8.0  # for sizes that fit
 DTYPE = re.compile(r"dtype|[Ff]loat|[Dd]ouble|BFloat|scalar type")
 ROWS, LENGTH = 3, 7
 

@@ -119,7 +119,7 @@ def differences(kind: str, names: Any, actual: list[Any], expected: list[Any], r
     for name, got, want in zip(names, actual, expected, strict=True):
         if not isinstance(want, Tensor):
             if got is not want and got != want:
-                found.append(f"{kind} {name} is {got!r}, expected {want!r}")
+                found.append(f"{kind} {name} is {describe(got)}, expected {want!r}")
             continue
         if not isinstance(got, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
             found.append(f"{kind} {name}: {describe(got)}, expected {describe(want)}")
