@@ -75,6 +75,8 @@ def _partings(bundles: Bundles, region: str, told: set[Place | None]) -> list[Re
             groups.setdefault((bundle.name, place, operands), []).append(first)
     found: dict[str, Refusal] = {}
     for (_, place, operands), nodes in groups.items():
+        if all(bundles.of[node] in bundles.active for node in nodes):
+            continue  # several lane sets
         together = any(operand in bundles.active for operand in operands)
         for other in nodes[1:] if together or len(nodes) > 2 else ():
             if set(nodes[0].all_input_nodes).isdisjoint(other.all_input_nodes):

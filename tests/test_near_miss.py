@@ -42,7 +42,7 @@ NUMBERS = {
     "bounds of hardtanh": (lambda i: nn.Hardtanh(-1.0, 1.0 + i), "hardtanh max_val 2.0 against 1.0"),
     "eps of a norm": (lambda i: nn.LayerNorm(6, eps=10.0 ** -(i + 3)), "layer_norm eps 0.001 against 0.0001"),
     "groups": (lambda i: nn.GroupNorm((1, 2, 3, 6)[i], 6), "group_norm num_groups 1 against 2"),
-    "dims, two and two": (lambda i: nn.Softmax(i % 2), "softmax dim 1 against 0"),
+    "dims, three and one": (lambda i: nn.Softmax(int(i == 2)), "softmax dim 1 against 0"),
     "kind of gelu": (lambda i: nn.GELU("tanh" if i == 2 else "none"), "gelu approximate tanh against none"),
     "p of alpha dropout": (lambda i: nn.AlphaDropout(0.1 * (i + 1)), "alpha_dropout p 0.2 against 0.1"),
 }
