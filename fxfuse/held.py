@@ -19,8 +19,8 @@ from .graph import Guard, Program
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _SKIPPED = frozenset(vars(nn.Module()))
 _DEEPEST = 6  # containers inside of containers that are looked into
-_DEEPEST_SEEN = 3  # objects inside of objects whose attributes are compared at a call
-_MOST_SEEN = 100  # attributes of one
+_WATCHED = 3  # containers inside of an object, in which a change is noticed
+_LARGE = 256  # items of one of them; in larger ones it is not
 _MOST = 100_000  # objects that are looked at, in one model
 
 
@@ -35,7 +35,7 @@ class Held:
 
 @dataclass
 class Kept:
-    """An object that a guard asks for, and its attributes when the program was installed.
+    """An object that a guard asks for, and what was in it when the program was installed. ``or_equal``: an equal one is as good.
 
     >>> held = slice(1)
     >>> Kept.of(held).holds(held), Kept.of(held).holds(slice(1))
@@ -43,61 +43,48 @@ class Kept:
     """
 
     value: Any
-    attributes: dict[str, Any]
+    inside: dict[tuple[Any, ...], Any]
+    or_equal: bool = False
 
     @staticmethod
-    def of(value: Any) -> Kept:
+    def of(value: Any, or_equal: bool = False) -> Kept:
         """The object as it is now."""
-        return Kept(value, {name: _seen(inner, _DEEPEST_SEEN) for name, inner in getattr(value, "__dict__", {}).items()})
+        return Kept(value, dict(_inside(value, (), _WATCHED)), or_equal)
 
     def holds(self, given: Any) -> bool:
         """Is ``given`` this object, with the attributes that it had?"""
-        if given is not self.value:
+        if given is not self.value and not (self.or_equal and _equal(given, self.value)):
             return False
-        now, before = getattr(given, "__dict__", {}), self.attributes
-        return len(now) == len(before) and all(name in now and _same(now[name], value) for name, value in before.items())
+        count = 0
+        for place, now in _inside(given, (), _WATCHED):
+            count += 1
+            before = self.inside.get(place, self)
+            if not _same(now, before) and (given is self.value or not _equal(now, before)):
+                return False
+        return count == len(self.inside)
 
 
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """A container or an object among the attributes, and what was in it."""
-
-    value: Any
-    inside: dict[Any, Any]
-
-
-def _inside(value: Any) -> dict[Any, Any] | None:
-    """What a container or an object holds, by key; None for what stands for itself."""
-    if isinstance(value, (*_PLAIN, nn.Module, torch.Tensor, type)) or callable(value):
-        return None
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, (list, tuple)):
-        return dict(enumerate(value))
-    return getattr(value, "__dict__", None)
+def _inside(value: Any, place: tuple[Any, ...], depth: int) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """What lies in an object, by place: attributes, the items of containers, the numbers of an array."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+        yield (*place, "numbers"), value.tobytes()
+        return
+    items = [*getattr(value, "__dict__", {}).items(), *_items(value)]
+    for key, item in items if len(items) <= _LARGE or not place else ():
+        yield (*place, key), item
+        if depth and not isinstance(item, (*_PLAIN, torch.Tensor, nn.Module, type)) and not callable(item):
+            yield from _inside(item, (*place, key), depth - 1)
 
 
-def _seen(value: Any, depth: int) -> Any:
-    inside = _inside(value) if depth else None
-    if inside is None or len(inside) > _MOST_SEEN:
-        return value
-    return _Seen(value, {key: _seen(item, depth - 1) for key, item in inside.items()})
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except Exception:  # a value whose equality is not a bool is not known to be equal
+        return False
 
 
 def _same(now: Any, before: Any) -> bool:
-    if type(before) is _Seen:
-        inside = _inside(now) or {}
-        return now is before.value and inside.keys() == before.inside.keys() and all(_same(inside[k], v) for k, v in before.inside.items())
     return now is before or (type(now) is type(before) and isinstance(before, _PLAIN) and bool(now == before))
-
-
-def kept(program: Program) -> Program:
-    """The program, its guard asking of a caller's own objects that they are what they were."""
-    leaves = tuple(
-        (leaf[0], Kept.of(leaf[1])) if isinstance(leaf, tuple) and type(leaf[1]) is not Held and _inside(leaf[1]) is not None else leaf
-        for leaf in program.guard.leaves
-    )
-    return replace(program, guard=replace(program.guard, leaves=leaves))
 
 
 class Places:
@@ -127,8 +114,10 @@ class Places:
     def _leaf(self, leaf: Any) -> Any:
         value = leaf[1] if isinstance(leaf, tuple) else None
         found = self.found.get(id(value))
-        if found is None or found[0] is not value or callable(value) or not self._follows(value, set()):
+        if isinstance(value, (*_PLAIN, torch.Tensor)) or callable(value) or not isinstance(leaf, tuple):
             return leaf
+        if found is None or found[0] is not value or not self._follows(value, set()):
+            return (leaf[0], Kept.of(value, or_equal=True)) if _changeable(value) else leaf
         return (leaf[0], found[1])
 
     def _follows(self, value: Any, seen: set[int]) -> bool:
@@ -142,6 +131,10 @@ class Places:
         seen.add(id(value))
         inside = [*getattr(value, "__dict__", {}).values(), *(item for _, item in _items(value))]
         return len(seen) < _MOST and all(self._follows(item, seen) for item in inside)
+
+
+def _changeable(value: Any) -> bool:
+    return bool(getattr(value, "__dict__", None)) or (type(value).__module__ == "numpy" and hasattr(value, "tobytes"))
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:

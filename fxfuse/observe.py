@@ -20,6 +20,9 @@ from .trace import Frame, Key, Ref, Trace
 from .tracer import record
 from .unify import Mismatch, Unifier, interchangeable
 
+# How often a model is observed anew because a run set attributes that were not watched. (One may set another in every run.)
+MOST_ROUNDS = 4
+
 # Sizes other than the batch are varied only where a recording is cheap.
 FEW_EVENTS = 2000
 
@@ -69,19 +72,20 @@ def observe_modes(
     keys: frozenset[Key] = frozenset()
     try:
         with paused():
-            while True:
+            for left in reversed(range(MOST_ROUNDS if attributes else 1)):
                 seen = _Seen(keys)
                 entered: list[_Mode] = []
                 first, *others = [_Runs(model, args, kwargs, _Mode(mode), entered, seen) for mode in modes]
                 first.example()
                 found: list[Observation] = []
-                if seen.changed <= keys or not attributes:
+                if seen.changed <= keys or not left:
                     if given not in [first.flags, *(runs.enter() for runs in others)]:
                         others.append(_Runs(model, args, kwargs, _Mode(given[0], given), entered, seen))
                     found = _together(first, others)
-                if found and (seen.changed <= keys or not attributes):
-                    return found
+                if found and (seen.changed <= keys or not left):
+                    break
                 keys |= seen.changed
+            return found
     finally:
         _Mode(given[0], given).enter(model)
 

@@ -8,7 +8,7 @@ in which they differ, there or in what feeds them, is told as well; so is an op 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import networkx as nx
 
@@ -48,9 +48,13 @@ def near_misses(bundles: Bundles, is_heavy: Callable[[Bundle], bool], region: st
                 difference = difference or _difference(bundle.members[0], nearest.members[0])
             if not difference:
                 difference, at = _number(bundle.members[0], nearest.members[0], bundles, DEEPEST)
+            if not difference and len(group) > 2:
+                difference, at = _difference(bundle.members[0], nearest.members[0]), place
             if difference:
                 name = bundle.members[0].meta.get("path") or "a lane"
-                found.setdefault(difference, Refusal(f"{name} stays out of the lanes next to it: {difference}", at or place, region))
+                other = nearest.members[0].meta.get("path") or "another"
+                said = "stays out of the lanes next to it" if lanes else f"and {other} are no lanes of one loop"
+                found.setdefault(difference, Refusal(f"{name} {said}: {difference}", at or place, region))
                 if not lanes:
                     break
     for bundle in bundles.classes:
@@ -66,14 +70,17 @@ def _partings(bundles: Bundles, region: str, told: set[Place | None]) -> list[Re
     for bundle in bundles.classes:
         first = bundle.members[0]
         place = first.meta.get("place")
-        if bundle.op is None or bundle.index in bundles.active or place is None or place in told or bundle.name in (*POSITIONS, "item"):
+        if bundle.op is None or place is None or place in told or bundle.name in (*POSITIONS, "item"):
             continue
         operands = tuple(bundles.of[node] for node in first.all_input_nodes)
-        if any(operand in bundles.active for operand in operands):
+        if any(operand in bundles.active or bundles.classes[operand].name in POSITIONS for operand in operands):
             groups.setdefault((bundle.name, place, operands), []).append(first)
     found: dict[str, Refusal] = {}
-    for (_, place, _), nodes in groups.items():
-        for other in nodes[1:]:
+    for (_, place, operands), nodes in groups.items():
+        if all(bundles.of[node] in bundles.active for node in nodes):
+            continue  # several lane sets
+        together = any(operand in bundles.active for operand in operands)
+        for other in nodes[1:] if together or len(nodes) > 2 else ():
             if set(nodes[0].all_input_nodes).isdisjoint(other.all_input_nodes):
                 difference, _ = _number(other, nodes[0], bundles, 0)
                 if difference:
@@ -114,9 +121,9 @@ def _difference(one: Node, other: Node, facts: tuple[str, ...] = ("shape", "dtyp
 
 def _number(one: Node, other: Node, bundles: Bundles, depth: int) -> tuple[str, Place | None]:
     """The first argument that is no tensor in which two calls differ, or those up to ``depth`` above them do; and its line."""
-    op: Any = one.target
-    if not isinstance(op, Op) or op != other.target or one is other:
+    if not isinstance(one.target, Op) or one.target != other.target or one is other:
         return "", None
+    op = cast(Op, one.target)
     for name, a, b in zip(op.names, one.args, other.args, strict=True):
         plain = not any(_holds_nodes(value) for value in (a, b)) and name not in POSITIONS.get(op.name, ())
         if plain and (type(a) is not type(b) or a != b):

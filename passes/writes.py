@@ -33,6 +33,7 @@ _DRAWS: dict[str, dict[str, Any]] = {
 _SIZE_OPS = {name: op_of(getattr(operator, name), f"size_{name}") for name in ("add", "sub", "mul")}
 _MADE = frozenset("zeros ones empty full new_zeros new_ones new_empty new_full zeros_like ones_like empty_like full_like".split())
 _VIEWS = frozenset("select slice_along unsqueeze squeeze reshape flatten transpose permute".split())
+_LEAVES = (Ref, SizeOf, SizeOp, type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device)
 SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
 
 
@@ -114,6 +115,7 @@ class Writes(Indexing):
                 raise Refused(f"reads {seen.name}, which belongs to a module outside", self.place)
             target = seen.name[len(prefix) :]
         elif seen.origin == "constant":
+            self._not_of_an_argument(seen.tensor)
             if seen.tensor.requires_grad:
                 raise Refused("uses a trainable tensor that no module of the model holds", self.place)
             if seen.numbers:
@@ -124,12 +126,19 @@ class Writes(Indexing):
             target = f"packed.constant_{len(self.constants)}"
             self.constants[target] = seen.tensor
         else:
+            self._not_of_an_argument(seen.tensor)
             raise Refused("reads a tensor that was computed outside of the module", self.place)
         node = self.graph.get_attr(target)
         self._describe(node, value)
         node.meta["requires_grad"] = seen.tensor.requires_grad
         self.env[value] = node
         return node
+
+    def _not_of_an_argument(self, tensor: torch.Tensor) -> None:
+        """Refuses where an object that the module is given holds the tensor: another call's object holds another, or this one will."""
+        for leaf in self.frame.leaves:
+            if not isinstance(leaf, _LEAVES) and _holds(leaf, tensor, 4):
+                raise Refused(f"reads a tensor out of its argument, a {type(leaf).__name__}, which fxfuse cannot take apart", self.place)
 
     def _note_view(self, event: Event) -> None:
         """Outputs that share memory with an argument are views of it: a write to either shows in the other."""
@@ -240,6 +249,15 @@ class Writes(Indexing):
         if name in ("transpose", "t", "swapaxes"):
             return self._call(made.func, (node, *args[1:]), {}, Ref(base))
         raise Refused(f"writes into a view made by {name}", event.place)
+
+
+def _holds(value: Any, tensor: torch.Tensor, depth: int) -> bool:
+    """Is the tensor somewhere in the attributes and items of ``value``?"""
+    if value is tensor or not depth or isinstance(value, (*_LEAVES, torch.Tensor, torch.nn.Module)):
+        return value is tensor
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else getattr(value, "__dict__", {}).values()
+    slots = [getattr(value, name, None) for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    return any(_holds(item, tensor, depth - 1) for item in (*items, *slots))
 
 
 def _new(node: Any) -> bool:

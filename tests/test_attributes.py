@@ -459,3 +459,43 @@ def test_a_module_called_twice_keeps_the_last():
 
     model = model_of(forward, child=model_of(a_tuple, nets=nets()))
     assert_keeps(randomized(model), randn(5, 4), "child.both", heavy=2)
+
+
+def test_another_attribute_in_every_call_comes_to_an_end():
+    names = iter(range(10**6))
+
+    def forward(self, x):
+        setattr(self, f"h_{next(names)}", x)
+        return lanes(x, self.nets)
+
+    fused = fxfuse.optimize(randomized(model_of(forward, nets=nets())), randn(5, 4), objective="launches", **QUICK)
+    report = fxfuse.report(fused)
+    assert not report.fused
+    assert "forward changes self.h_" in str(report.refused[0])
+
+
+def test_compiled_models_set_them():
+    model = randomized(model_of(a_tuple, nets=nets()))
+    fused = fxfuse.optimize(model, randn(5, 4), objective="launches", **QUICK)
+    x = randn(6, 4, seed=3)
+    torch.compile(fused, backend="eager", fullgraph=True)(x)
+    model(x)
+    assert relative_error(fused.both[0].detach(), model.both[0].detach()) <= 1e-10
+
+
+def test_an_optimizer_made_before_trains_through_what_was_kept():
+    def forward(self, x):
+        self.penalty = sum((net[0].weight ** 2).sum() for net in self.nets)
+        return lanes(x, self.nets)
+
+    model = randomized(model_of(forward, nets=nets()))
+    fused = fxfuse.optimize(copy.deepcopy(model))
+    for each in (model, fused):
+        optimizer = torch.optim.SGD(each.parameters(), 0.01)
+        for seed in range(3):
+            optimizer.zero_grad()
+            (each(randn(5, 4, seed=seed)).square().mean() + each.penalty).backward()
+            optimizer.step()
+    assert fxfuse.report(fused).fused
+    for (name, want), got in zip(model.state_dict().items(), fxfuse.original_state_dict(fused).values(), strict=True):
+        assert relative_error(got, want) <= 1e-10, name

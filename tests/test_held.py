@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
 import fxfuse
-from checks import assert_fused_equals
+from checks import QUICK, assert_fused_equals, mlp, model_of, randn, randomized
 
 
 class Feature:
@@ -196,3 +198,102 @@ def test_a_region_that_never_runs_is_refused_alone(inplace: bool) -> None:
     assert refusal.reason.startswith("block would run its loop at every call: input 1 is Options(scale=2.0), recorded")
     torch.testing.assert_close(fused(x), want, rtol=1e-12, atol=0)
     assert not fallbacks(fused)
+
+
+# Objects that the model does not hold: the caller's own, which the caller may change.
+
+
+@dataclasses.dataclass
+class Scaling:
+    scale: float = 2.0
+    offsets: list[float] = dataclasses.field(default_factory=lambda: [0.5, 1.0])
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.scale, self.offsets = 2.0, [0.5, 1.0]
+
+
+def scaled(self: nn.Module, x: torch.Tensor, options: Any) -> torch.Tensor:
+    out = torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)  # type: ignore[arg-type]
+    return out * options.scale + options.offsets[1]
+
+
+def scaling_model(forward: Any, options: Any) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    model, x = randomized(model_of(forward, nets=nn.ModuleList(mlp() for _ in range(4)))), randn(5, 4)
+    fused = fxfuse.optimize(model, (x, options), objective="launches", **QUICK)
+    assert fxfuse.report(fused).fused, str(fxfuse.report(fused))
+    return model, fused, x
+
+
+@pytest.mark.parametrize("make", [Scaling, Plain])
+def test_an_argument_that_the_caller_changes(make: type) -> None:
+    options = make()
+    model, fused, x = scaling_model(scaled, options)
+    torch.testing.assert_close(fused(x, options), model(x, options), rtol=1e-12, atol=0)
+    assert not fallbacks(fused)
+    options.scale = 3.0
+    torch.testing.assert_close(fused(x, options), model(x, options), rtol=1e-12, atol=0)
+    options.scale, options.offsets[1] = 2.0, 7.0
+    torch.testing.assert_close(fused(x, options), model(x, options), rtol=1e-12, atol=0)
+    assert sum(fallbacks(fused).values()) == 2
+    options.offsets[1] = 1.0
+    torch.testing.assert_close(fused(x, options), model(x, options), rtol=1e-12, atol=0)
+    assert sum(fallbacks(fused).values()) == 2
+
+
+def test_an_equal_argument_is_as_good() -> None:
+    options = Scaling()
+    model, fused, x = scaling_model(scaled, options)
+    torch.testing.assert_close(fused(x, Scaling()), model(x, Scaling()), rtol=1e-12, atol=0)
+    assert not fallbacks(fused)
+    options.scale = 5.0  # an object equal to what the recorded one is now is not what was recorded
+    torch.testing.assert_close(fused(x, Scaling(5.0)), model(x, Scaling(5.0)), rtol=1e-12, atol=0)
+
+
+def test_an_array_that_the_caller_changes() -> None:
+    def forward(self: nn.Module, x: torch.Tensor, factors: Any) -> torch.Tensor:
+        out = torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)  # type: ignore[arg-type]
+        return out * torch.tensor(factors)
+
+    factors = numpy.array([1.0, 2.0, 3.0, 4.0])
+    model, fused, x = scaling_model(forward, factors)
+    fused(x, factors)
+    assert not fallbacks(fused)
+    factors[2] = 7.0
+    torch.testing.assert_close(fused(x, factors), model(x, factors), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("inside", ["attribute", "list in a dict"])
+def test_tensors_in_an_argument_are_not_taken_for_constants(inside: str) -> None:
+    class Bag:
+        def __init__(self, x: torch.Tensor) -> None:
+            self.x, self.parts = x, {"x": [x]}
+
+    def forward(self: nn.Module, bag: Any) -> torch.Tensor:
+        x = bag.x if inside == "attribute" else bag.parts["x"][0]
+        return torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)  # type: ignore[arg-type]
+
+    model, bag = randomized(model_of(forward, nets=nn.ModuleList(mlp() for _ in range(4)))), Bag(randn(5, 4))
+    fused = fxfuse.optimize(model, (bag,), objective="launches", **QUICK)
+    said = [str(refusal) for refusal in fxfuse.report(fused).refused]
+    assert len(said) == 1
+    assert said[0].startswith("reads a tensor out of its argument, a Bag, which fxfuse cannot take apart (test_held.py:")
+    bag.x = bag.parts["x"][0] = randn(5, 4, seed=9)
+    torch.testing.assert_close(fused(bag), model(bag), rtol=1e-12, atol=0)
+
+
+def test_a_call_inside_that_is_given_tensors_in_an_object() -> None:
+    class Child(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nets = nn.ModuleList(mlp() for _ in range(4))
+
+        def forward(self, given: Any) -> torch.Tensor:
+            return torch.cat([net(given.scale[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+
+    model = randomized(model_of(lambda self, x: self.child(Scaling(x * 2)), child=Child()))
+    fused = fxfuse.optimize(model, randn(5, 4), objective="launches", **QUICK)
+    report = fxfuse.report(fused)
+    assert report.fused or "reads a tensor out of its argument, a Scaling, which" in str(report)
+    torch.testing.assert_close(fused(randn(3, 4)), model(randn(3, 4)), rtol=1e-12, atol=0)

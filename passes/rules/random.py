@@ -108,7 +108,7 @@ def _multinomial(emitter: Emitter, bundle: Bundle) -> Packed:
     lanes = len(bundle.members)
     rows = emitter.front(args["input"], lanes)
     if rank(bundle.members[0]) == 1:
-        return Packed(emitter.respell(op, (rows, *list(args.values())[1:])), 0)
+        return Packed(emitter.respell(op, (rows, *list(args.values())[1:]), zeros=False), 0)
     drawn = emitter.respell(op, (emitter.call(torch.flatten, rows, 0, 1), *list(args.values())[1:]), zeros=False)
     return Packed(emitter.call(torch.unflatten, drawn, 0, (lanes, -1)), 0)
 

@@ -4,7 +4,7 @@ from zoo import ctr
 
 PACKAGE = "deepctr-torch==0.3.0"
 ROWS = 64
-HEAVY = 18
+HEAVY = 12
 
 
 def model():
