@@ -28,7 +28,7 @@ from .bundle import Bundle, Bundles
 from .functional import drop_unused, numbers_like, slice_along
 from .lifted import Lifted
 from .ops import Op
-from .outputs import chain, treatment
+from .outputs import treatment
 from .tidy import tidy
 
 Node = torch.fx.Node
@@ -608,11 +608,6 @@ class Emitter:
         leaves = list(output.args[0])  # type: ignore[arg-type]
         by_bundle: dict[int, list[Node]] = {}
         for leaf in leaves:
-            views = chain(leaf) if isinstance(leaf, Node) else []
-            if len(views) > 1 and views[-1].op == "placeholder":  # a view of an input stays one
-                for view in reversed(views[:-1]):
-                    self.singles[view] = self._copy(view)
-                continue
             bundle = self.bundles.bundle(leaf) if isinstance(leaf, Node) else None
             if bundle is not None and bundle.index in self.values and self.values[bundle.index].dim is not None:
                 by_bundle.setdefault(bundle.index, []).append(leaf)
