@@ -624,6 +624,8 @@ def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
         _agree(recipe, members)
         tensors.append(members)
         stores.append(kinds.pop())
+    for path, module in _unregistered(model, modules):
+        hidden.setdefault(module, path)
 
     holders = {name.partition(".")[0] for name in (*(r.name for r in plan.recipes if packing == "packed"), *plan.constants)}
     if len(holders) > 1:
@@ -634,6 +636,30 @@ def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
     surgery = _Surgery(plan, region, modules, hidden, tensors, names, stores, holder)
     _check_other_names(model, surgery, packing)
     return surgery
+
+
+def _unregistered(model: nn.Module, modules: dict[nn.Module, str]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules in plain lists and dicts of the region's modules, which nobody registers: their flags and attributes are read too."""
+    known = set(model.modules())
+    for owner, path in modules.items():
+        for name, value in owner.__dict__.items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            for inner, found in _modules_in(value, 3):
+                for below, module in found.named_modules():
+                    if module not in known and LANE not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule):
+                        known.add(module)
+                        yield ".".join(part for part in (path, name, inner, below) if part), module
+
+
+def _modules_in(value: Any, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    """Modules in nested containers, each with the way to it."""
+    if isinstance(value, nn.Module):
+        yield "", value
+    elif depth and isinstance(value, list | tuple | dict):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            for way, module in _modules_in(item, depth - 1):
+                yield f"{key}.{way}" if way else str(key), module
 
 
 def _member_name(plan: RegionPlan, place: tuple[int, int]) -> str:

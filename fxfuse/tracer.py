@@ -543,7 +543,7 @@ class _Kept:
                 if tensor.layout is torch.strided:
                     self.by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
         for tensor in self.by_storage.pop(storage, ()):
-            self.saved.append((tensor, tensor.data, tensor.data.clone(), tensor.requires_grad))
+            self.saved.append((tensor, tensor.data, _once(tensor.data).clone(), tensor.requires_grad))
 
     def before_backward(self) -> None:
         """Keep all gradients."""
@@ -555,7 +555,7 @@ class _Kept:
     def restore(self) -> None:
         with torch.no_grad():
             for tensor, data, values, requires_grad in self.saved:
-                data.copy_(values)
+                _once(data).copy_(values)
                 if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape or tensor.stride() != data.stride():
                     tensor.data = data
                 if tensor.requires_grad is not requires_grad and tensor.is_leaf:
@@ -564,6 +564,14 @@ class _Kept:
                 if grad is not None and before is not None:
                     grad.copy_(before)
                 tensor.grad = grad
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """Each number of an expanded tensor once."""
+    for dim, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if step == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 class _Watched:

@@ -20,6 +20,8 @@ _VIEWS = frozenset(
     "select slice_along narrow unsqueeze squeeze transpose t mT permute movedim flatten unflatten view reshape expand view_as reshape_as "
     "expand_as broadcast_to diagonal unfold getitem unbind ravel contiguous".split()
 )
+# What the loop makes new memory for, and does not need for its own backward.
+_JOINS = frozenset("cat stack sum_of prod_of min_of max_of".split())
 # New memory in rows, whatever the strides of what they read, and not needed for their own backward.
 _ROWS = frozenset(
     "cat stack clone bmm baddbmm mm addmm linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d unbind_copy "
@@ -27,8 +29,8 @@ _ROWS = frozenset(
 )
 # Not needed for their own backward either, but with the strides of what they read.
 _PLAIN = frozenset(
-    "add sub mul div neg addcmul sum mean dropout gelu silu leaky_relu where clamp sin cos log log1p abs square lerp matmul einsum softplus "
-    "layer_norm group_norm batch_norm to".split()
+    "add sub mul div neg addcmul sum mean dropout gelu silu leaky_relu where clamp sin cos log log1p abs square lerp matmul einsum "
+    "softplus layer_norm group_norm batch_norm to".split()
 )
 
 
@@ -42,7 +44,8 @@ def chain(node: Node) -> list[Node]:
 
 def treatment(before: Node, after: Node) -> Literal["", "contiguous", "clone"]:
     """How to make ``after`` the caller's own, where ``before`` is; nothing of the graph reads it as an output yet."""
-    if _name(chain(before)[-1]) not in ("cat", "stack"):
+    join = _name(chain(before)[-1])
+    if join not in _JOINS:
         return ""
     views = chain(after)
     root = views[-1]
@@ -51,7 +54,7 @@ def treatment(before: Node, after: Node) -> Literal["", "contiguous", "clone"]:
     name = _name(root)
     if root.op not in ("call_function", "call_method") or shared or name not in _ROWS | _PLAIN:
         return "clone"
-    return "" if name in _ROWS else "contiguous"
+    return "" if name in _ROWS or join not in ("cat", "stack") else "contiguous"
 
 
 def _name(node: Node) -> str:

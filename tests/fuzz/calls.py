@@ -19,11 +19,15 @@ from checks import own_gradients, plain
 from fxfuse import packing
 
 RTOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.2}
+FLOOR = 1e-2  # of numbers about 1: what a norm makes of rows that are all alike is pure rounding
 CHAOS = 1e-3  # an original that moves by more than this share of a tensor when its last bits change tells nothing
 
 
-# Writes that autograd refuses in the original; a fused model makes none of them, and may answer.
-WRITES = ("modified by an inplace operation", "being modified inplace", "in-place operation", "modified inplace")
+# What the original raises and a fused model may answer: writes that autograd refuses (it makes none of them), sizes of -1 beside a 0.
+BENIGN = (
+    "modified by an inplace operation", "being modified inplace", "in-place operation", "modified inplace",
+    "cannot reshape tensor of 0 elements",
+)  # fmt: skip
 
 
 @dataclass
@@ -94,9 +98,15 @@ def _steps(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(step for step, _ in steps) if tensor.numel() else ()
 
 
-def _same_facts(got: Any, want: Any) -> bool:
+def _in_rows(fact: Any) -> bool:
+    """Are these the strides of a contiguous tensor?"""
+    return list(fact[3]) == sorted(fact[3], reverse=True)
+
+
+def _same_facts(got: Any, want: Any, other_layout: bool) -> bool:
     if isinstance(want, tuple) and isinstance(got, tuple) and len(want) == len(got) == 4:  # what ``look`` notes of a tensor
-        return got[:3] == want[:3] and (want[3] is None or got[3] == want[3])
+        in_rows = got[3] is not None and other_layout and not _in_rows(want)
+        return got[:3] == want[:3] and (want[3] is None or got[3] == want[3] or in_rows)
     return type(got) is type(want) and bool(got == want)
 
 
@@ -112,16 +122,17 @@ def _backward(outputs: list[Tensor], scale: float) -> None:
         torch.autograd.backward(ends, starts)
 
 
-def compare(got: Seen, want: Seen, noise: Callable[[], dict[str, float]], narrow: bool) -> list[str]:
-    """What differs, in words. ``narrow``: the model computes in float32 somewhere inside."""
+def compare(got: Seen, want: Seen, noise: Callable[[], dict[str, float]], narrow: bool, other_layout: bool = False) -> list[str]:
+    """What differs, in words. ``narrow``: the model computes in float32 somewhere inside. ``other_layout``: the inputs are not laid out
+    as the example: a result may be in rows where the original's is not."""
     if want.error or got.error:
-        if bool(want.error) == bool(got.error) or (want.error and any(words in want.error for words in WRITES)):
+        if bool(want.error) == bool(got.error) or (want.error and any(words in want.error for words in BENIGN)):
             return []
         return [f"raises {got.error}" if got.error else f"answers where the original raises {want.error}"]
     if got.spec != want.spec:
         return [f"returns {got.spec}, the original {want.spec}"]
     facts = ((name, got.facts.get(name), fact) for name, fact in want.facts.items())
-    found = [f"{name} is {mine}, the original's {fact}" for name, mine, fact in facts if not _same_facts(mine, fact)]
+    found = [f"{name} is {mine}, the original's {fact}" for name, mine, fact in facts if not _same_facts(mine, fact, other_layout)]
     largest = _largest(want)
     apart: dict[str, float] = {}
     for name, value in want.numbers.items():
@@ -175,7 +186,7 @@ def _apart(got: Tensor | None, want: Tensor | None, largest: float, narrow: bool
     scale = finite.max().item() if finite.numel() else 0.0
     dtype = want.dtype.to_real() if want.is_complex() else want.dtype
     rtol = max(RTOL.get(dtype, 0.2), RTOL[torch.float32] if narrow else 0.0)
-    return (float("inf") if difference != difference else difference), rtol * scale + rtol * 1e-4 * largest
+    return (float("inf") if difference != difference else difference), rtol * scale + rtol * 1e-4 * largest + rtol * FLOOR
 
 
 def _largest(seen: Seen) -> dict[str, float]:

@@ -1,0 +1,154 @@
+"""What a fused model returns is the caller's, as what the original returned: it may be written to, viewed, and has the same strides."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxfuse
+from checks import QUICK, assert_close, model_of, randn, randomized
+
+LAST = {
+    "relu": F.relu, "softmax": lambda y: y.softmax(-1), "gelu": F.gelu, "product": lambda y: y * 2,
+}  # fmt: skip
+JOINS = {
+    "stack": lambda ys: torch.stack(ys, 1), "stack first": lambda ys: torch.stack(ys), "cat": lambda ys: torch.cat(ys, 1),
+    "view": lambda ys: torch.cat(ys, 1).unsqueeze(1), "two": lambda ys: (torch.stack(ys, 1), torch.stack(ys[::-1], 1)),
+    "with a lane": lambda ys: [torch.stack(ys, 1), ys[1]], "prod": lambda ys: ys[0] * ys[1],
+    "maximum": lambda ys: torch.maximum(ys[0], ys[1]),
+}  # fmt: skip
+
+
+def linears(forward, inputs, outputs, lanes=3):
+    return randomized(model_of(forward, nets=nn.ModuleList(nn.Linear(inputs, outputs) for _ in range(lanes))))
+
+
+def written(model, x, index):
+    """Outputs and gradients where the caller writes into one of the outputs."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out = list(out) if isinstance(out, (list, tuple)) else [out]
+    out[index % len(out)].mul_(0.5)
+    sum((o * torch.arange(o.numel()).view_as(o)).sum() for o in out).backward()
+    return [o.detach() for o in out], x.grad
+
+
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("last", LAST)
+def test_the_caller_may_write_into_a_join(last, join):
+    function, joined = LAST[last], JOINS[join]
+    model = linears(lambda self, x: joined([function(net(x[:, i])) for i, net in enumerate(self.nets)]), 3, 2)
+    x = randn(4, 3, 3)
+    fused = fxfuse.optimize(model, x, objective="launches", **QUICK)
+    assert fxfuse.report(fused).fused
+    for rows in (1, 6):
+        y = randn(rows, 3, 3, seed=rows)
+        for index in (0,) if join == "with a lane" else (0, -1):  # a lane itself may be what its last op kept
+            for got, want in zip(*(written(m, y, index)[0] for m in (fused, model)), strict=True):
+                assert_close(got, want, "output")
+            assert_close(written(fused, y, index)[1], written(model, y, index)[1], "gradient")
+
+
+@pytest.mark.parametrize("last", [F.gelu, torch.tanh, lambda y: y * 2])
+def test_a_join_lies_in_rows_whatever_the_strides_of_the_input(last):
+    model = model_of(lambda self, x: torch.stack([last(part) for part in x.chunk(3, 1)], 1))
+    fused = fxfuse.optimize(model, randn(4, 6), objective="launches", **QUICK)
+    assert fxfuse.report(fused).fused
+    for x in (randn(4, 6), randn(6, 4).t(), randn(4, 12)[:, ::2], randn(1, 6).expand(4, 6)):
+        assert fused(x).is_contiguous()
+        assert_close(fused(x).view(4, -1), model(x).view(4, -1), "output")
+
+
+def test_an_interleaved_join_lies_in_rows():
+    def forward(self, x):
+        out = torch.ones(x.shape[0], 3, dtype=x.dtype)
+        for i, net in enumerate(self.nets):
+            out[:, i::3] = net(x[:, i : i + 1])
+        return out
+
+    model = linears(forward, 1, 1)
+    fused = fxfuse.optimize(model, randn(5, 3), objective="launches", **QUICK)
+    assert fxfuse.report(fused).fused
+    assert fused(randn(5, 3)).stride() == (3, 1)
+
+
+def test_of_one_row_the_strides_of_more_cannot_be_told():
+    model = linears(lambda self, x: torch.stack([net(x) for net in self.nets], -1), 1, 1, lanes=2)
+    fused = fxfuse.optimize(model, randn(1, 1), objective="launches", **QUICK)
+    assert fused(randn(7, 1)).stride() == model(randn(7, 1)).stride()
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor, self.dropout = factor, nn.Dropout(0.5)
+
+    def forward(self, x):
+        return torch.tanh(self.dropout(x) * self.factor)
+
+
+class Unregistered(nn.Module):
+    """Modules without weights in a plain list: ``train`` does not reach them, attributes of theirs are read."""
+
+    def __init__(self, deep):
+        super().__init__()
+        plain = [Scaled(i + 1.0) for i in range(3)]
+        self.plain = {"all": plain} if deep else plain
+        self.nets = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+    def lanes(self):
+        return self.plain["all"] if isinstance(self.plain, dict) else self.plain
+
+    def forward(self, x):
+        return torch.stack([after(net(x)) for after, net in zip(self.lanes(), self.nets)])
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy])
+def test_flags_and_attributes_of_modules_that_nobody_registers(deep, copied):
+    model, x = randomized(Unregistered(deep)).eval(), randn(4, 2)
+    for each in model.lanes():
+        each.eval()
+    fused = copied(fxfuse.optimize(model, x, objective="launches", **QUICK)).eval()
+    assert fxfuse.report(fused).fused
+    assert torch.allclose(fused(x), model(x), rtol=1e-12)
+    assert not fxfuse.report(fused).fallbacks
+    for each in (model, fused):
+        each.lanes()[1].factor = 10.0
+    assert torch.allclose(fused(x), model(x), rtol=1e-12)
+    fused.lanes()[0].train()
+    assert not torch.equal(fused(x), fused(x))  # its dropout draws
+
+
+def test_a_parameter_that_shares_another_ones_memory_still_does():
+    model, x = linears(lambda self, x: torch.stack([n(x) for n in self.nets]), 2, 2, lanes=4), randn(3, 2)
+    model.nets[2].weight.data = model.nets[0].weight.data
+    fused = fxfuse.optimize(model, x, objective="launches", **QUICK)
+    assert fused.nets[2].weight.data_ptr() == fused.nets[0].weight.data_ptr() != model.nets[0].weight.data_ptr()
+    for each in (model, fused):
+        each(x).square().sum().backward()
+        with torch.no_grad():
+            for p in each.parameters():
+                p -= 0.1 * p.grad
+    assert torch.allclose(fused(x), model(x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_no_rows_through_the_grouped_convolution(rows):
+    model = linears(lambda self, x: torch.stack([n(x) for n in self.nets]), 2, 2)
+    fused = fxfuse.optimize(model, randn(4, 2), objective="launches", lowering="grouped_conv", **QUICK)
+    assert_close(fused(randn(rows, 2)), model(randn(rows, 2)), "output")
+
+
+def test_an_expanded_input_that_forward_would_write_to():
+    def forward(self, x):
+        x.data.mul_(1)  # raises
+        return torch.stack([net(x) for net in self.nets])
+
+    refused = fxfuse.report(fxfuse.optimize(linears(forward, 2, 2), randn(1, 2).expand(4, 2), **QUICK)).refused
+    assert "more than one element of the written-to tensor" in str(refused[0])
+    assert "please report" not in str(refused[0])
