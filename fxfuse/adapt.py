@@ -33,7 +33,7 @@ from .errors import FallbackError
 from .fused import STATE, RegionState, unfuse
 from .graph import Guard, Program, Refusal, TensorGuard
 from .guards import explain_miss
-from .held import kept
+from .held import held_by_caller
 from .inputs import batch_size, resample
 from .lengths import tracked_len
 from .observe import observe, reads_offsets
@@ -152,6 +152,8 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     if isinstance(prepared, Refusal) or refusal is not None:
         raise Unfit(str(refusal))
     prepared.single = making.single
+    prepared = prepared.with_widths(making.together)
+    prepared = prepared if prepared.worthwhile else prepared.whatever_it_saves()
     prepared = prepared.without(making.skipped) if making.skipped else prepared
     made = vectorize(prepared.cut(making.chunks), _packs(state, region), making.lowering, making.prefer)
     if made is None:
@@ -160,7 +162,8 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     resolve_packed(made.graph, made.packs)
     used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
     constants = {name: tensor for name, tensor in made.packs.constants.items() if name in used and name not in plan.constants}
-    return _Made(kept(make_program(observation.trace, prepared.lifted, made.graph)), constants, entry, not reads_offsets(observation.trace))
+    program = held_by_caller(make_program(observation.trace, prepared.lifted, made.graph))
+    return _Made(program, constants, entry, not reads_offsets(observation.trace))
 
 
 def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

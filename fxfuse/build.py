@@ -18,7 +18,7 @@ from .determinism import preserved_state
 from .entries import FORWARD, INSIDE, Entry
 from .errors import ArgumentError
 from .graph import Making, Program, Refusal, RegionPlan
-from .held import Places, kept
+from .held import Places
 from .inputs import resample
 from .observe import Observation
 from .options import Options
@@ -202,7 +202,9 @@ class Builder:
         plan = RegionPlan(chosen.way.entry.place(frame.path)[0], [], {}, {}, ops, list(choice.vectorized.notes))
         plan.place = ops[0].place if ops else frame.place
         prepared = chosen.region.prepared
-        plan.making = Making(choice.lowering, chosen.prefer, choice.chunks, prepared.skipped, prepared.single, self.options.validate)
+        plan.making = Making(
+            choice.lowering, chosen.prefer, choice.chunks, prepared.skipped, prepared.single, self.options.validate, prepared.together
+        )  # fmt: skip
         if choice.launches is not None:
             loop, fused = choice.launches
             plan.launches, plan.heavy = (loop.total, fused.total), (loop.heavy, fused.heavy)
@@ -259,7 +261,7 @@ class Builder:
         owner = self.work.get_submodule(plan.path)
         for way, observation, lifted, graph, method in built.graphs:
             resolve_packed(graph, packs)
-            program = kept(self.places.named(make_program(observation.trace, lifted, graph)))
+            program = self.places.named(make_program(observation.trace, lifted, graph))
             for same in [observation, *(o for o in way.observations if o.same_as is observation)]:
                 flags = dict(zip(way.root.modules(), same.flags, strict=True))
                 key = tuple(flags[m] for m in owner.modules())

@@ -171,6 +171,7 @@ class Making:
     skipped: frozenset[Any]  # lane sets that stay as they are
     single: bool
     validate: bool
+    together: bool = False  # lanes of unequal widths in one bundle
 
 
 @dataclass

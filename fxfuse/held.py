@@ -133,6 +133,15 @@ class Places:
         return len(seen) < _MOST and all(self._follows(item, seen) for item in inside)
 
 
+def held_by_caller(program: Program) -> Program:
+    """The program, its guard asking of the objects that callers hold that they are what they were."""
+    leaves = tuple(
+        (leaf[0], Kept.of(leaf[1], or_equal=True)) if isinstance(leaf, tuple) and not isinstance(leaf[1], Kept) and _changeable(leaf[1]) else leaf
+        for leaf in program.guard.leaves
+    )
+    return replace(program, guard=replace(program.guard, leaves=leaves))
+
+
 def _changeable(value: Any) -> bool:
     return bool(getattr(value, "__dict__", None)) or (type(value).__module__ == "numpy" and hasattr(value, "tobytes"))
 

@@ -732,9 +732,9 @@ def _mark_changed(trace: Trace, changed: dict[str, str]) -> None:
             for length in range(len(parts)):
                 around.setdefault(".".join(parts[:length]), f"{path}.{name}")
     for frame in trace.frames:
-        name = changed.get(frame.path) or around.get(frame.path)
-        if name and not frame.poison:
-            name = name.removeprefix(f"{frame.path}.")
+        found = changed.get(frame.path) or around.get(frame.path)
+        if found and not frame.poison:
+            name = found.removeprefix(f"{frame.path}.")
             frame.poison, frame.place = f"forward changes self.{name}", line_of_attribute(frame.module, name) or frame.place
 
 
