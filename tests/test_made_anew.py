@@ -47,7 +47,7 @@ def test_in_float32_and_float64():
 
 
 RANDOM = {
-    "numpy": lambda: torch.from_numpy(numpy.random.randn(4)),  # noqa: NPY002
+    "numpy": lambda: torch.from_numpy(numpy.random.randn(4)),
     "random": lambda: torch.DoubleTensor([random.random() for _ in range(4)]),
 }
 
