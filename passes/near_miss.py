@@ -15,9 +15,12 @@ import networkx as nx
 from fxfuse.graph import Place, Refusal
 
 from .bundle import POSITIONS, Bundle, Bundles, Node, dataflow_of
+from .numbers import TENSOR_TOO
 from .ops import Op
 from .rules import has_rule
 
+# Ops whose numbers are a lane's place or, of one loop, become a tensor: others are calls that only look alike.
+_MAY_DIFFER = frozenset({*POSITIONS, *TENSOR_TOO, "item"})
 # How far up a difference is looked for.
 DEEPEST = 12
 
@@ -70,7 +73,7 @@ def _partings(bundles: Bundles, region: str, told: set[Place | None]) -> list[Re
     for bundle in bundles.classes:
         first = bundle.members[0]
         place = first.meta.get("place")
-        if bundle.op is None or place is None or place in told or bundle.name in (*POSITIONS, "item"):
+        if bundle.op is None or place is None or place in told or bundle.name in _MAY_DIFFER:
             continue
         operands = tuple(bundles.of[node] for node in first.all_input_nodes)
         if any(operand in bundles.active or bundles.classes[operand].name in POSITIONS for operand in operands):

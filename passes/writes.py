@@ -255,9 +255,10 @@ def _holds(value: Any, tensor: torch.Tensor, depth: int) -> bool:
     """Is the tensor somewhere in the attributes and items of ``value``?"""
     if value is tensor or not depth or isinstance(value, (*_LEAVES, torch.Tensor, torch.nn.Module)):
         return value is tensor
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else getattr(value, "__dict__", {}).values()
+    if isinstance(value, (list, tuple, dict)):
+        return any(_holds(item, tensor, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
     slots = [getattr(value, name, None) for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    return any(_holds(item, tensor, depth - 1) for item in (*items, *slots))
+    return any(_holds(item, tensor, depth - 1) for item in (*getattr(value, "__dict__", {}).values(), *slots))
 
 
 def _new(node: Any) -> bool:

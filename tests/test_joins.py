@@ -692,3 +692,33 @@ def test_what_equals_an_input_is_no_alias_of_it():
     assert fxfuse.report(fused).fused
     fused(x)[0].zero_()
     assert torch.equal(x, X)
+
+
+@dataclass
+class Summarized:
+    """A dataclass that computes an attribute beyond its fields, and is given another."""
+
+    parts: list
+
+    def __post_init__(self):
+        self.total = sum(self.parts)
+
+
+def test_dataclasses_with_attributes_beyond_their_fields():
+    class Model(Nets):
+        def forward(self, x):
+            out = Summarized([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)])
+            out.rows = x.shape[0]
+            return out
+
+    model = randomized(Model())
+    fused = fxfuse.optimize(model, randn(5, 4), objective="launches", strict=True, tune=False)
+    report = fxfuse.report(fused)
+    assert report.heavy[1] == 2, str(report)
+    for rows in (5, 3):
+        got, want = fused(randn(rows, 4)), model(randn(rows, 4))
+        assert type(got) is Summarized
+        assert list(vars(got)) == list(vars(want))
+        assert got.rows == rows
+        torch.testing.assert_close(got.total, want.total, rtol=1e-12, atol=0)
+        torch.testing.assert_close(got.parts, want.parts, rtol=1e-12, atol=0)
