@@ -23,6 +23,7 @@ from .options import Options
 from .passes.chunk import fitting_chunks, widest
 from .passes.emit import Packs
 from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
+from .private.profiler import is_profiling
 from .timing import medians, ratio
 from .workbench import Case, Workbench
 
@@ -302,7 +303,7 @@ class Planner:
 
     def measure_memory(self, choice: Choice) -> None:
         """Peak bytes of the loop and of the chosen form, in the mode that was asked for."""
-        if choice.vectorized is not None:
+        if choice.vectorized is not None and not is_profiling():  # PyTorch runs one profiler at a time: here it is the user's
             with preserved_state(self.region):
                 choice.peak = (peak_bytes(self.benches[0].loop()), peak_bytes(self.benches[0].step(choice.vectorized)))
 

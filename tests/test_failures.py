@@ -199,7 +199,7 @@ def some(way: str, every: int) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("way", ["copied", "inplace", "methods", "first call"])
 def test_a_failure_anywhere_leaves_a_working_model(way: str) -> None:
-    assert sum([fail_in(name, 1, way, Injected) for name, _ in some(way, 40)]) > 5
+    assert sum([fail_in(name, 1, way, Injected) for name, _ in some(way, 60)]) > 3
 
 
 @pytest.mark.parametrize("way", ["inplace", "first call"])
@@ -208,11 +208,11 @@ def test_a_late_failure_in_place_leaves_nothing_behind(way: str) -> None:
     places = ("fxfuse.fused.", "fxfuse.lane.", "fxfuse.alias.", "fxfuse.runtime.")
     late = [(name, count) for name, count in called(way) if name.startswith(places)]
     assert len(late) > 20
-    assert sum([fail_in(name, count, way, Injected) for name, count in late[::6]]) > 3
+    assert sum([fail_in(name, count, way, Injected) for name, count in late[::9]]) > 2
 
 
 @pytest.mark.parametrize("error", [Interrupted, MemoryError])
-@pytest.mark.parametrize("way", ["inplace", "copied", "first call"])
+@pytest.mark.parametrize("way", ["inplace", "first call"])
 def test_what_is_no_failure_of_ours_passes_through(way: str, error: type[BaseException]) -> None:
     assert sum([fail_in(name, max(1, count // 2), way, error) for name, count in some(way, 90)]) > 1
 
@@ -249,11 +249,15 @@ def test_the_interrupted_first_call_is_tried_again() -> None:
 # -- the original -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"objective": "launches"}, {"mode": "infer"}, {"tune_for": [3, 9], "max_memory": 10**8}])
-@pytest.mark.parametrize("kind", KINDS)
+LATER = pytest.mark.stress
+MANY: list[tuple[str, dict[str, Any]]] = [(kind, {"objective": "launches"}) for kind in KINDS]
+TIMED = [{"mode": "infer"}, {"tune_for": [3, 9], "max_memory": 10**8}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [*MANY, ("columns", TIMED[0]), *(pytest.param(k, o, marks=LATER) for k in ("conv_norm", "experts") for o in TIMED)]
+)
 def test_the_original_is_left_to_the_bit(kind: str, options: dict[str, Any]) -> None:
-    if "objective" not in options and kind not in ("columns", "conv_norm", "experts"):
-        options = {**options, "tune": False}
     model, inputs = KINDS[kind]()
     for parameter in list(model.parameters())[::2]:
         parameter.grad = torch.randn_like(parameter)
@@ -297,6 +301,16 @@ def test_the_switches_of_the_process_are_left_as_they_are(switch: str) -> None:
             sys.setprofile(None)
     assert fxfuse.report(fused).fused
     assert (len(seen) == 9) is (switch == "profile")
+
+
+def test_inside_of_a_profiler_s_range() -> None:
+    """Where memory cannot be measured, because PyTorch runs one profiler at a time."""
+    model = new()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
+        fused = fxfuse.optimize(model, X, objective="launches")
+    (plan,) = fxfuse.report(fused).fused
+    assert plan.peak_bytes is None
+    assert_works(fused, model, "under a profiler")
 
 
 def test_a_failing_report_does_not_cost_the_model() -> None:

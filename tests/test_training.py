@@ -202,7 +202,7 @@ def test_training_goes_on_from_a_checkpoint_of_the_original() -> None:
 
 SIGMAS = 6.0
 FALSE_ALARM = math.erfc(SIGMAS / math.sqrt(2))
-LANES, WIDTH, ROWS = 6, 32, 2000
+LANES, WIDTH, ROWS = 6, 32, 1000
 
 
 def dropping(make: Callable[[int], nn.Module], shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -223,7 +223,7 @@ def test_the_bounds_hardly_ever_alarm() -> None:
     assert comparisons * FALSE_ALARM < 1e-6
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("p", [0.5, *(pytest.param(p, marks=pytest.mark.stress) for p in (0.1, 0.8))])
 def test_every_lane_drops_at_its_rate_and_alone(p: float) -> None:
     _, fused, x = dropping(lambda i: nn.Dropout(p), (WIDTH,))
     torch.manual_seed(11)
