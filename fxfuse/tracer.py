@@ -698,6 +698,8 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
             _run(recorder, model, args, kwargs)
         except Exception as error:  # the user's model: anything can come
             recorder.trace.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            if recorder.kept is not None and any(each.hooks for each in recorder.kept.watched):
+                recorder.trace.failure += ", without its hooks, which do not run while it is recorded"
         finally:
             given.restore()
     return recorder.trace

@@ -56,7 +56,7 @@ def judge(subject: Subject, tell: Tell) -> None:
     prepared = subject.prepare(tell)
     tell({**prepared.facts, "stage": "reference"})
     model, reference = prepared.build(), prepared.build()
-    given = reference.state_dict()
+    given = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     args, kwargs = prepared.inputs(ROWS, LENGTH, 1)
     tell({"modules": sum(1 for _ in model.modules()), "stage": "optimize"})
     start = time.perf_counter()
