@@ -41,7 +41,7 @@ def verdict(facts: dict[str, Any]) -> str:
     if facts.get("wrong"):
         return "WRONG"
     if facts.get("stage") == "done":
-        return "random" if facts.get("unsteady") else "right"
+        return "doubtful" if facts.get("doubtful") else "random" if facts.get("unsteady") else "right"
     return "never ran" if facts.get("built") else "not built"
 
 

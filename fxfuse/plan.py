@@ -166,6 +166,10 @@ class Planner:
             if least.total > loop.total:
                 least = self._without_dear_ones(choice, loop, least)
         choice.launches = (loop, least)
+        more, saved = least.total - loop.total, loop.heavy - least.heavy
+        if choice.refusal is None and more > max(saved, 0):  # it is no lane set: around them each write in place became a copy
+            what = f"left as a loop: the writes around the lanes launch {more} ops more, to save {saved} that carry parameters"
+            choice.refusal = self._refusal(what)
         if choice.refusal is None and least.total >= loop.total and least.heavy >= loop.heavy:
             said = f"left as a loop: packed launches {least.total} ops, the loop {loop.total}"
             choice.refusal = self.left.pop() if self.left else self._refusal(said)

@@ -771,6 +771,8 @@ def _recorded(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) ->
             _run(recorder, model, args, kwargs)
         except Exception as error:  # the user's model: anything can come
             recorder.trace.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            if recorder.kept is not None and any(each.hooks for each in recorder.kept.watched):
+                recorder.trace.failure += ", without its hooks, which do not run while it is recorded"
         finally:
             given.restore()
         moved = recorder.generators.states() != before

@@ -219,7 +219,7 @@ class _Check:
         self.result = Validation(rtol=rtol, examples=[_described(*example) for example in examples])
         self.rounding: dict[Kind, Rounding] = {}
         self.proofs: set[str] = set()
-        self.in_place, self.all_float64 = not copied, False
+        self.in_place, self.all_float64, self.several_dtypes = not copied, False, False
         copies = [self._copy(original, "original"), self._copy(fused, "fused model")] if copied else [(original, False), (fused, False)]
         self.copied = all(made for _, made in copies)
         self.original, self.fused = (model for model, _ in copies)
@@ -248,6 +248,7 @@ class _Check:
             modes = [*modes, "given"]  # some lanes in eval mode: neither train() nor eval() shows that state
         wide = self._doubled() if float64 and self.copied else None
         self.all_float64 = _all_float64(self.original, self.examples)
+        self.several_dtypes = len({p.dtype for p in self.original.parameters() if p.is_floating_point()}) > 1
         own = (own_dtype or wide is None) and not (wide is not None and self.all_float64)
         buffers = any(True for _ in self.original.buffers())
         attributes = tuple(fused_modules.attributes_set(self.fused, by_programs=True))
@@ -280,7 +281,7 @@ class _Check:
 
     def _compare_both(self, call: _Call, wide: tuple[nn.Module, nn.Module] | None, own: bool) -> None:
         exact = self._pair(replace(call, dtype=torch.float64), *wide) if wide is not None else None
-        if exact is not None and self.all_float64 and _follows_no_dtype(exact):
+        if exact is not None and (self.all_float64 or self.several_dtypes) and _follows_no_dtype(exact):
             exact, own = None, True
         proved = exact is not None and self._compare(exact, proved=False) is True and not exact.fused.fallbacks
         if proved:
@@ -521,9 +522,9 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _follows_no_dtype(pair: _Pair) -> bool:
-    """Does the fused model not answer because the original, in float64 itself, makes float32 somewhere (angles, a router)?
+    """Does the fused model not answer because its dtypes are not the model's (float32 angles in float64, a backbone in float32)?
 
-    The comparison in float64 lets a program follow the model there; where it should not, the program as it was recorded counts.
+    The comparison in float64 lets a program follow the model there; where it cannot, the program as it was recorded counts.
     """
     missed = any(" has dtype " in reason for reason in pair.fused.fallbacks)
     return pair.original.error is None and (pair.fused.error is not None or missed)

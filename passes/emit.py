@@ -227,6 +227,8 @@ class Emitter:
         stretch = self.bundles.stretch(nodes)
         if stretch is not None:
             return self._stretch(*stretch, len(nodes))
+        if isinstance(first.target, Op) and first.target.name.startswith("size"):  # lanes of one shape have one size, whoever has it
+            return Packed(self.single(first), None)
         known = self.gathers.get(tuple(nodes))
         if known is None:
             known = self.gathers[tuple(nodes)] = self._gathered(nodes)

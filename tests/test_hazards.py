@@ -186,6 +186,22 @@ def test_a_hook_registered_after_fusing():
 # -- what forward does --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_forward_that_needs_its_hooks_comes_back_with_the_reason():
+    def forward(self, x):
+        outputs = [net(x) for net in self.nets]
+        if len(outputs) != len(self.seen):
+            raise ValueError("what the layers gave was not noted")
+        self.seen.clear()
+        return torch.cat(outputs, 1)
+
+    model = checks.model_of(forward, nets=nn.ModuleList(nn.Linear(4, 3) for _ in range(3)), seen=[]).double()
+    for net in model.nets:
+        net.register_forward_hook(lambda module, args, out: model.seen.append(out))
+    fused = fxfuse.optimize(model, randn(5, 4), objective="launches")
+    reason = "the forward raises ValueError: what the layers gave was not noted, without its hooks, which do not run while it is recorded"
+    assert [str(refusal) for refusal in fxfuse.report(fused).refused] == [reason]
+
+
 class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -66,6 +66,38 @@ class Columns(nn.Module):
         return torch.cat([self.tables[i](ids[:, i]) for i in range(ids.shape[1])], 1)
 
 
+class Decoder(nn.Module):
+    """A layer that reads the sentence so far and another: five Linears, each cut into heads by the sizes of its own input."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.far_k, self.far_v, self.far_q, self.o = (nn.Linear(8, 8) for _ in range(7))
+
+    def heads(self, layer, x):
+        return layer(x).view(*x.shape[:-1], -1, 4).transpose(1, 2)
+
+    def forward(self, x, far):
+        q, k, v = (self.heads(each, x) for each in (self.q, self.k, self.v))
+        near = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        q, k, v = self.heads(self.far_q, x + near), self.heads(self.far_k, far), self.heads(self.far_v, far)
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Translator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.source, self.target = nn.Embedding(30, 8), nn.Embedding(30, 8)
+        self.layers = nn.ModuleList(Decoder() for _ in range(2))
+
+    def forward(self, source, target):
+        if bool((source < 0).any()):
+            raise ValueError("a word that there is not")
+        x, far = self.target(target), self.source(source)
+        for layer in self.layers:
+            x = x + layer(x, far)
+        return x
+
+
 def ids(rows, length, limit=9, seed=0):
     return torch.randint(limit, (rows, length), generator=torch.Generator().manual_seed(seed))
 
@@ -100,3 +132,20 @@ def test_integers_in_columns_are_as_many_as_there_are_tables():
     fused = checks.assert_fused_equals(made, ids(5, 7), heavy=1, tune=False, specialised=True)
     with pytest.raises(IndexError):
         fused(ids(5, 8))
+
+
+@pytest.mark.parametrize("length", [7, 5])
+def test_two_sentences(length):
+    """As long as each other in the example, their lanes are one, for sentences that are; else each has lanes of its own.
+
+    What surrounds the layers looks at its data: each layer is a region, and is given both sentences.
+    """
+    torch.manual_seed(0)
+    made = checks.randomized(Translator())
+    fused = fxfuse.optimize(made, (ids(3, 7), ids(3, length, seed=1)), objective="launches", tune=False)
+    left = [str(each) for each in fxfuse.report(fused).refused]
+    assert not [each for each in left if "reads tensor data" not in each and "input [3, 5, 8] against [3, 7, 8]" not in each], left
+    sizes = [(4, 9, 9 if length == 7 else 6), (1, 30, 30 if length == 7 else 2)]
+    checks.assert_equal_models(made, fused, [((ids(rows, one, seed=rows), ids(rows, other, seed=5)), {}) for rows, one, other in sizes])
+    assert not fxfuse.report(fused).fallbacks
+    checks.assert_equal_models(made, fused, [((ids(4, 8), ids(4, 3)), {})])

@@ -453,3 +453,30 @@ def test_verify_finds_a_changed_weight():
     with torch.no_grad():
         fused.nets[0][0].weight[0] += 1
     assert not fxfuse.verify(model, fused, X).ok
+
+
+class Triangle(nn.Module):
+    """A running sum over rows, written in place row by row, beside three Linears that could be one."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.nets, self.rows = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), rows
+
+    def forward(self, x):
+        q, k, v = (net(x) for net in self.nets)
+        weights = (q @ k.mT).softmax(-1)
+        for i in range(1, self.rows):
+            weights[..., i, :i] = weights[..., i, :i].clone() + (weights[..., i, :, None].clone() * weights.clone()).sum(-2)[..., :i]
+        return weights @ v
+
+
+@pytest.mark.parametrize(("rows", "fuses"), [(1, True), (9, False)])
+def test_lanes_that_cost_the_rest_more_than_they_save_stay(rows, fuses):
+    torch.manual_seed(0)
+    model, x = Triangle(rows).double(), torch.randn(4, 9, 6, dtype=torch.float64)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    report = fxfuse.report(fused)
+    assert bool(report.fused) is fuses, str(report)
+    if not fuses:
+        assert [str(each).partition("launch ")[0] for each in report.refused] == ["left as a loop: the writes around the lanes "]
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)

@@ -836,3 +836,23 @@ def test_inputs_of_two_dtypes_take_the_fast_way(dtype):
     for rows in (5, 2):
         for got, want in zip(fused(x[:rows]), model(x[:rows])):
             torch.testing.assert_close(got, want)
+
+
+def test_a_model_of_two_dtypes_fuses():
+    """The first half is kept in float32; what comes of it is given to lanes that are not."""
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.turned = nn.Linear(4, 6), Turned(False)
+
+        def forward(self, x):
+            return self.turned(x, self.first(x.float()))
+
+    torch.manual_seed(0)
+    model, x = Halves().double(), torch.randn(5, 4, dtype=torch.float64)
+    model.first.float()
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    assert fxfuse.report(fused).fused, str(fxfuse.report(fused))
+    for got, want in zip(fused(x), model(x)):
+        torch.testing.assert_close(got, want)
+    assert not fxfuse.report(fused).fallbacks

@@ -215,7 +215,7 @@ def _places(dims: int) -> Draw:
 def subjects() -> list[Subject]:
     """Each class by itself, each form of it, and as lanes."""
     entries = _entries()
-    abstract = {"Module", "Container", "RNNBase", "RNNCellBase"}
+    abstract = {"Module", "Container", "RNNBase", "RNNCellBase", "DataParallel"}
     types = {name: value for name, value in vars(nn).items() if isinstance(value, type) and issubclass(value, nn.Module)}
     classes = sorted(types.keys() - abstract)
     found: list[Subject] = []
