@@ -170,6 +170,8 @@ def cumulative_batch_norm(
     """
     mean, var = running_mean.new_zeros(2, running_mean.numel()).unbind(0)
     out = torch.nn.functional.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+    if not input.numel():  # of no rows there are no statistics
+        return out
     wide = torch.promote_types(running_mean.dtype, torch.float32)
     share = counter.detach().to(wide).reciprocal().reshape(-1, 1)
     for running, own in zip((running_mean, running_var), (mean, var), strict=True):

@@ -29,7 +29,7 @@ from .ops import op_name
 from .returned import Returned
 from .updates import arguments, writes
 from .updating import mark_unread
-from .writes import SPLITS
+from .writes import RENEWING, SPLITS
 
 _GETITEM = op_of(operator.getitem, "item")
 
@@ -195,6 +195,8 @@ class _Lifter(Returned):
     def _event(self, event: Event) -> None:
         name = op_name(event.func)
         written = writes(event)
+        if name in RENEWING:
+            raise Refused(f"{name} makes another tensor of one in place", event.place)
         if written and not event.mutated:
             raise Refused(f"changes {self.trace.values[written[0]].name or 'running statistics'} in forward ({name})", event.place)
         if name in ("batch_norm", "instance_norm", "group_norm"):

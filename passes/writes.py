@@ -34,6 +34,10 @@ _SIZE_OPS = {name: op_of(getattr(operator, name), f"size_{name}") for name in ("
 _MADE = frozenset("zeros ones empty full new_zeros new_ones new_empty new_full zeros_like ones_like empty_like full_like".split())
 _VIEWS = frozenset("select slice_along unsqueeze squeeze reshape flatten transpose permute".split())
 _LEAVES = (Ref, SizeOf, SizeOp, type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device)
+# What is recorded of a tensor is its shape, and where its gradient goes, as it was first seen.
+RENEWING = frozenset("squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ as_strided_ resize_ resize_as_ set_ detach_".split())
+_COMPARING = frozenset("eq_ ne_ lt_ le_ gt_ ge_ logical_not_ logical_and_ logical_or_ logical_xor_".split())
+_DRAWING = frozenset("random_ geometric_".split())  # into a tensor, and without a rule
 SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
 
 
@@ -160,6 +164,10 @@ class Writes(Indexing):
         target = event.args[0].value if event.args and isinstance(event.args[0], Ref) else None
         if target is None or target not in event.mutated:
             raise Refused(f"{name} changes a tensor in a way that has no functional form here", event.place)
+        if name in _DRAWING:
+            raise Refused(f"{name} fills a tensor with random numbers", event.place)
+        if name in _COMPARING and self.trace.values[target].tensor.dtype is not torch.bool:
+            raise Refused(f"{name} writes truth values as numbers", event.place)
         root = self._root(target)
         if root in self.inputs:
             raise Refused(f"writes into its input ({name})", event.place)
@@ -179,7 +187,7 @@ class Writes(Indexing):
             if isinstance(last, torch.fx.Node) and last.target is _WRITE and last.args[1:] == tuple(args[1:3]):
                 return last  # the second half of ``x[i] += y``: what the first wrote into the view is there already
             return self._node(_WRITE, (args[0], args[1], args[2]), target)
-        if name == "copy_":
+        if name == "copy_" or (name == "fill_" and isinstance(args[1], torch.fx.Node)):
             return self._node(_SLOT, (args[1], args[0]), target)
         if name in ("zero_", "fill_"):
             # Of what was computed: a fill whose gradient is zero, as it is there; a new buffer has none.

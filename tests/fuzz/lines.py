@@ -84,6 +84,23 @@ IN_PLACE = _table("""
     h.unsqueeze_(-1)
     h[h > 1] = 1.0
     h -= h.mean()
+    h.fill_(h.mean())
+    h.detach_()
+    h.t_()
+    h.normal_()
+    h.addcmul_(h.detach(), h.detach())
+    h.lerp_(h.detach() ** 2, 0.3)
+    h.sub_(h.detach(), alpha=2)
+    h[1:, ..., 0] = h[:-1, ..., 0].clone()
+    h[torch.arange(h.shape[0] - 1)] += 1.0
+    h.view(-1)[::2] = 0.0
+    h.T[0] = 0.25
+    h.copy_(h.detach()[:1].expand(h.shape))
+    h.cumsum_(-1)
+    h //= 0.5
+    h.ge_(0.1)
+    a = h[..., 0]; h.mul_(2); h = h + a.unsqueeze(-1)
+    g = h; g += 1; h = g * h
     h[:, 0], h[:, -1] = h[:, -1].clone(), h[:, 0].clone()
 """)
 
