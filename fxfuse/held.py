@@ -135,11 +135,13 @@ class Places:
 
 def held_by_caller(program: Program) -> Program:
     """The program, its guard asking of the objects that callers hold that they are what they were."""
-    leaves = tuple(
-        (leaf[0], Kept.of(leaf[1], or_equal=True)) if isinstance(leaf, tuple) and not isinstance(leaf[1], Kept) and _changeable(leaf[1]) else leaf
-        for leaf in program.guard.leaves
-    )
-    return replace(program, guard=replace(program.guard, leaves=leaves))
+
+    def kept(leaf: Any) -> Any:
+        if not isinstance(leaf, tuple) or isinstance(leaf[1], Kept) or not _changeable(leaf[1]):
+            return leaf
+        return leaf[0], Kept.of(leaf[1], or_equal=True)
+
+    return replace(program, guard=replace(program.guard, leaves=tuple(kept(leaf) for leaf in program.guard.leaves)))
 
 
 def _changeable(value: Any) -> bool:
