@@ -289,7 +289,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "arange": [call(lambda x: torch.arange(x.shape[0])[:, None] * x, (4, 3), free=True, oracle=False)],
     "eye": [call(lambda x: torch.eye(x.shape[0], dtype=x.dtype) @ x, (4, 3), free=True, oracle=False)],
     # shape
-    "view": [call(lambda x: x.view(torch.int64), (2, 6), never=True, refused=("a view as another dtype",), oracle=False)],
+    "view": [call(lambda x: x.view(torch.int64) + 1, (2, 6), never=True, refused=("a view as another dtype",), oracle=False)],
     "ravel": [call(torch.ravel, (3, 4)), call(torch.ravel, (3,))],
     "reshape": [
         call(lambda x: x.view(4, 3), (2, 6)), call(lambda x: x.view(-1), (3, 4)), call(lambda x: x.view(2, 3, 1, -1), (6, 4)),
