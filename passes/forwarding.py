@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from .functional import as_slot, autocast_to, drop_unused, index_write, op_of, slice_along
+from .functional import as_slot, casting, drop_unused, index_write, op_of, slice_along
 from .ops import Op, canonical
 
 Node = torch.fx.Node
@@ -210,7 +210,7 @@ def fitted(graph: torch.fx.Graph, node: Node, value: Node, slot: Node) -> Node:
         return value
     with graph.inserting_before(node):
         if value.meta["shape"] == slot.meta["shape"] and value.meta["dyn"] == slot.meta["dyn"]:
-            made = graph.call_function(*canonical(autocast_to, (value, slot.meta["dtype"]), {}))
+            made = graph.call_function(*canonical(casting(value.meta["dtype"], slot.meta["dtype"]), (value, slot.meta["dtype"]), {}))
         else:
             made = graph.call_function(SLOT, (value, slot))
     made.meta.update(slot.meta, value=None, stride=None, place=value.meta.get("place"), path=value.meta.get("path"))

@@ -105,7 +105,7 @@ def pick_along(tensor: torch.Tensor, dim: int, positions: tuple[int, ...]) -> to
 
 
 def autocast_to(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A cast that nobody wrote: autocast's, and that of a value written into a tensor of another dtype. In float64 it is left out.
+    """A cast that nobody wrote: autocast's, or back to float32 where its results are written. In float64 it is left out.
 
     >>> autocast_to(torch.ones(1), torch.bfloat16).dtype
     torch.bfloat16
@@ -137,6 +137,17 @@ def drawn(base: torch.Tensor, name: str, numbers: tuple[Any, ...]) -> torch.Tens
     """
     made: torch.Tensor = getattr(torch.empty_like(base), f"{name}_")(*numbers)
     return made
+
+
+def casting(given: torch.dtype, slot: torch.dtype) -> Callable[..., torch.Tensor]:
+    """How a value of the one dtype is written into a tensor of the other: what autocast narrowed is widened again, which no comparison in
+    float64 needs; any other cast is part of what forward computes.
+
+    >>> casting(torch.bfloat16, torch.float32) is autocast_to, casting(torch.float64, torch.float32) is autocast_to
+    (True, False)
+    """
+    floating = given.is_floating_point and slot.is_floating_point
+    return autocast_to if floating and torch.finfo(given).bits < torch.finfo(slot).bits else torch.Tensor.to
 
 
 def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:

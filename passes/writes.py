@@ -16,7 +16,7 @@ import torch.fx
 from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Event, Frame, Ref, Trace
 
-from .functional import as_slot, autocast_to, drawn, index_write, op_of
+from .functional import as_slot, casting, drawn, index_write, op_of
 from .indexing import Indexing
 from .lifted import Refused, SizeDependent, Sizes
 from .ops import canonical, op_name
@@ -211,7 +211,8 @@ class Writes(Indexing):
         dtype = self.trace.values[target].tensor.dtype
         others = [a for a in args[1:] if isinstance(a, torch.fx.Node) and a.meta.get("dtype") not in (None, dtype)]
         if others:
-            to, to_args = canonical(autocast_to, (node, dtype), {})
+            widest = max((other.meta["dtype"] for other in others), key=lambda d: d.itemsize)
+            to, to_args = canonical(casting(widest, dtype), (node, dtype), {})
             node = self._node(to, to_args, target)
         return node
 

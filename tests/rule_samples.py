@@ -314,7 +314,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "kron": [call(torch.kron, (2, 3), (3, 2))], "cov": [call(torch.cov, (3, 4))],
     "trapezoid": [call(lambda x: torch.trapezoid(x, dx=0.5, dim=0), (3, 4))],
     # shape
-    "view": [call(lambda x: x.view(torch.int64), (2, 6), never=True, refused=("a view as another dtype",), oracle=False)],
+    "view": [call(lambda x: x.view(torch.int64) + 1, (2, 6), never=True, refused=("a view as another dtype",), oracle=False)],
     "ravel": [call(torch.ravel, (3, 4)), call(torch.ravel, (3,))],
     "reshape": [
         call(lambda x: x.view(4, 3), (2, 6)), call(lambda x: x.view(-1), (3, 4)), call(lambda x: x.view(2, 3, 1, -1), (6, 4)),

@@ -129,8 +129,14 @@ class Loop(nn.Module):
         found = []
         for lane in range(self.lanes):
             operands = self.operands(inputs, lane)
-            found.append(self.sample.function(*([self.nets[lane]] if self.nets is not None else []), *operands))
+            out = self.sample.function(*([self.nets[lane]] if self.nets is not None else []), *operands)
+            # What is a view of an input leaves as a view, which is no lane set's business.
+            found.append(torch.utils._pytree.tree_map_only(Tensor, lambda t, given=operands: _own(t, given), out))
         return found
+
+
+def _own(tensor: Tensor, operands: list[Tensor]) -> Tensor:
+    return tensor.clone() if tensor._is_view() or any(tensor is operand for operand in operands) else tensor
 
 
 def _draw(operand: Numbers, wide: bool, generator: torch.Generator) -> Tensor:

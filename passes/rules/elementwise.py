@@ -8,7 +8,7 @@ import torch
 
 from ..bundle import Bundle, Node
 from ..emit import CannotVectorize, Emitter, Packed
-from ..functional import autocast_to
+from ..functional import autocast_to, casting
 from .base import Rule, rank, rule, shared, tensors, unpacked
 
 
@@ -139,8 +139,9 @@ def _as_slot(emitter: Emitter, bundle: Bundle) -> Packed:
         node = emitter.call(torch.squeeze, node, 1)
     for _ in range(-extra):
         node = emitter.call(torch.unsqueeze, node, 1)
-    if node.meta["val"].dtype is not bundle.members[0].meta["dtype"]:
-        node = emitter.call(autocast_to, node, bundle.members[0].meta["dtype"])
+    given, wanted = node.meta["val"].dtype, bundle.members[0].meta["dtype"]
+    if given is not wanted:
+        node = emitter.call(autocast_to if casting(given, wanted) is autocast_to else "to", node, wanted)
     if tuple(node.meta["val"].shape[1:]) != tuple(shape) or bundle.members[0].meta["dyn"]:
         target = emitter.front(slot, len(bundle.members))
         node = emitter.call("expand_as", node, target)
