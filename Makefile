@@ -12,6 +12,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := constraints.txt
+# Of ten thousand bugs, as many as take about an hour on two idle cores; all of them with MUTANTS=.
+MUTANTS ?= --most 3000
 # Named beside -c on every line: a pip that resolves `torch>=2.11` by itself takes the newest build with its CUDA packages.
 TORCH := $(shell grep '^torch==' $(PINS))
 INSTALL := -m pip --disable-pip-version-check install --quiet

@@ -125,6 +125,7 @@ def _convolution(name: str) -> list[Sample]:
         call(lambda x, w, b: function(x, w, b, stride=1, padding=1), (2, 2, *image), weight, (3,), refused=(f"{name}: {two}",)),
         call(lambda x, w: function(x, w, stride=2, groups=2), (2, 4, *image), (4, 1, *kernel) if transposed else (2, 2, *kernel)),
         call(lambda x, w: function(x, w), (2, *image), weight),
+        call(lambda x, w, b: function(x, w, b), (2, 2, *image), (*weight[:2], *([1] * d)), (3,), refused=(f"{name}: {two}",)),
     ]
 
 

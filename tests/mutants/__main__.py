@@ -23,7 +23,7 @@ from mutants.subjects import family_of, ops
 from mutants.suite import Suite
 
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
-COLUMNS = ("made", "no effect", "refused", "wrong", "at run time", "by tests", "equivalent", "survived")
+COLUMNS = ("made", "not run", "no effect", "refused", "wrong", "at run time", "by tests", "equivalent", "survived")
 
 
 def equivalent() -> dict[str, str]:
@@ -97,7 +97,7 @@ def _work(suite: Suite, given: Any) -> int:
 
 def _count(row: dict[str, int], verdict: Verdict, is_equivalent: bool) -> None:
     row["made"] += 1
-    row[{"none": "no effect", "refused": "refused", "wrong": "wrong"}[verdict.effect]] += 1
+    row["no effect" if verdict.effect == "none" else verdict.effect] += 1
     if verdict.effect == "wrong":
         row["at run time"] += not verdict.passed
         row["by tests"] += bool(verdict.killer)

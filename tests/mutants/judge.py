@@ -26,7 +26,7 @@ GENERATED = "tests/test_rules_generated.py::test_the_rule_equals_vmap_and_the_lo
 
 @dataclass
 class Verdict:
-    """``effect``: "wrong" (some fused model differs), "refused" (less fuses, or something raises) or "none"."""
+    """``effect``: "wrong" (some fused model differs), "refused" (less fuses, or something raises), "none", or "not run" (by no test)."""
 
     bug: Any
     effect: str = "none"
@@ -78,10 +78,10 @@ def _of_source(bug: sources.SourceBug, suite: Suite) -> Verdict:
 
     ops = {op for facts in suite.facts.values() if covering(facts) for op in facts.ops}
     if not any(covering(facts) for facts in suite.facts.values()):
-        return Verdict(bug)  # runs at import alone
+        return Verdict(bug, "not run")  # at import alone, or by no test that is asked
     with sources.active(bug) as fits:
         if not fits:
-            return Verdict(bug)
+            return Verdict(bug, "not run")
         killer, said = suite.killer(covering)
         verdict = Verdict(bug, "none", killer=killer, said=said)
         op = killer.partition("[")[2].removesuffix("]") if killer.startswith(GENERATED) else ""

@@ -199,7 +199,7 @@ def _walk(node: Any) -> Iterator[tuple[int, str, Edit]]:
             setattr(target, name, value)
             new = ast.unparse(target)
             setattr(target, name, before)
-        yield getattr(node, "lineno", 0), f"`{_short(old)}` -> `{_short(new)}`", edit
+        yield getattr(node, "lineno", getattr(getattr(node, "target", None), "lineno", 0)), f"`{_short(old)}` -> `{_short(new)}`", edit
     skipped = {"annotation", "returns", "decorator_list", "type_comment"}
     for name, value in ast.iter_fields(node):
         if name in skipped or (isinstance(node, (ast.FunctionDef, ast.Lambda)) and name == "args"):
