@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.copies import copy_with
+from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
 from fxfuse.lane import Slot
 from fxfuse.packing import each_parameter
@@ -45,19 +46,43 @@ class Moved:
         self.packs: dict[tuple[str, str], tuple[Recipe, Tensor]] = {}
 
     def pack(self, path: str, recipe: Recipe, members: Sequence[Tensor]) -> Tensor:
-        """The members' values as one tensor. The first time they move there: their data become views of it, their own memory is freed."""
+        """The members' values as one tensor. The first time they move there: their data become views of it, their own memory is freed.
+
+        Raises ``FxfuseError`` before anything moves where the members' places would not tile the pack; what was moved is read back.
+        """
         known = self.packs.get((path, recipe.name))
         if known is not None and known[0] == recipe:
             return known[1]
         first = members[0]
         packed = torch.empty(packed_shape(recipe), dtype=first.dtype, device=first.device)
+        if not _tile([lane_view(recipe, packed, index) for index in range(len(members))], packed):
+            raise FxfuseError(f"the members of {recipe.name} do not tile it")
+        sums = [_sum(member) for member in members]
         with torch.no_grad():
             for index, member in enumerate(members):
                 place = lane_view(recipe, packed, index)
                 place.copy_(member.detach())
                 member.data = place
+        wrong = [name for name, before, member in zip(recipe.members, sums, members, strict=True) if _sum(member) != before]
+        if wrong:
+            raise FxfuseError(f"{', '.join(wrong[:3])} lost values while they moved to {recipe.name}")
         self.packs[path, recipe.name] = (recipe, packed)
         return packed
+
+
+def _tile(places: list[Tensor], packed: Tensor) -> bool:
+    """Has each place memory of its own, without gaps, and all of them the whole pack?"""
+    end = 0
+    for place in sorted(places, key=Tensor.storage_offset):
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(place.shape, place.stride(), strict=True))
+        if place.storage_offset() != end or (place.numel() and extent != place.numel()):
+            return False
+        end += place.numel()
+    return end == packed.numel()
+
+
+def _sum(tensor: Tensor) -> int:
+    return int(tensor.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
 
 
 def twin(model: M) -> M:

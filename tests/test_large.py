@@ -142,7 +142,7 @@ def test_a_wrong_rule_is_found_and_undone_alone(factor: float, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("at", [1, 9])
+@pytest.mark.parametrize("at", [2, 6, 15])
 def test_a_failure_while_weights_move_leaves_their_values(error: type[BaseException], at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = KINDS["columns"]()
     given = copy.deepcopy(model)
@@ -166,6 +166,16 @@ def test_a_failure_while_weights_move_leaves_their_values(error: type[BaseExcept
     assert [id(p) for p in given.parameters()] == objects
     assert_same_state(given.state_dict(), model.state_dict(), "values")
     assert_equal_models(model, given, [(inputs(2, 6), {})])
+
+
+def test_places_that_overlap_are_seen_before_anything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = KINDS["columns"]()
+    given, right = copy.deepcopy(model), large.lane_view
+    monkeypatch.setattr(large, "lane_view", lambda recipe, packed, index: right(recipe, packed, index // 2))
+    result = fxfuse.optimize(given, inputs(1, 6), objective="launches", inplace=True)
+    assert "do not tile it); please report it" in str(fxfuse.report(result).refused[-1])
+    assert_same_state(given.state_dict(), model.state_dict(), "values")
+    assert storages(given) == storages(model)
 
 
 # -- many modules, calls, levels --------------------------------------------------------------------------------------------------
