@@ -681,9 +681,9 @@ def _mark_changed(trace: Trace, changed: dict[str, str]) -> None:
             for length in range(len(parts)):
                 around.setdefault(".".join(parts[:length]), f"{path}.{name}")
     for frame in trace.frames:
-        name = changed.get(frame.path) or around.get(frame.path)
-        if name:
-            frame.poison = frame.poison or f"forward changes self.{name.removeprefix(f'{frame.path}.')}"
+        what = changed.get(frame.path) or around.get(frame.path)
+        if what:
+            frame.poison = frame.poison or f"forward changes self.{what.removeprefix(f'{frame.path}.')}"
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
