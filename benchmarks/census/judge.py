@@ -59,9 +59,9 @@ def judge(subject: Subject, tell: Tell) -> None:
     given = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     args, kwargs = prepared.inputs(ROWS, LENGTH, 1)
     tell({"modules": sum(1 for _ in model.modules()), "stage": "optimize"})
-    start = time.perf_counter()
+    start = time.process_time()  # on one thread: what others do on the machine does not count
     fused = fxfuse.optimize(model, args or None, example_kwargs=kwargs or None, objective="launches", tune=False)
-    tell({"seconds": round(time.perf_counter() - start, 2), "stage": "count"})
+    tell({"seconds": round(time.process_time() - start, 2), "stage": "count"})
     report = fxfuse.report(fused)
     tell({
         "regions": len(report.fused), "ops": sum(len(plan.ops) for plan in report.fused), "refused": [str(each) for each in report.refused],
