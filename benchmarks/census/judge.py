@@ -59,9 +59,9 @@ def judge(subject: Subject, tell: Tell) -> None:
     given = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     args, kwargs = prepared.inputs(ROWS, LENGTH, 1)
     tell({"modules": sum(1 for _ in model.modules()), "stage": "optimize"})
-    start = time.perf_counter()
+    start = time.process_time()  # on one thread: what others do on the machine does not count
     fused = fxfuse.optimize(model, args or None, example_kwargs=kwargs or None, objective="launches", tune=False)
-    tell({"seconds": round(time.perf_counter() - start, 2), "stage": "count"})
+    tell({"seconds": round(time.process_time() - start, 2), "stage": "count"})
     report = fxfuse.report(fused)
     tell({
         "regions": len(report.fused), "ops": sum(len(plan.ops) for plan in report.fused), "refused": [str(each) for each in report.refused],
@@ -96,6 +96,7 @@ def _compare(
     doubtful: list[str] = []
     for number, (inputs, training) in enumerate([(i, t) for group in (trials, others) for t in (True, False) for i in group]):
         precision = _precision(reference, inputs, training)
+        _precision(fused, inputs, training)  # what a call leaves behind (a cache), it leaves in both
         rtol, floor = (SINGLE, COARSE) if precision is None or precision.narrow else (RTOL, FLOOR)
         found = compare(reference, fused, inputs, training, rtol=rtol, floor=floor) if precision is not None else None
         if found is None:  # the original refuses it, forward or backward

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import time
 import traceback
 import warnings
@@ -20,10 +21,11 @@ import torch
 from census.subject import Subject, Tell
 
 MOST_BYTES = 12 << 30
+PATIENCE = 4  # a machine may be busy with something else
 
 
 def run(subjects: list[Subject], work: Callable[[Subject, Tell], None], jobs: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Examine ``jobs`` subjects at a time, each for at most ``seconds``; yields facts of each."""
+    """Examine ``jobs`` subjects at a time, each for at most ``seconds`` of its processor, or ``PATIENCE`` times that; yields facts of each."""
     context = multiprocessing.get_context("fork")
     waiting = list(reversed(subjects))
     running: dict[Connection, tuple[Any, dict[str, Any], float]] = {}
@@ -31,7 +33,7 @@ def run(subjects: list[Subject], work: Callable[[Subject, Tell], None], jobs: in
         while waiting and len(running) < jobs:
             subject = waiting.pop()
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(subject, work, theirs), daemon=True)
+            process = context.Process(target=_child, args=(subject, work, theirs, seconds), daemon=True)
             process.start()
             theirs.close()
             running[ours] = (process, {"name": subject.name, "kind": subject.kind}, time.monotonic())
@@ -42,28 +44,31 @@ def run(subjects: list[Subject], work: Callable[[Subject, Tell], None], jobs: in
                 facts.update(connection.recv())
             except EOFError:
                 process.join()
-                if process.exitcode:
+                if process.exitcode == -signal.SIGXCPU:
+                    facts.update(error=f"still at {facts.get('stage')} after {seconds:g} s", late=True)
+                elif process.exitcode:
                     facts["error"] = facts.get("error", f"the process ended with {process.exitcode} at {facts.get('stage')}")
                 facts["all seconds"] = round(time.monotonic() - started, 2)
                 del running[connection]
                 yield facts
         for connection, (process, facts, started) in list(running.items()):
-            if time.monotonic() - started > seconds:
+            if time.monotonic() - started > PATIENCE * seconds:
                 process.kill()
                 process.join()
-                facts["error"] = f"still at {facts.get('stage')} after {seconds:g} s"
-                facts["late"] = True
+                facts.update(error=f"still at {facts.get('stage')} after {PATIENCE * seconds:g} s", late=True)
                 del running[connection]
                 yield facts
 
 
-def _child(subject: Subject, work: Callable[[Subject, Tell], None], connection: Connection) -> None:
+def _child(subject: Subject, work: Callable[[Subject, Tell], None], connection: Connection, seconds: float) -> None:
     """In the process of a subject: quiet, on one thread, in bounded memory."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used + seconds) + 1, int(used + seconds) + 10))
     torch.set_num_threads(1)
     stage = ["prepare"]
 
