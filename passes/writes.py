@@ -27,8 +27,6 @@ _SIZE_OPS = {name: op_of(getattr(operator, name), f"size_{name}") for name in ("
 # What is recorded of a tensor is its shape, and where its gradient goes, as it was first seen.
 RENEWING = frozenset("squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ as_strided_ resize_ resize_as_ set_ detach_".split())
 _COMPARING = frozenset("eq_ ne_ lt_ le_ gt_ ge_ logical_not_ logical_and_ logical_or_ logical_xor_".split())
-# ``torch.normal(x)`` is no ``x.normal_()``; the others have no functional form at all.
-_DRAWING = frozenset("normal_ random_ uniform_ exponential_ geometric_ cauchy_ log_normal_".split())
 SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
 
 
@@ -142,8 +140,6 @@ class Writes(Indexing):
         target = event.args[0].value if event.args and isinstance(event.args[0], Ref) else None
         if target is None or target not in event.mutated:
             raise Refused(f"{name} changes a tensor in a way that has no functional form here", event.place)
-        if name in _DRAWING:
-            raise Refused(f"{name} fills a tensor with random numbers", event.place)
         if name in _COMPARING and self.trace.values[target].tensor.dtype is not torch.bool:
             raise Refused(f"{name} writes truth values as numbers", event.place)
         root = self._root(target)
