@@ -520,7 +520,7 @@ class Emitter:
                 values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
                 with torch.no_grad():
                     made.meta["val"] = function(*values)
-            except (KeyError, RuntimeError, NotImplementedError):  # an op without a meta kernel, or after one
+            except (KeyError, RuntimeError, NotImplementedError, IndexError):  # no meta kernel, or an index made of zeros
                 if recorded:
                     made.meta["val"] = self._meta(node)
         elif recorded:
@@ -716,9 +716,8 @@ class Emitter:
         if wanted is None or not isinstance(value, torch.Tensor) or value.shape != torch.Size(leaf.meta["shape"]):
             return node
         how = treatment(leaf, node)
-        free = leaf.meta.get("dyn") or ()  # of size 1 in the recording alone: of one row the strides of more rows cannot be told
-        seen = enumerate(zip(wanted, value.stride(), value.shape, strict=True))
-        if not how and all(w == s or (n == 1 and d not in free) for d, (w, s, n) in seen):
+        one_row = any(value.shape[d] == 1 for d in leaf.meta.get("dyn") or ())  # of which the strides of more rows cannot be told
+        if not how and not one_row and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
             return node
 
         def copied(node: Node) -> Node:

@@ -47,12 +47,6 @@ def test_a_tensor_made_another_in_place_is_right_or_refused(write):
         assert (got is None) == (want is None) or not only.any(), name
 
 
-@pytest.mark.parametrize("draw", ["normal_", "uniform_", "random_", "exponential_"])
-def test_a_tensor_filled_with_random_numbers_is_refused(draw):
-    fused = fxfuse.optimize(lanes(lambda y, p: y * getattr(torch.ones_like(y) * 2, draw)()), randn(4, 2), objective="launches", **QUICK)
-    assert f"{draw} fills a tensor with random numbers" in str(fxfuse.report(fused).refused[0])
-
-
 def test_no_rows_change_no_cumulative_statistics():
     norms = nn.ModuleList(nn.BatchNorm1d(2, momentum=None) for _ in range(3))
     model = randomized(model_of(lambda self, x: torch.stack([norm(x) for norm in self.nets]), nets=norms))

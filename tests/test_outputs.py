@@ -77,9 +77,10 @@ def test_an_interleaved_join_lies_in_rows():
 
 
 def test_of_one_row_the_strides_of_more_cannot_be_told():
-    model = linears(lambda self, x: torch.stack([net(x) for net in self.nets], -1), 1, 1, lanes=2)
-    fused = fxfuse.optimize(model, randn(1, 1), objective="launches", **QUICK)
-    assert fused(randn(7, 1)).stride() == model(randn(7, 1)).stride()
+    for joined in (lambda ys: torch.stack(ys, -1), lambda ys: torch.cat(ys, 1)):
+        model = linears(lambda self, x, joined=joined: joined([net(x) for net in self.nets]), 2, 1, lanes=2)
+        fused = fxfuse.optimize(model, randn(1, 2), objective="launches", **QUICK)
+        assert fused(randn(7, 2)).stride() == model(randn(7, 2)).stride()
 
 
 class Scaled(nn.Module):
