@@ -164,6 +164,8 @@ class Writes(Indexing):
         target = event.args[0].value if event.args and isinstance(event.args[0], Ref) else None
         if target is None or target not in event.mutated:
             raise Refused(f"{name} changes a tensor in a way that has no functional form here", event.place)
+        if name in _DRAWING:
+            raise Refused(f"{name} fills a tensor with random numbers", event.place)
         if name in _COMPARING and self.trace.values[target].tensor.dtype is not torch.bool:
             raise Refused(f"{name} writes truth values as numbers", event.place)
         root = self._root(target)
