@@ -58,10 +58,10 @@ def answer(model: nn.Module, x: Tensor, seed: int) -> Any:
         return type(error)
 
 
-def right(model: nn.Module, fused: nn.Module, rows: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 8, 12), draws: int = 3) -> None:
+def right(model: nn.Module, fused: nn.Module, rows: tuple[int, ...] = (1, 2, 3, 4, 8, 12), draws: int = 2) -> None:
     """The same answers, sizes and data and chance that no recording saw."""
     for n, draw in itertools.product(rows, range(draws)):
-        x = randn(n, 4, seed=97 * n + draw) + (draw - 1) * 1.5
+        x = randn(n, 4, seed=97 * n + draw) + (draw - 0.5) * 3
         got, want = answer(fused, x, n + draw), answer(model, x, n + draw)
         if isinstance(want, Tensor):
             assert_close(got, want, f"{n} rows, draw {draw}")
@@ -70,7 +70,7 @@ def right(model: nn.Module, fused: nn.Module, rows: tuple[int, ...] = (1, 2, 3, 
 
 
 def outcome(
-    model: nn.Module, reason: str | tuple[str, ...] | None, rows: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 8, 12), line: bool = True
+    model: nn.Module, reason: str | tuple[str, ...] | None, rows: tuple[int, ...] = (1, 2, 3, 4, 8, 12), line: bool = True
 ) -> nn.Module:
     """``reason``: None where it fuses; else a sentence of the report, with a line of this file."""
     fused = fuse(model, X)
@@ -252,7 +252,7 @@ def test_sizes_that_are_read_unseen(name: str) -> None:
 
 def test_a_loop_over_rows_says_so() -> None:
     fused = outcome(with_after(SIZES["a loop over rows"]), "is fused for the recorded sizes only: ")
-    assert fxfuse.report(fused).fallbacks["input 0 has shape (2, 4), recorded (5, 4)"] == 3
+    assert fxfuse.report(fused).fallbacks["input 0 has shape (2, 4), recorded (5, 4)"] == 2
 
 
 # -- chance ---------------------------------------------------------------------------------------------------------------------------
