@@ -38,7 +38,10 @@ def storages(model: nn.Module) -> int:
     return len({p.untyped_storage().data_ptr() for p in model.parameters()})
 
 
-@pytest.mark.parametrize(("kind", "inplace"), [(kind, i % 2 == 0) for i, kind in enumerate(KINDS)])
+@pytest.mark.parametrize(("kind", "inplace"), [
+    *[("columns", True), ("conv_norm", False), ("experts", True), ("frozen", True)],
+    *(pytest.param(kind, inplace, marks=pytest.mark.stress) for kind in KINDS for inplace in (True, False)),
+])  # fmt: skip
 def test_small_models_on_the_way_of_large_ones(kind: str, inplace: bool) -> None:
     model, inputs = KINDS[kind]()
     given = copy.deepcopy(model)

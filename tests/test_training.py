@@ -33,10 +33,13 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def alternating(*lists: Any) -> list[Any]:
-    """All combinations; every other one is left to the stress run."""
-    found = product(*map(enumerate, lists))
-    return [pytest.param(*(value for _, value in each), marks=[pytest.mark.stress] * (sum(i for i, _ in each) % 2)) for each in found]
+def alternating(*lists: Any, every: int = 2) -> list[Any]:
+    """All combinations; all but one in ``every`` are left to the stress run."""
+    found = [[*enumerate(values)] for values in lists]
+    return [
+        pytest.param(*(value for _, value in each), marks=[pytest.mark.stress] * bool(sum(i for i, _ in each) % every))
+        for each in product(*found)
+    ]
 
 
 def fuse(model: nn.Module, x: tuple[Any, ...], way: str) -> nn.Module:
@@ -115,7 +118,7 @@ def test_fifty_steps_are_the_same(kind: str, optimizer: str) -> None:
     assert len(moved) > len(before) // 2, "nothing was trained"
 
 
-OTHERS = alternating(["columns", "conv_norm", "tied"], ["inplace", "shared", "chunked"], OPTIMIZERS)
+OTHERS = alternating(["columns", "conv_norm", "tied"], ["inplace", "shared", "chunked"], OPTIMIZERS, every=3)
 
 
 @pytest.mark.parametrize(("kind", "way", "optimizer"), OTHERS)
