@@ -83,4 +83,5 @@ class Trace:
     reads_dtype: bool = False
     moves: bool = False  # a module was moved to the device on which it is
     failure: str = ""  # the run raised: why
+    reached: tuple[set[int] | None] | None = None  # passes.updating: from which memory gradients can come, found once
     updates: dict[int, Any] | None = None  # passes.updates: which events update buffers, found once
