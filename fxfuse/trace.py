@@ -113,4 +113,5 @@ class Trace:
     failure: str = ""  # the run raised: why
     touches: list[Touch] = field(default_factory=list)  # of the attributes that were watched
     changed: set[Key] = field(default_factory=set)  # attributes that the run changed
+    reached: tuple[set[int] | None] | None = None  # passes.updating: from which memory gradients can come, found once
     updates: dict[int, Any] | None = None  # passes.updates: which events update buffers, found once

@@ -97,7 +97,7 @@ class _Lifter(Returned):
         outputs += [self._output(leaf) for leaf in kept]
         self.graph.output(outputs)
         drop_unused(self.graph)
-        mark_unread(self.graph, self.trace.values)
+        mark_unread(self.graph, self.trace)
         return Lifted(
             self.graph, frame, self.constants, self.checks, self.dynamic, place=frame.place, random=self.random, factories=self.factories,
             shapes={value: self.trace.values[value].shape for value in self.inputs}, sizes=self.sizes, stores=stores,

@@ -13,7 +13,7 @@ import torch
 import torch.fx
 
 from fxfuse.graph import SizeCheck
-from fxfuse.trace import Event, Frame, Ref, Trace, Value
+from fxfuse.trace import Event, Frame, Ref, Trace
 
 from .functional import cumulative_batch_norm, op_of
 from .lifted import Refused, Sizes
@@ -101,20 +101,54 @@ class Updating(Writes):
                 self.checks.append(SizeCheck(*found, "!=", 1))
 
 
-def mark_unread(graph: torch.fx.Graph, values: list[Value]) -> None:
+def reached_storages(trace: Trace) -> set[int] | None:
+    """The memory from which a gradient can come: of what the model returns, and of all that this was computed from.
+
+    None where the model returns things that are not looked into.
+    """
+    values, out = trace.values, trace.frames[0].out if trace.frames else []
+    if not all(isinstance(leaf, (Ref, int, float, str, bool, type(None))) for leaf in out):
+        return None
+    reached = {values[leaf.value].storage for leaf in out if isinstance(leaf, Ref)}
+    for event in reversed(trace.events):
+        made = [v for v in (*refs_in(event.out), *event.mutated) if values[v].tensor.requires_grad]
+        if any(values[v].storage in reached for v in made):
+            reached.update(values[v].storage for v in (*refs_in(event.args), *refs_in(event.kwargs)))
+    return reached
+
+
+def refs_in(tree: Any) -> list[int]:
+    """The values among arguments or results."""
+    if isinstance(tree, Ref):
+        return [tree.value]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [value for part in parts for value in refs_in(part)]
+
+
+def mark_unread(graph: torch.fx.Graph, trace: Trace) -> None:
     """Mark what no gradient reaches, so that it does not share a pack with what has one: it would get zeros instead of none.
 
-    That is what is run for its updates only, and what is used for its shape, or for whole numbers (``argmax``), alone.
+    That is what is run for its updates only, what is used for its shape, or for whole numbers (``argmax``), alone, and what the module
+    returns but nobody uses.
     """
+    values = trace.values
     read: set[torch.fx.Node] = set()
     reached: set[torch.fx.Node] = set()
+    if trace.reached is None:
+        trace.reached = (reached_storages(trace),)
+    (used,) = trace.reached
     for node in reversed(graph.nodes):
         value = node.meta.get("value")
         tracked = values[value].tensor.requires_grad if value is not None else None
         size = isinstance(node.target, Op) and node.target.name.startswith("size")
         if node.op == "output" or node in read:
             read.update(node.all_input_nodes)
-        if node.op == "output" or (node in reached and tracked is not False and not size):
+        if node.op == "output":
+            for given in node.all_input_nodes:
+                known = given.meta.get("value")
+                if used is None or known is None or values[known].storage in used:
+                    reached.add(given)
+        elif node in reached and tracked is not False and not size:
             reached.update(node.all_input_nodes)
         if node.op == "call_function" and (node not in read or (tracked and node not in reached)):
             node.meta["unread"] = True

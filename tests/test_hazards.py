@@ -262,6 +262,32 @@ def test_a_lane_that_no_gradient_reaches_has_none(use):
     checks.assert_fused_equals(model, checks.randn(6, 4), most_heavy=2)
 
 
+def test_what_a_module_returns_and_nobody_uses_has_no_gradient():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            first, second, third = (net(x) for net in self.nets)
+            return first * second.tanh(), third
+
+    def forward(self, x):
+        if bool((x > 1e9).any()):
+            return x
+        for layer in self.layers:
+            x, _ = layer(x)
+        return x
+
+    model = checks.randomized(checks.model_of(forward, layers=nn.ModuleList(Two() for _ in range(2))))
+    x = checks.randn(6, 4)
+    expected = checks.run(model, x, {}, checks.own_gradients)
+    assert expected.parameters["layers.1.nets.2.weight"] is None
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    assert len(fxfuse.report(fused).fused) == 2
+    checks.assert_same_results(checks.run(fused, x, {}, fxfuse.packing.original_gradients), expected, "two")
+
+
 def test_branch_on_data():
     class Model(Nets):
         def forward(self, x):

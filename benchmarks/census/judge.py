@@ -68,10 +68,10 @@ def judge(subject: Subject, tell: Tell) -> None:
         "failed": [str(each) for each in report.refused if "fxfuse failed" in str(each)], "notes": report.notes, "facts": report.facts,
         "stages": {name: round(seconds, 2) for name, seconds in report.stages.items()},
     })  # fmt: skip
-    before, after = (_launches(each, args, kwargs) for each in (reference, fused))
-    tell({"launches": [before.total, after.total], "heavy": [before.heavy, after.heavy], "bound": before.bound, "stage": "compare"})
     wrong = [f"the original's {n} was changed" for n, t in model.state_dict().items() if not _same(t, given[n])]
     wrong += [f"{n} as fused is another" for n, t in packing.original_state_dict(fused).items() if not _same(t, given[n])]
+    before, after = (_launches(each, args, kwargs) for each in (reference, fused))
+    tell({"launches": [before.total, after.total], "heavy": [before.heavy, after.heavy], "bound": before.bound, "stage": "compare"})
     tell({"wrong": wrong})
     _compare(reference, fused, [prepared.inputs(*trial) for trial in TRIALS], [other() for other in prepared.others], tell, wrong)
     tell({"fallbacks": dict(fxfuse.report(fused).fallbacks), "stage": "done"})
