@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := constraints.txt
-# Of ten thousand bugs, as many as take about an hour on two idle cores; all of them with MUTANTS=.
+# Some of all bugs (about 13,000), drawn at random: an estimated hour on an idle machine. All of them with MUTANTS= (many hours).
 MUTANTS ?= --most 3000
 # Named beside -c on every line: a pip that resolves `torch>=2.11` by itself takes the newest build with its CUDA packages.
 TORCH := $(shell grep '^torch==' $(PINS))
