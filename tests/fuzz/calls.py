@@ -89,13 +89,15 @@ def look(
 
 def _steps(tensor: Tensor) -> tuple[int, ...] | None:
     """Strides where they can be seen; those of a view with gaps are not promised."""
+    if not tensor.numel():
+        return ()
     steps = [(step, size) for step, size in zip(tensor.stride(), tensor.shape) if size > 1]
     filled = 1
     for step, size in sorted(steps):
         if step != filled:
             return None
         filled *= size
-    return tuple(step for step, _ in steps) if tensor.numel() else ()
+    return tuple(step for step, _ in steps)
 
 
 def _in_rows(fact: Any) -> bool:
@@ -105,7 +107,7 @@ def _in_rows(fact: Any) -> bool:
 
 def _same_facts(got: Any, want: Any, other_layout: bool) -> bool:
     if isinstance(want, tuple) and isinstance(got, tuple) and len(want) == len(got) == 4:  # what ``look`` notes of a tensor
-        in_rows = got[3] is not None and other_layout and not _in_rows(want)
+        in_rows = other_layout and got[3] is not None and want[3] is not None and not _in_rows(want)
         return got[:3] == want[:3] and (want[3] is None or got[3] == want[3] or in_rows)
     return type(got) is type(want) and bool(got == want)
 
