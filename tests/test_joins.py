@@ -692,3 +692,22 @@ def test_what_equals_an_input_is_no_alias_of_it():
     assert fxfuse.report(fused).fused
     fused(x)[0].zero_()
     assert torch.equal(x, X)
+
+
+def test_axis_is_dim():
+    class Numpy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+
+        def forward(self, x):
+            pair = torch.cat([net(x) for net in self.nets[:2]], axis=1)
+            return torch.cat([pair, self.nets[2](x)], axis=-1), torch.stack([net(x) for net in self.nets], axis=1).sum(axis=1, keepdims=True)
+
+    torch.manual_seed(0)
+    model, x = Numpy().double(), torch.randn(5, 4, dtype=torch.float64)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    assert fxfuse.report(fused).fused
+    assert not fxfuse.report(fused).refused
+    for got, want in zip(fused(x), model(x)):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
