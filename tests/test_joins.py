@@ -702,7 +702,8 @@ def test_axis_is_dim():
 
         def forward(self, x):
             pair = torch.cat([net(x) for net in self.nets[:2]], axis=1)
-            return torch.cat([pair, self.nets[2](x)], axis=-1), torch.stack([net(x) for net in self.nets], axis=1).sum(axis=1, keepdims=True)
+            total = torch.stack([net(x) for net in self.nets], axis=1).sum(axis=1, keepdims=True)
+            return torch.cat([pair, self.nets[2](x)], axis=-1), total
 
     torch.manual_seed(0)
     model, x = Numpy().double(), torch.randn(5, 4, dtype=torch.float64)
