@@ -96,6 +96,10 @@ def op_name(func: Callable[..., Any]) -> str:
     return _DUNDERS.get(name, name)
 
 
+# What torch takes besides its own names, for those who come from numpy.
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+
+
 def canonical(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Op, tuple[Any, ...]]:
     """The ``Op`` of a call and its arguments in schema order, defaults filled in.
 
@@ -113,6 +117,9 @@ def canonical(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if signature is not None:
         return _from_signature(signature, args, kwargs)
     found = _match(name, tuple(_kind(a) for a in args), tuple((k, _kind(v)) for k, v in kwargs.items()))
+    if found is None and not _NUMPY_NAMES.keys().isdisjoint(kwargs):
+        kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items()}
+        found = _match(name, tuple(_kind(a) for a in args), tuple((k, _kind(v)) for k, v in kwargs.items()))
     if found is None:
         names = tuple(f"arg{i}" for i in range(len(args))) + tuple(kwargs)
         op = Op(name, "?", names, (_MISSING,) * len(names), frozenset(kwargs), name in _POINTWISE_WITHOUT_SCHEMA, func)

@@ -723,3 +723,23 @@ def test_dataclasses_with_attributes_beyond_their_fields():
         assert got.rows == rows
         torch.testing.assert_close(got.total, want.total, rtol=1e-12, atol=0)
         torch.testing.assert_close(got.parts, want.parts, rtol=1e-12, atol=0)
+
+
+def test_axis_is_dim():
+    class Numpy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+
+        def forward(self, x):
+            pair = torch.cat([net(x) for net in self.nets[:2]], axis=1)
+            total = torch.stack([net(x) for net in self.nets], axis=1).sum(axis=1, keepdims=True)
+            return torch.cat([pair, self.nets[2](x)], axis=-1), total
+
+    torch.manual_seed(0)
+    model, x = Numpy().double(), torch.randn(5, 4, dtype=torch.float64)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    assert fxfuse.report(fused).fused
+    assert not fxfuse.report(fused).refused
+    for got, want in zip(fused(x), model(x)):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

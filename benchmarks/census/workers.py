@@ -25,7 +25,7 @@ PATIENCE = 4  # a machine may be busy with something else
 
 
 def run(subjects: list[Subject], work: Callable[[Subject, Tell], None], jobs: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Examine ``jobs`` at a time, each for at most ``seconds`` of a processor (by the clock ``PATIENCE`` times that); yields facts."""
+    """Examine ``jobs`` at a time, each for ``seconds`` of a processor (``PATIENCE`` times that by the clock); yields facts."""
     context = multiprocessing.get_context("fork")
     waiting = list(reversed(subjects))
     running: dict[Connection, tuple[Any, dict[str, Any], float]] = {}
