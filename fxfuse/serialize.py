@@ -27,6 +27,7 @@ _LEAF = pytree.tree_flatten(0)[1]
 _VALUES: tuple[type, ...] = (str, bytes, int, float, complex, bool, type(None), type(Ellipsis), range)
 _VALUES += (torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _NUMBERS = (bool, int, float, complex)  # as dtypes
+_MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 _KEPT_META = (str, int, float, bool, Place, type(None))
 
 
@@ -55,6 +56,11 @@ class _OverLanes:
 @dataclass(frozen=True)
 class _Slice:
     parts: tuple[Any, Any, Any]  # python < 3.14 cannot pickle a slice in protocol 2, and its parts may hold nodes
+
+
+@dataclass(frozen=True)
+class _MemoryFormat:
+    name: str
 
 
 def target_to_data(function: Any) -> Any:
@@ -111,6 +117,8 @@ def _encode(value: Any) -> Any:
         return {key: _encode(item) for key, item in value.items()}
     if callable(value) and not isinstance(value, type):
         return target_to_data(value)
+    if isinstance(value, torch.memory_format):  # an older pickle protocol does not know it
+        return _MemoryFormat(str(value).removeprefix("torch."))
     if not isinstance(value, int) and isinstance(value, numbers.Integral):  # of numpy
         return int(value)
     return value
@@ -124,6 +132,11 @@ def _decode(value: Any, nodes: dict[str, torch.fx.Node]) -> Any:
         return slice(start, stop, step)
     if isinstance(value, Target):
         return target_from_data(value)
+    if isinstance(value, _MemoryFormat):
+        found = {str(each): each for each in _MEMORY_FORMATS}.get(f"torch.{value.name}")
+        if found is None:
+            raise FxfuseError(f"a saved program names an unknown memory format, {value.name!r}")
+        return found
     if type(value) is tuple:
         return tuple(_decode(item, nodes) for item in value)
     if type(value) is list:

@@ -420,7 +420,7 @@ class NegativeIndices(Nets):
 # -- products, minima, maxima -----------------------------------------------------------------------------------------------------
 
 
-@case(heavy=2, total=4)
+@case(heavy=2, total=5)
 class Product(Nets):
     def forward(self, x):
         out = 1
@@ -429,7 +429,7 @@ class Product(Nets):
         return out
 
 
-@case(heavy=2, total=4)
+@case(heavy=2, total=5)
 class ProductOnes(Nets):
     def forward(self, x):
         out = torch.ones(x.shape[0], 1, dtype=x.dtype)
@@ -438,13 +438,13 @@ class ProductOnes(Nets):
         return out
 
 
-@case(heavy=2, total=4)
+@case(heavy=2, total=5)
 class MathProd(Nets):
     def forward(self, x):
         return math.prod(net(x[:, i : i + 1]) for i, net in enumerate(self.nets))
 
 
-@case(heavy=2, total=4)
+@case(heavy=2, total=5)
 class ReduceMul(Nets):
     def forward(self, x):
         return functools.reduce(operator.mul, [net(c) for net, c in zip(self.nets, x.split(1, dim=1))])
