@@ -30,7 +30,7 @@ _ROWS = frozenset(
 # Not needed for their own backward either, but with the strides of what they read.
 _PLAIN = frozenset(
     "add sub mul div neg addcmul sum mean dropout gelu silu leaky_relu where clamp sin cos log log1p abs square lerp matmul einsum "
-    "softplus layer_norm group_norm batch_norm to minimum maximum".split()
+    "softplus layer_norm group_norm batch_norm to minimum maximum sum_of prod_of min_of max_of".split()
 )
 
 
