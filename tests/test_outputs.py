@@ -153,3 +153,26 @@ def test_an_expanded_input_that_forward_would_write_to():
     refused = fxfuse.report(fxfuse.optimize(linears(forward, 2, 2), randn(1, 2).expand(4, 2), **QUICK)).refused
     assert "more than one element of the written-to tensor" in str(refused[0])
     assert "please report" not in str(refused[0])
+
+
+def test_equal_computations_are_two_tensors():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+        def forward(self, x):
+            pooled = [[F.avg_pool1d(part, 2, 1) for part in x.unbind(1)] for _ in range(2)]
+            total = x.sum(1)
+            return pooled, [net(total) for net in self.nets], total, total
+
+    torch.manual_seed(0)
+    model, x = Twice().double(), torch.randn(4, 3, 2, dtype=torch.float64)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    assert fxfuse.report(fused).fused
+    (first, second), _, total, again = fused(x)
+    kept = [part.clone() for part in second]
+    for part in first:
+        part.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(kept, second))
+    assert total is again or total.data_ptr() == again.data_ptr()  # one tensor given twice is one
