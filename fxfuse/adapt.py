@@ -30,7 +30,7 @@ from .collector import paused
 from .determinism import preserved_state
 from .entries import FORWARD, Entry
 from .errors import FallbackError
-from .fused import STATE, RegionState, unfuse
+from .fused import unfuse
 from .graph import Guard, Program, Refusal, TensorGuard
 from .guards import explain_miss
 from .held import held_by_caller
@@ -41,6 +41,7 @@ from .passes.emit import Packs
 from .passes.functional import autocast_to
 from .passes.program import make_program, resolve_packed
 from .passes.vectorize import vectorize
+from .region import STATE, RegionState
 from .regions import RegionFinder
 from .runs import run
 from .tracer import hooks_silent

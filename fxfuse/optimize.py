@@ -23,6 +23,7 @@ from fxfuse.private.module_hooks import hooks_for_all
 from fxfuse.private.pytree import tree_map_only
 
 from . import fused as fused_modules
+from . import install as installer
 from . import large
 from .attributes import attributes_kept
 from .build import Builder, Recorded, refuse
@@ -416,13 +417,13 @@ class _Pipeline:
         while kept:
             try:
                 if dry:
-                    fused_modules.examine(model, kept, packing=self.options.packing)
+                    installer.examine(model, kept, packing=self.options.packing)
                 else:
-                    fused_modules.install(model, kept, packing=self.options.packing, undo=undo, moved=self.moved)
+                    installer.install(model, kept, packing=self.options.packing, undo=undo, moved=self.moved)
                 return kept
             except FxfuseError as error:
-                culprit = next((plan for plan in kept if fused_modules.misfit(model, plan, self.options.packing)), kept[-1])
-                held = fused_modules.misfit(model, culprit, self.options.packing)
+                culprit = next((plan for plan in kept if installer.misfit(model, plan, self.options.packing)), kept[-1])
+                held = installer.misfit(model, culprit, self.options.packing)
                 if isinstance(held, HeldElsewhereError):
                     culprit.keeps_parameters = True
                     culprit.notes.append(f"the Parameters stay, as views of the pack: {held}")
@@ -433,7 +434,7 @@ class _Pipeline:
 
     def _installed(self, plans: list[RegionPlan]) -> nn.Module:
         made = self.spare() if self.moved is None else twin(self.base)
-        return fused_modules.install(made, plans, packing=self.options.packing, moved=self.moved)
+        return installer.install(made, plans, packing=self.options.packing, moved=self.moved)
 
     # -- a model whose weights should not be there twice --------------------------------------------------------------------------
 
@@ -443,7 +444,7 @@ class _Pipeline:
         plans = self._install(twin(self.base), plans, dry=True)
         if not plans:
             return plans
-        fused_modules.move(self.base, plans, self.options.packing, self.moved)
+        installer.move(self.base, plans, self.options.packing, self.moved)
         original = twin(self.base)
         if self.options.validate:
             plans = self._validated(original, self._installed(plans), plans)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from .fused import STATE
 from .graph import Place, Refusal
 from .observe import Observation
 from .passes.in_turn import in_turn
@@ -22,6 +21,7 @@ from .passes.rules import is_heavy
 from .passes.updates import updates_of, writes
 from .passes.vectorize import Prepared, prepare
 from .private.module_hooks import has_hooks
+from .region import STATE
 from .trace import Frame
 
 RENORMS = "max_norm renormalizes"

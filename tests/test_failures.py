@@ -210,7 +210,7 @@ def test_a_failure_anywhere_leaves_a_working_model(way: str) -> None:
 @pytest.mark.parametrize("way", ["inplace", "first call"])
 def test_a_late_failure_in_place_leaves_nothing_behind(way: str) -> None:
     """The last call of what runs while the model is rewritten."""
-    places = ("fxfuse.fused.", "fxfuse.lane.", "fxfuse.alias.", "fxfuse.runtime.")
+    places = ("fxfuse.fused.", "fxfuse.region.", "fxfuse.install.", "fxfuse.lane.", "fxfuse.alias.", "fxfuse.runtime.")
     late = [(name, count) for name, count in called(way) if name.startswith(places)]
     assert len(late) > 20
     assert sum([fail_in(name, count, way, Injected) for name, count in late[::24]]) > 1
@@ -242,7 +242,7 @@ def test_the_interrupted_first_call_is_tried_again() -> None:
     model = new()
     expected = copy.deepcopy(model)
     fused = fxfuse.optimize(model, objective="launches", tune=False, inplace=True)
-    with watching("fxfuse.fused._operate", interrupt):
+    with watching("fxfuse.install._operate", interrupt):
         with pytest.raises(KeyboardInterrupt):
             fused(X)
         fused(X)

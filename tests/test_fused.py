@@ -15,7 +15,7 @@ import torch
 from hand_built import FeatureNets, Model, feature_plan, randomize, specs
 from torch import Tensor, nn
 
-from fxfuse import fused, packing
+from fxfuse import fused, install, packing
 from fxfuse.errors import ArgumentError, FallbackError, FxfuseError
 from fxfuse.graph import Guard, Program, Recipe, RegionPlan, TensorGuard
 
@@ -25,7 +25,7 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 def pair(strict: bool = True, packing: str = "packed", cat: bool = False) -> tuple[nn.Module, nn.Module]:
     original = randomize(Model().double())
-    return original, fused.install(copy.deepcopy(original), [feature_plan(cat=cat)], strict=strict, packing=packing)
+    return original, install.install(copy.deepcopy(original), [feature_plan(cat=cat)], strict=strict, packing=packing)
 
 
 def data(n: int = 6) -> Tensor:
@@ -71,7 +71,7 @@ def test_the_fallback_equals_the_loop(cat: bool) -> None:
 def test_swapped_lanes_are_noticed() -> None:
     """The checks of this file see a wrong order of lanes."""
     original = randomize(Model().double())
-    model = fused.install(copy.deepcopy(original), [feature_plan()])
+    model = install.install(copy.deepcopy(original), [feature_plan()])
     w = model.core.packed.nets.get_submodule("0").weight
     with torch.no_grad():
         w.copy_(w.flip(0))
@@ -371,7 +371,7 @@ def test_a_region_that_owns_raw_parameters() -> None:
         Recipe("packed.both", ("second", "first"), (2,), (0,), "cat"),
         Recipe("packed.limits", ("low", "high"), (3,), (0,), "stack", kind="buffer"),
     ]
-    model = fused.install(copy.deepcopy(original), [RegionPlan("", recipes, {})])
+    model = install.install(copy.deepcopy(original), [RegionPlan("", recipes, {})])
     assert [n for n, _ in model.named_parameters()] == ["packed.w", "packed.named", "packed.both"]
     assert list(packing.original_state_dict(model)) == list(original.state_dict())
     assert "packed.limits" not in model.state_dict()
@@ -419,7 +419,7 @@ def test_unregistered_lanes_stay_unregistered() -> None:
     out.args = (wide, *out.args[1:])
     guard = Guard((TensorGuard((None, 2), torch.float32, torch.device("cpu")),), (0,))
     program = Program(graph, guard, *specs((0,), {}, 0))
-    model = fused.install(copy.deepcopy(original), [RegionPlan("", recipes, {(True,): program})], strict=True)
+    model = install.install(copy.deepcopy(original), [RegionPlan("", recipes, {(True,): program})], strict=True)
     assert list(model.parameters()) == []
     assert list(model.state_dict()) == []
     x = torch.randn(4, 2)
@@ -437,7 +437,7 @@ def region(forward: Callable[..., object], program: Program, modules: int = 1, s
     """A module without parameters whose program and loop are given."""
     space = {"forward": forward}
     module = type("Region", (nn.Module,), space)()
-    return fused.install(module, [RegionPlan("", [], {(True,) * modules: program})], strict=strict)
+    return install.install(module, [RegionPlan("", [], {(True,) * modules: program})], strict=strict)
 
 
 def test_keywords_constants_and_structured_results() -> None:
@@ -515,7 +515,7 @@ def test_opaque_children_and_all_kinds_of_targets_survive_pickle() -> None:
     graph.output([y])
     example = torch.randn(2, 4)
     program = Program(graph, Guard((TensorGuard((None, 4), torch.float32, torch.device("cpu")),), (0,)), *specs((0,), {}, 0))
-    model = fused.install(Outer(), [RegionPlan("", [], {(True, True): program})], strict=True)
+    model = install.install(Outer(), [RegionPlan("", [], {(True, True): program})], strict=True)
     expected = model.loop(example)
     for m in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         m.load_state_dict(model.state_dict())
@@ -639,7 +639,7 @@ def test_views_made_without_grad_are_not_reused_with_grad() -> None:
             return super().forward(x) + frozen
 
     original = randomize(Target().double())
-    model = fused.install(copy.deepcopy(original), [feature_plan(path="")])
+    model = install.install(copy.deepcopy(original), [feature_plan(path="")])
     model.nets[0].register_forward_hook(lambda *_: None)
     x = data()
     for m in (original, model):
@@ -657,7 +657,7 @@ def test_a_container_that_is_a_region_does_not_meet_the_pack() -> None:
 
     original = Ensemble(nn.Linear(2, 2) for _ in range(3))
     recipe = Recipe("packed.weight", tuple(f"{i}.weight" for i in range(3)), (2, 2), (0, 1), "stack")
-    model = fused.install(copy.deepcopy(original), [RegionPlan("", [recipe], {})])
+    model = install.install(copy.deepcopy(original), [RegionPlan("", [recipe], {})])
     x = torch.randn(4, 2)
     assert torch.equal(model(x), original(x))
     assert len(model) == 3
@@ -681,7 +681,7 @@ def test_recurrent_lanes_read_the_pack() -> None:
         Recipe(f"packed.{name}", tuple(f"cells.{i}.{name}" for i in range(3)), shape, tuple(range(len(shape))), "stack")
         for name, shape in shapes.items()
     ]
-    model = fused.install(copy.deepcopy(original), [RegionPlan("", recipes, {})])
+    model = install.install(copy.deepcopy(original), [RegionPlan("", recipes, {})])
     x = torch.randn(4, 5, 2, dtype=F64)
     with torch.no_grad():
         for m in (original, model):
@@ -697,7 +697,7 @@ def broken(change: Callable[[nn.Module, RegionPlan], None]) -> str:
     change(model, plan)
     before = [type(m) for m in model.modules()], [n for n, _ in model.named_parameters()]
     with pytest.raises(FxfuseError) as caught:
-        fused.install(model, [plan])
+        install.install(model, [plan])
     assert before == ([type(m) for m in model.modules()], [n for n, _ in model.named_parameters()])
     return str(caught.value)
 
@@ -724,9 +724,9 @@ def test_what_install_refuses() -> None:
     )
     _, model = pair()
     with pytest.raises(FxfuseError, match="core is fused already"):
-        fused.install(model, [feature_plan()])
+        install.install(model, [feature_plan()])
     with pytest.raises(FxfuseError, match=r"share a module"):
-        fused.install(Model().double(), [feature_plan(), feature_plan()])
+        install.install(Model().double(), [feature_plan(), feature_plan()])
     with pytest.raises(FxfuseError, match=r"nn\.DataParallel"):
         model.core._replicate_for_data_parallel()
 
@@ -757,7 +757,7 @@ def test_classes_with_opinions_of_their_own() -> None:
 
     original = randomize(Core().double()).train()
     assert Registry.known == ["Core"]
-    model = fused.install(copy.deepcopy(original), [feature_plan(path="")], strict=False)
+    model = install.install(copy.deepcopy(original), [feature_plan(path="")], strict=False)
     assert Registry.known == ["Core"]
     x = data()
     torch.testing.assert_close(model(x), original(x), **CLOSE)
@@ -773,7 +773,7 @@ def test_alias_never_uses_stale_weights(change: str) -> None:
     model = copy.deepcopy(original)
     before = list(model.parameters())
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (original, model)]
-    fused.install(model, [feature_plan()], strict=True, packing="alias")
+    install.install(model, [feature_plan()], strict=True, packing="alias")
     assert [id(p) for p in model.parameters()] == [id(p) for p in before]
     assert list(model.state_dict()) == list(original.state_dict())
     assert_same_training(original, model)
@@ -804,7 +804,7 @@ def test_alias_falls_back_where_members_disagree_and_copies_and_unfuses() -> Non
     assert type(fused.unfuse(model).core) is FeatureNets
     assert_same_training(original, model)
     assert fell_back(model) == []
-    packed = fused.install(copy.deepcopy(original), [feature_plan()])
+    packed = install.install(copy.deepcopy(original), [feature_plan()])
     other = randomize(copy.deepcopy(packed), 4)
     model.load_state_dict(other.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(packing.original_state_dict(other).values(), model.state_dict().values()))
@@ -835,7 +835,7 @@ def test_a_zero_grad_of_the_users_own_is_called() -> None:
 
     original = randomize(Model().double())
     original.core.__class__ = Own
-    model = fused.install(original, [feature_plan()])
+    model = install.install(original, [feature_plan()])
     model(data()).sum().backward()
     before = Own.calls
     model.core.zero_grad()

@@ -11,7 +11,7 @@ import torch
 from hand_built import Model, feature_plan, randomize
 from torch import nn
 
-from fxfuse import fused, packing
+from fxfuse import fused, install, packing
 from fxfuse.errors import FxfuseError, StateDictError
 from fxfuse.graph import Recipe
 from fxfuse.recipes import lane_views
@@ -19,7 +19,7 @@ from fxfuse.recipes import lane_views
 
 def pair(cat: bool = False, seed: int = 0) -> tuple[nn.Module, nn.Module]:
     original = randomize(Model().double(), seed)
-    return original, fused.install(copy.deepcopy(original), [feature_plan(cat=cat)], strict=True)
+    return original, install.install(copy.deepcopy(original), [feature_plan(cat=cat)], strict=True)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -190,7 +190,7 @@ def test_gradients_come_along_when_packed_in_mid_training() -> None:
     model = copy.deepcopy(original)
     for a, b in zip(model.parameters(), original.parameters()):
         a.grad = b.grad.clone()
-    fused.install(model, [feature_plan()])
+    install.install(model, [feature_plan()])
     grads = packing.original_gradients(model)
     assert same(grads, {name: p.grad for name, p in original.named_parameters()})
 
@@ -218,7 +218,7 @@ def tied_plan() -> object:
 
 def test_tied_names_are_all_served() -> None:
     original = randomize(Tied().double())
-    model = fused.install(copy.deepcopy(original), [tied_plan()])
+    model = install.install(copy.deepcopy(original), [tied_plan()])
     assert same(packing.original_state_dict(model), original.state_dict())
     assert list(packing.original_named_parameters(model)) == [name for name, _ in original.named_parameters()]
     x = torch.randn(2, 3, dtype=torch.float64)
@@ -237,4 +237,4 @@ def test_tied_names_are_all_served() -> None:
         holder["head"].weight = holder["body"].lanes[0].weight
         plan = tied_plan()
         plan.path = "body"
-        fused.install(holder, [plan])
+        install.install(holder, [plan])

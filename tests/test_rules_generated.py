@@ -18,7 +18,7 @@ import torch
 from rule_samples import BETWEEN, SAMPLES, Numbers, Sample
 from torch import Tensor, nn
 
-from fxfuse import fused, packing
+from fxfuse import install, packing
 from fxfuse.graph import RegionPlan
 from fxfuse.observe import observe
 from fxfuse.passes.bundle import find_bundles
@@ -182,7 +182,7 @@ def packed(model: Loop, op: str, prefer: str = "") -> tuple[nn.Module | CannotVe
         {tuple(module.training for module in model.modules()): make_program(trace, lifted, graph)},
         {name: tensor for name, tensor in packs.constants.items() if name in used},
     )  # fmt: skip
-    return fused.install(model, [plan], strict=True), [other for options in emitter.choices.values() for other in options[1:]]
+    return install.install(model, [plan], strict=True), [other for options in emitter.choices.values() for other in options[1:]]
 
 
 # -- the comparison --------------------------------------------------------------------------------------------------------------------
