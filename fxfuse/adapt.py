@@ -37,8 +37,8 @@ from .held import held_by_caller
 from .inputs import batch_size, resample
 from .lengths import tracked_len
 from .observe import observe, reads_offsets
-from .passes.emit import Packs
 from .passes.functional import autocast_to
+from .passes.packs import Packs
 from .passes.program import make_program, resolve_packed
 from .passes.vectorize import vectorize
 from .region import STATE, RegionState

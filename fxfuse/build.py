@@ -22,8 +22,8 @@ from .held import Places
 from .inputs import resample
 from .observe import Observation
 from .options import Options
-from .passes.emit import Packs
 from .passes.lifted import Lifted
+from .passes.packs import Packs
 from .passes.program import fits, make_program, resolve_packed
 from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
 from .plan import Choice, Planner

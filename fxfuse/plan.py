@@ -21,7 +21,7 @@ from .launches import Launches, count
 from .memory import peak_bytes
 from .options import Options
 from .passes.chunk import fitting_chunks, widest
-from .passes.emit import Packs
+from .passes.packs import Packs
 from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
 from .private.profiler import is_profiling
 from .timing import medians, ratio

@@ -18,7 +18,7 @@ from fxfuse.private.pytree import tree_flatten, tree_unflatten
 from . import recipes
 from .containers import opened
 from .inputs import clone_inputs
-from .passes.emit import Packs
+from .passes.packs import Packs
 from .passes.vectorize import Vectorized
 from .runtime import graph_module
 

@@ -10,78 +10,28 @@ have the same value. Every node carries ``meta["val"]``, a meta tensor, so that 
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import linecache
-import math
 import operator
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import networkx as nx
 import torch
 import torch.fx
 
-from fxfuse.graph import FusedOp, Recipe
+from fxfuse.graph import FusedOp
 
 from .bundle import Bundle, Bundles
 from .functional import drop_unused, numbers_like, slice_along
 from .lifted import Lifted
 from .ops import Op
 from .outputs import treatment
+from .packs import Packs
 from .tidy import tidy
-
-Node = torch.fx.Node
-
-_TENSOR_METHODS = {function: name for name, function in vars(torch.Tensor).items() if inspect.isfunction(function)}
+from .weights import WeightReader
+from .writer import CannotVectorize, Node, Packed
 
 
-class Packed(NamedTuple):
-    """The values of all lanes in one tensor; ``dim`` is the lane axis, None where the lanes share one value."""
-
-    node: Node
-    dim: int | None
-
-
-class CannotVectorize(Exception):
-    """Raised by a rule that meets a case it does not cover: the bundle stays a loop, for this reason."""
-
-    bundle: Bundle | None = None
-
-
-@dataclass
-class Packs:
-    """The weights packed so far, shared by all programs of one region."""
-
-    recipes: dict[tuple[str, ...], Recipe] = field(default_factory=dict)
-    where: dict[str, tuple[Recipe, int]] = field(default_factory=dict)  # member -> its recipe and lane
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)
-    unpackable: dict[str, str] = field(default_factory=dict)  # member -> why it must stay as it is
-    kinds: dict[str, Literal["parameter", "buffer"]] = field(default_factory=dict)  # of the members that may be packed
-    holder: str = "packed"
-
-    def name(self, members: tuple[str, ...]) -> str:
-        """A readable name for the pack: the members' common path, without the part that differs from lane to lane."""
-        split = [member.split(".") for member in members]
-        width = min(len(parts) for parts in split)
-        common = [
-            parts[0] for parts in zip(*(s[:width] for s in split), strict=True) if len(set(parts)) == 1
-        ]  # fmt: skip
-        last = split[0][-1]
-        if not common or common[-1] != last:
-            common.append(last)
-        base = ".".join([self.holder, *common])
-        taken = {recipe.name for recipe in self.recipes.values()}
-        name, count = base, 1
-        while name in taken or any(t.startswith(name + ".") or name.startswith(t + ".") for t in taken):
-            count += 1
-            stem = [str(count)] if len(common) == 1 else [*common[:-2], f"{common[-2]}_{count}"]
-            name = ".".join([self.holder, *stem, last])
-        return name
-
-
-class Emitter:
+class Emitter(WeightReader):
     """Builds one program's graph."""
 
     def __init__(
@@ -94,90 +44,21 @@ class Emitter:
         prefer: str,
         singles_too: bool,
     ) -> None:
-        self.lifted, self.bundles, self.packs, self.rules = lifted, bundles, packs, rules
+        super().__init__(lifted, packs)
+        self.bundles, self.rules = bundles, rules
         self.lowering, self.prefer = lowering, prefer
         self.singles_too = singles_too  # offer other spellings of nodes that are in no bundle
-        self.real = _small(lifted.graph)
-        self.graph = torch.fx.Graph()
         self.singles: dict[Node, Any] = {}
         self.values: dict[int, Packed] = {}
         self.pieces: dict[int, Node] = {}
         self.separated: dict[int, Node] = {}  # pieces that are tensors of their own
         self.strided: dict[Node, Node] = {}  # results, laid out as in the recording
-        self.picked: dict[tuple[Node, int, tuple[int, ...]], Node] = {}
-        self.attributes: dict[str, Node] = {}
         self.gathers: dict[tuple[Node, ...], Node] = {}  # what was joined for one bundle serves others
         self.choices: dict[Any, tuple[str, ...]] = {}
         self.ops: list[FusedOp] = []
         self.notes: list[str] = []  # what a person should know of how the packed form computes
-        self.source: Node | None = None  # the original node on whose behalf we are writing
 
-    # -- writing nodes ------------------------------------------------------------------------------------------------------------
-
-    def call(self, func: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
-        """A call of ``func`` (a name: a Tensor method); its ``meta["val"]`` is found by running it on meta tensors."""
-        if isinstance(func, str):
-            node = self.graph.call_method(func, args, kwargs)
-            function: Callable[..., Any] = getattr(torch.Tensor, func)
-        else:
-            node = self.graph.call_function(func, args, kwargs)
-            function = func
-        values, keywords = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with torch.no_grad():
-            node.meta["val"] = function(*values, **keywords)
-        return self._placed(node)
-
-    def _placed(self, node: Node) -> Node:
-        if self.source is not None:
-            node.meta["place"] = self.source.meta.get("place")
-            place = node.meta["place"]
-            if place is not None:
-                code = linecache.getline(place.file, place.line).strip()
-                where = self.source.meta.get("path") or "forward"
-                node.meta["stack_trace"] = f'File "{place.file}", line {place.line}, in {where}\n    {code}'
-        return node
-
-    def stand_in(self, shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of that shape to find shapes with: zeros on the CPU where they are small, else a meta tensor.
-
-        Meta kernels are written in Python, and the first of them imports dynamo and sympy: a second that small models need not wait.
-        """
-        strides = tuple(stride) if stride is not None else None
-        if not self.real:
-            return torch.empty(shape, dtype=dtype, device="meta") if strides is None else torch.empty_strided(
-                shape, strides, dtype=dtype, device="meta"
-            )  # fmt: skip
-        if strides is None:
-            return torch.zeros(shape, dtype=dtype)
-        extent = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if 0 not in shape else 0
-        return torch.zeros(extent, dtype=dtype).as_strided(shape, strides)
-
-    def _meta(self, node: Node) -> torch.Tensor:
-        return self.stand_in(node.meta["shape"], node.meta.get("stride"), node.meta["dtype"])
-
-    def attribute(self, target: str, value: torch.Tensor) -> Node:
-        """A tensor that the region holds, read once per program."""
-        node = self.attributes.get(target)
-        if node is None:
-            node = self.attributes[target] = self.graph.get_attr(target)
-            node.meta["val"] = self.stand_in(value.shape, value.stride(), value.dtype)
-            node.meta["place"] = None
-        return node
-
-    def constant(self, values: list[int], device: torch.device) -> Node:
-        """An index tensor held by the region."""
-        tensor = torch.tensor(values, dtype=torch.int64, device=device)
-        held = [(name, known) for name, known in self.packs.constants.items() if name not in self.lifted.constants]
-        alike = (n for n, known in held if known.dtype is tensor.dtype and known.device == tensor.device and torch.equal(known, tensor))
-        fresh = (f"{self.packs.holder}.index_{number}" for number in itertools.count(len(self.packs.constants)))
-        name = next(alike, "") or next(name for name in fresh if name not in self.packs.constants)
-        self.packs.constants.setdefault(name, tensor)
-        node = self.attribute(name, tensor)
-        if self.real:  # rather than zeros, by which something may be divided
-            node.meta["val"] = tensor.cpu()
-        return node
-
-    # -- operands -----------------------------------------------------------------------------------------------------------------
+    # -- operands ------------------------------------------------------------------------------------------------------------------------
 
     def operand(self, bundle: Bundle, name: str) -> Any:
         """The argument ``name`` of a bundle: ``Packed`` where it is a tensor, else the value that all lanes have in common."""
@@ -255,180 +136,7 @@ class Emitter:
             return self.call(torch.stack, [part for part, _ in parts], 0)
         return self.call(torch.cat, [part if packed else self.call(torch.unsqueeze, part, 0) for part, packed in parts], 0)
 
-    def pick(self, value: Packed, total: int, positions: list[int]) -> Packed:
-        """The lanes at ``positions`` of a packed value of ``total`` lanes."""
-        node, dim = value
-        if dim is None or positions == list(range(total)):
-            return value
-        count = len(positions)
-        step = positions[1] - positions[0] if count > 1 else 1
-        if step > 0 and positions == list(range(positions[0], positions[0] + step * count, step)):
-            return Packed(self.call(slice_along, node, dim, positions[0], positions[-1] + 1, step), dim)
-        if count % total == 0 and positions == list(range(total)) * (count // total):
-            sizes = [-1] * (len(node.meta["val"].shape) + 1)
-            sizes[dim] = count // total
-            expanded = self.call("expand", self.call(torch.unsqueeze, node, dim), *sizes)
-            return Packed(self.call(torch.flatten, expanded, dim, dim + 1), dim)
-        rows = total // max(step, 1)
-        if count == total and total % max(step, 1) == 0 and positions == [r * step + c for c in range(step) for r in range(rows)]:
-            turned = self.call(torch.transpose, self.call(torch.unflatten, node, dim, (rows, step)), dim, dim + 1)
-            return Packed(self.call(torch.flatten, turned, dim, dim + 1), dim)
-        key = (node, dim, tuple(positions))
-        if key not in self.picked:
-            self.picked[key] = self.call(torch.index_select, node, dim, self.constant(positions, self.device(nodes=None)))
-        return Packed(self.picked[key], dim)
-
-    def device(self, nodes: Iterable[Node] | None) -> torch.device:
-        """The device the region was recorded on."""
-        for node in nodes or self.lifted.graph.nodes:
-            device = node.meta.get("device")
-            if device is not None:
-                return torch.device(device)
-        return torch.device("cpu")
-
-    # -- weights ------------------------------------------------------------------------------------------------------------------
-
-    def weights(self, nodes: list[Node], order: tuple[int, ...] | None = None, style: str = "stack") -> Packed | None:
-        """The lanes' own parameters as one packed tensor ``[G, *shape.permute(order)]``, packed once; None where they cannot be.
-
-        ``style="cat"`` gives ``[G * s0, ...]`` with ``dim`` 0 instead. The first request decides how the pack is stored; later ones
-        that want another order get a view of it.
-        """
-        targets = tuple(str(node.target) for node in nodes)
-        if any(node.op != "get_attr" for node in nodes) or any(t in self.packs.unpackable for t in targets):
-            return None
-        if any(t in self.lifted.constants for t in targets):  # no module holds them
-            return None
-        meta = nodes[0].meta
-        shape = tuple(meta["shape"])
-        order = tuple(range(len(shape))) if order is None else order
-        recipe = self.packs.recipes.get(targets)
-        if len(set(targets)) < len(targets):
-            return self._repeated(nodes, order, style)
-        if recipe is None:
-            if any(t in self.packs.where for t in targets):
-                return self._repack(nodes, targets, order, style)
-            stored = "cat" if len(shape) == 1 else style if shape else "stack"
-            recipe = Recipe(
-                self.packs.name(targets), targets, shape, order, "cat" if stored == "cat" else "stack",
-                self.packs.kinds.get(targets[0], "parameter"), bool(meta.get("requires_grad")), _own_shapes(nodes),
-            )  # fmt: skip
-            self.packs.recipes[targets] = recipe
-            self.packs.where.update((target, (recipe, lane)) for lane, target in enumerate(targets))
-        if recipe.style in ("rows", "padded"):
-            return None
-        return self._viewed(self.packed(recipe, meta), recipe, order, style)
-
-    def filled_up(self, nodes: list[Node], shape: tuple[int, ...], order: tuple[int, ...]) -> Node:
-        """The lanes' own parameters, each with zeros behind it up to ``shape``, as one tensor ``[G, *shape.permute(order)]``."""
-        shapes = tuple(tuple(node.meta["shape"]) for node in nodes)
-        targets = tuple(str(node.target) for node in nodes)
-        blocked = next((t for t in targets if t in self.packs.unpackable or t in self.lifted.constants), None)
-        if blocked is not None:
-            raise CannotVectorize(f"{blocked} cannot be packed: {self.packs.unpackable.get(blocked, 'no module holds it')}")
-        if len(set(shapes)) == 1:
-            packed = self.weights(nodes, order)
-            assert packed is not None
-            return packed.node
-        recipe = self.packs.recipes.get(targets)
-        if recipe is None:
-            if any(t in self.packs.where for t in targets):
-                raise CannotVectorize(f"{targets[0]} is packed with other weights already")
-            kind, requires_grad = self.packs.kinds.get(targets[0], "parameter"), bool(nodes[0].meta.get("requires_grad"))
-            recipe = Recipe(self.packs.name(targets), targets, shape, order, "padded", kind, requires_grad, shapes)
-            self.packs.recipes[targets] = recipe
-            self.packs.where.update((target, (recipe, lane)) for lane, target in enumerate(targets))
-        if recipe.style != "padded" or recipe.order != order or recipe.shape != shape:
-            raise CannotVectorize(f"{targets[0]} is packed in another form already")
-        return self.packed(recipe, nodes[0].meta)
-
-    def table(self, nodes: list[Node]) -> tuple[Node, list[int]] | str:
-        """The lanes' own tables as rows of one, ``[V0 + V1 + ..., *rest]``, and where each lane's rows begin; else why they cannot be.
-
-        Tables may differ in their number of rows, and one may serve several lanes.
-        """
-        targets = [str(node.target) for node in nodes]
-        distinct = list(dict(zip(targets, nodes, strict=True)).values())
-        names = tuple(dict.fromkeys(targets))
-        if any(name in self.lifted.constants for name in names):
-            return "a table that no module of the model holds"
-        blocked = next((name for name in names if name in self.packs.unpackable), None)
-        if blocked is not None:
-            return f"{blocked} cannot be packed: {self.packs.unpackable[blocked]}"
-        if len({self.packs.kinds.get(name) for name in names}) > 1:
-            return f"{names[0]} is a {self.packs.kinds.get(names[0])}, others are not"
-        held = self.packs.where.get(names[0])
-        if held is None and not any(name in self.packs.where for name in names):
-            shapes = tuple(tuple(node.meta["shape"]) for node in distinct)
-            equal = len(set(shapes)) == 1
-            recipe = Recipe(
-                self.packs.name(names), names, shapes[0], tuple(range(len(shapes[0]))), "cat" if equal else "rows",
-                self.packs.kinds.get(names[0], "parameter"), bool(nodes[0].meta.get("requires_grad")), None if equal else shapes,
-            )  # fmt: skip
-            self.packs.recipes[names] = recipe
-            self.packs.where.update((name, (recipe, lane)) for lane, name in enumerate(names))
-            held = (recipe, 0)
-        places = [self.packs.where.get(name) for name in targets]
-        if held is None or any(place is None or place[0] is not held[0] for place in places):
-            other = next(name for name in names if name in self.packs.where)
-            return f"{other} is packed with other weights already"
-        recipe = held[0]
-        node = self.packed(recipe, nodes[0].meta)
-        if recipe.style == "stack":
-            if recipe.order != tuple(range(len(recipe.order))):
-                return f"{names[0]} is packed in another order already"
-            node = self.call(torch.flatten, node, 0, 1)
-            starts: tuple[int, ...] = tuple(range(0, recipe.shape[0] * len(recipe.members), recipe.shape[0]))
-        elif recipe.style == "padded":
-            return f"{names[0]} is packed in another form already"
-        else:
-            starts = recipe.row_starts()
-        return node, [starts[place[1]] for place in places if place is not None]
-
-    def packed(self, recipe: Recipe, meta: dict[str, Any]) -> Node:
-        """The node that reads a packed tensor as it is stored."""
-        if recipe.style == "rows":
-            return self.attribute(recipe.name, self.stand_in((recipe.row_starts()[-1], *recipe.shape[1:]), None, meta["dtype"]))
-        inner = [recipe.shape[d] for d in recipe.order]
-        shape = [len(recipe.members), *inner]
-        if recipe.style == "cat":
-            shape = [shape[0] * shape[1], *shape[2:]]
-        return self.attribute(recipe.name, self.stand_in(shape, None, meta["dtype"]))
-
-    def _viewed(self, node: Node, recipe: Recipe, order: tuple[int, ...], style: str) -> Packed:
-        lanes = len(recipe.members)
-        if recipe.order == order and recipe.style == style:
-            return Packed(node, 0)
-        if recipe.style == "cat":
-            node = self.call(torch.unflatten, node, 0, (lanes, -1))
-        if recipe.order != order:
-            inverse = [recipe.order.index(d) for d in order]
-            node = self.call(torch.permute, node, (0, *(1 + d for d in inverse)))
-        if style == "cat":
-            node = self.call(torch.flatten, node, 0, 1)
-        return Packed(node, 0)
-
-    def _repeated(self, nodes: list[Node], order: tuple[int, ...], style: str) -> Packed | None:
-        """Weights that several lanes use: each is packed once."""
-        distinct = list(dict.fromkeys(nodes))
-        whole = self.weights(distinct, order) if len(distinct) > 1 else None
-        if whole is None:
-            return None
-        lane_of = {node: lane for lane, node in enumerate(distinct)}
-        picked = self.pick(whole, len(distinct), [lane_of[node] for node in nodes])
-        return Packed(self.call(torch.flatten, picked.node, 0, 1), 0) if style == "cat" else picked
-
-    def _repack(self, nodes: list[Node], targets: tuple[str, ...], order: tuple[int, ...], style: str) -> Packed | None:
-        """Weights that another bundle has packed already: the same pack in another order, or part of it."""
-        found = [self.packs.where.get(target) for target in targets]
-        recipe = found[0][0] if found[0] is not None else None
-        if recipe is None or recipe.style in ("rows", "padded") or any(f is None or f[0] is not recipe for f in found):
-            return None
-        whole = self._viewed(self.packed(recipe, nodes[0].meta), recipe, order, "stack")
-        picked = self.pick(whole, len(recipe.members), [f[1] for f in found if f is not None])
-        return Packed(self.call(torch.flatten, picked.node, 0, 1), 0) if style == "cat" else picked
-
-    # -- single nodes -------------------------------------------------------------------------------------------------------------
+    # -- single nodes --------------------------------------------------------------------------------------------------------------------
 
     def single(self, node: Node) -> Any:
         """The value of one original node in the new graph."""
@@ -526,28 +234,7 @@ class Emitter:
         elif recorded:
             made.meta["val"] = self._meta(node)
 
-    def spell(self, op: Op, args: tuple[Any, ...]) -> Node:
-        """A canonical call in the words a person would write: a torch function, or a Tensor method."""
-        positional, keywords = op.invocation(args)
-        name = getattr(op.func, "__name__", "")
-        if name == "__get__":
-            return self.graph.call_function(getattr, (positional[0], op.func.__self__.__name__))  # type: ignore[attr-defined]
-        if getattr(torch.Tensor, name, None) is op.func or isinstance(op.func, type(torch.Tensor.add)):
-            return self.graph.call_method(name, positional, keywords)
-        if op.func in _TENSOR_METHODS:  # Tensor.__pow__, whose own name is another's
-            return self.graph.call_method(_TENSOR_METHODS[op.func], positional, keywords)
-        return self.graph.call_function(op.func, positional, keywords)
-
-    def respell(self, op: Op, args: tuple[Any, ...], zeros: bool = True) -> Node:
-        """A canonical call on packed operands, with its ``meta["val"]``. ``zeros``: the op takes a tensor of zeros (no inverse does)."""
-        node = self.spell(op, args)
-        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"] if zeros else n.meta["val"].to("meta"))
-        with torch.no_grad():
-            made = op(*values)
-            node.meta["val"] = made if zeros else self.stand_in(made.shape, made.stride(), made.dtype)
-        return self._placed(node)
-
-    # -- the walk -----------------------------------------------------------------------------------------------------------------
+    # -- the walk ------------------------------------------------------------------------------------------------------------------------
 
     def run(self) -> torch.fx.Graph:
         """The rewritten graph. Raises ``CannotVectorize`` with ``bundle`` set where a rule refuses."""
@@ -659,6 +346,8 @@ class Emitter:
         self.source = None
         return made if made is not None else self._copy(node)
 
+    # -- what leaves the region ----------------------------------------------------------------------------------------------------------
+
     def _outputs(self, output: Node) -> None:
         leaves = list(output.args[0])  # type: ignore[arg-type]
         by_bundle: dict[int, list[Node]] = {}
@@ -729,7 +418,7 @@ class Emitter:
         inverse = [order.index(d) for d in range(len(order))]
         return self.call(torch.permute, copied(self.call(torch.permute, node, tuple(order))), tuple(inverse))
 
-    # -- layout helpers for rules ---------------------------------------------------------------------------------------------------
+    # -- choices -------------------------------------------------------------------------------------------------------------------------
 
     def choose(self, bundle: Bundle, options: tuple[str, ...]) -> str:
         """The lowering to use, out of what the rule can do here; the planner learns of the choice by it."""
@@ -746,22 +435,6 @@ class Emitter:
         self.choices[key] = options
         return self.lowering.get(key, options[0])
 
-    def front(self, value: Packed, lanes: int) -> Node:
-        """The value with its lane axis in front, ``[G, ...]``; a shared value is expanded (no copy)."""
-        node, dim = value
-        if dim is None:
-            return self.call("expand", self.call(torch.unsqueeze, node, 0), lanes, *([-1] * len(node.meta["val"].shape)))
-        return self.at(value, 0)
-
-    def at(self, value: Packed, dim: int) -> Node:
-        """A batched value with its lane axis moved to ``dim``."""
-        assert value.dim is not None
-        if value.dim == dim:
-            return value.node
-        if abs(value.dim - dim) == 1:  # the same, at half the overhead
-            return self.call(torch.transpose, value.node, value.dim, dim)
-        return self.call(torch.movedim, value.node, value.dim, dim)
-
 
 def signature(bundle: Bundle) -> tuple[Any, ...]:
     """What a bundle's choice of lowering hangs on, equal in the train and the eval graph."""
@@ -769,28 +442,7 @@ def signature(bundle: Bundle) -> tuple[Any, ...]:
     return (bundle.name, bundle.whole or len(bundle.members), shapes)
 
 
-def _own_shapes(nodes: list[Node]) -> tuple[tuple[int, ...], ...] | None:
-    """The members' own shapes, where a pass reads some of them in another shape than they have."""
-    if all(node.meta.get("own_shape") is None for node in nodes):
-        return None
-    return tuple(tuple(node.meta.get("own_shape") or node.meta["shape"]) for node in nodes)
-
-
 def _restrided(before: Node, after: Any) -> bool:
     """``before``, in the recording, and ``after``: a value that a pass has made has no strides of its own yet."""
     value = after.meta.get("val") if isinstance(after, Node) else None
     return isinstance(value, torch.Tensor) and value.stride() != before.meta.get("stride")
-
-
-# A region whose tensors have fewer elements than this in all is run on zeros to find shapes; others on meta tensors.
-SMALL = 1 << 23
-
-
-def _small(graph: torch.fx.Graph) -> bool:
-    total = 0
-    for node in graph.nodes:
-        dtype, shape = node.meta.get("dtype"), node.meta.get("shape")
-        if dtype in (torch.float16, torch.bfloat16) or (dtype is not None and dtype.is_complex):
-            return False  # kernels for these are missing here and there
-        total += math.prod(shape) if shape is not None else 0
-    return total < SMALL

@@ -16,10 +16,10 @@ from fxfuse.private.pytree import tree_flatten
 from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Frame, Ref, Trace
 
-from .emit import Packs
 from .free_sizes import recorded_number
 from .functional import slice_along
 from .lifted import Lifted
+from .packs import Packs
 
 
 def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program:

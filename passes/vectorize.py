@@ -17,15 +17,17 @@ from fxfuse.graph import FusedOp, Place, Refusal
 from .buffers import join_writes
 from .bundle import Bundle, Bundles, Node, find_bundles, widths_apart
 from .chunk import in_chunks
-from .emit import CannotVectorize, Emitter, Packs
+from .emit import Emitter
 from .factor import factor_shared_maps
 from .forwarding import forward_writes
 from .joins import normalize_joins
 from .lifted import Lifted
+from .packs import Packs
 from .picks import unify_picks
 from .pointwise_conv import unify_pointwise
 from .rules import has_rule, is_heavy, is_view, rule_of
 from .unequal import Group, uncast
+from .writer import CannotVectorize
 
 LaneSet = frozenset[tuple[Any, ...]]  # (op, place, path, lanes) of each of its bundles
 

@@ -76,7 +76,7 @@ def test_a_bug_where_lanes_are_joined() -> None:
 SOURCES = [
     ("passes/rules/base.py", "physical", "dim + 1", "softmax"),
     ("fxfuse/recipes.py", "lane_view", "index * rows", "linear"),
-    ("passes/emit.py", "Emitter.pick", "positions[-1] + 1", "select"),
+    ("passes/writer.py", "Writer.pick", "positions[-1] + 1", "select"),
 ]
 
 

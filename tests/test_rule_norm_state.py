@@ -380,7 +380,7 @@ def test_counters_alone_make_no_loop() -> None:
 
 
 def test_large_tensors_are_planned_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxfuse.passes.emit.SMALL", 0)
+    monkeypatch.setattr("fxfuse.passes.writer.SMALL", 0)
     for norm in (nn.BatchNorm2d, lambda c: nn.BatchNorm2d(c, momentum=None), lambda c: nn.InstanceNorm2d(c, track_running_stats=True)):
         model = randomized(Branches(2, norm, 2))
         fused = fxfuse.optimize(model, images(2, 2, "chunk"), objective="launches", **QUICK)

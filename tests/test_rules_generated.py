@@ -22,12 +22,14 @@ from fxfuse import install, packing
 from fxfuse.graph import RegionPlan
 from fxfuse.observe import observe
 from fxfuse.passes.bundle import find_bundles
-from fxfuse.passes.emit import CannotVectorize, Emitter, Packs
+from fxfuse.passes.emit import Emitter
 from fxfuse.passes.lift import lift
+from fxfuse.passes.packs import Packs
 from fxfuse.passes.program import make_program
 from fxfuse.passes.rules import has_rule, rule_of, table
 from fxfuse.passes.rules.base import RULES
 from fxfuse.passes.vectorize import prepare
+from fxfuse.passes.writer import CannotVectorize
 from fxfuse.tracer import record
 from fxfuse.weights import unpackable
 

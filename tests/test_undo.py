@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.passes.emit import Packed
 from fxfuse.passes.rules import RULES
+from fxfuse.passes.writer import Packed
 
 
 class TwoLoops(nn.Module):

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
+from ..writer import CannotVectorize, Packed
 from .base import rank, rule
 
 

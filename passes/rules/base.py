@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
+from ..writer import CannotVectorize, Packed
 
 Vectorize = Callable[[Emitter, Bundle], "Packed | tuple[Packed, str]"]
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..bundle import Bundle
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
+from ..writer import CannotVectorize, Packed
 from .base import rank, rule, shared, tensors, unpacked
 from .fold import fold, unfold
 

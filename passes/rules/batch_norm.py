@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from ..bundle import Bundle, Node
-from ..emit import Emitter, Packed
+from ..emit import Emitter
 from ..functional import cumulative_batch_norm
+from ..writer import Packed
 from .base import rule
 from .channels import all_shared, merged, parted, per_channel
 from .fold import fold, unfold

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
+from ..writer import CannotVectorize, Packed
 from .base import rank, rule
 from .fold import fold, unfold
 from .linear import bias_of

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
 from ..functional import autocast_to, casting
+from ..writer import CannotVectorize, Packed
 from .base import Rule, rank, rule, shared, tensors, unpacked
 
 

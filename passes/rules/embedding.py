@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
 from ..functional import bag_offsets, ragged_bags
 from ..ops import Op
+from ..writer import CannotVectorize, Packed
 from .base import rule
 from .fold import fold, unfold
 

@@ -6,7 +6,8 @@ They count as launching nothing: a free size, which each lane may read elsewhere
 from __future__ import annotations
 
 from ..bundle import Bundle
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
+from ..writer import CannotVectorize, Packed
 from .base import rule, tensors, unpacked
 
 

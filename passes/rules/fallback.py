@@ -18,8 +18,9 @@ from fxfuse.private.pytree import tree_map_only
 from fxfuse.private.schemas import schema_of
 
 from ..bundle import POSITIONS, Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
 from ..ops import Op
+from ..writer import CannotVectorize, Packed
 from .base import Rule
 
 LOWERING = "vmap"

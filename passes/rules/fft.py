@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..bundle import Bundle
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
+from ..writer import CannotVectorize, Packed
 from .along import counted
 from .base import rank, rule, tensors, unpacked
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..bundle import Node
-from ..emit import Emitter, Packed
+from ..emit import Emitter
+from ..writer import Packed
 
 
 def fold(emitter: Emitter, value: Packed) -> tuple[Node, int]:

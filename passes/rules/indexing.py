@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
+from ..writer import CannotVectorize, Packed
 from .base import is_tensor, numbers, physical, rank, rule, shared
 from .elementwise import aligned, pointwise
 

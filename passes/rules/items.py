@@ -6,8 +6,9 @@ import operator
 from typing import Any
 
 from ..bundle import Bundle
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
 from ..recurrent import together
+from ..writer import CannotVectorize, Packed
 from .base import rule
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
 from ..joins import is_op, is_plain_add
+from ..writer import CannotVectorize, Packed
 from .base import rank, rule
 
 KIND = "joins"  # in the README's table

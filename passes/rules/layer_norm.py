@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ..bundle import Bundle
-from ..emit import Emitter, Packed
+from ..emit import Emitter
+from ..writer import Packed
 from .base import rank, rule
 from .elementwise import aligned
 

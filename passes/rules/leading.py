@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..bundle import Bundle
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
+from ..writer import CannotVectorize, Packed
 from .base import rank, rule, shared, tensors, unpacked
 from .fallback import by_vmap
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from ..bundle import Bundle, Node
-from ..emit import Emitter, Packed
+from ..emit import Emitter
+from ..writer import Packed
 from .base import rank, rule
 
 

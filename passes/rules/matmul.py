@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
+from ..writer import CannotVectorize, Packed
 from .base import rank, rule
 from .elementwise import aligned
 

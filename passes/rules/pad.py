@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from ..bundle import Bundle
-from ..emit import Emitter, Packed
+from ..emit import Emitter
+from ..writer import Packed
 from .base import rank, rule
 from .fold import fold, unfold
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..bundle import Bundle
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
 from ..functional import dropout_each
+from ..writer import CannotVectorize, Packed
 from .base import rank, rule, tensors, unpacked
 from .elementwise import aligned
 from .fold import fold, unfold

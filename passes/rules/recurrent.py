@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
 from ..recurrent import gru_over_time, gru_step, lstm_over_time, lstm_step, rnn_over_time, rnn_step, together
+from ..writer import CannotVectorize, Packed
 from .base import rule
 
 RECURRENCE, BY_LANE, FOLDED = "one recurrence", "lane by lane", "lanes in the batch"

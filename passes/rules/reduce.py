@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..bundle import Bundle
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
+from ..writer import CannotVectorize, Packed
 from .along import counted
 from .base import rank, rule, tensors, unpacked
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..bundle import Bundle
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
+from ..writer import CannotVectorize, Packed
 from .base import numbers, physical, rank, rule, sizes_of
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..emit import Emitter, Node
+from ..emit import Emitter
 from ..joins import argument, is_op
 from ..pointwise_conv import is_pointwise_conv
+from ..writer import Node
 from .base import rank
 
 AS_IT_IS = "as it is"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
 from ..functional import slice_along
+from ..writer import CannotVectorize, Packed
 from .base import physical, rule
 
 KIND = "forks"  # in the README's table

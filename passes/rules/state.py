@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
 from ..functional import slice_along
+from ..writer import CannotVectorize, Packed
 from .base import rule
 
 

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from ..bundle import Bundle, Node
-from ..emit import CannotVectorize, Emitter, Packed
+from ..emit import Emitter
 from ..functional import autocast_to
 from ..ops import Op
 from ..unequal import CONVOLUTIONS, uncast
+from ..writer import CannotVectorize, Packed
 from .base import Rule, rank
 from .linear import by_rows
 

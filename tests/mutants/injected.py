@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.passes.emit import Emitter, Packed
+from fxfuse.passes.emit import Emitter
 from fxfuse.passes.ops import Op
 from fxfuse.passes.rules import joins
 from fxfuse.passes.rules.base import Rule
+from fxfuse.passes.writer import Packed
 from mutants.subjects import Subject, family_of, subjects_of, table_models
 from mutants.verdicts import optimized
 
