@@ -145,7 +145,7 @@ def held_by_caller(program: Program) -> Program:
 
 
 def _changeable(value: Any) -> bool:
-    return bool(getattr(value, "__dict__", None)) or (type(value).__module__ == "numpy" and hasattr(value, "tobytes"))
+    return hasattr(value, "__dict__") or (type(value).__module__ == "numpy" and hasattr(value, "tobytes"))
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -20,12 +20,13 @@ _VIEWS = frozenset(
     "select slice_along narrow unsqueeze squeeze transpose t mT permute movedim flatten unflatten view reshape expand view_as reshape_as "
     "expand_as broadcast_to diagonal unfold getitem unbind ravel contiguous".split()
 )
+_COPIES = frozenset({"unbind_copy", "split_with_sizes_copy"})
 # What the loop makes new memory for, and does not need for its own backward.
 _JOINS = frozenset("cat stack sum_of prod_of min_of max_of".split())
 # New memory in rows, whatever the strides of what they read, and not needed for their own backward.
 _ROWS = frozenset(
-    "cat stack clone bmm baddbmm mm addmm linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d unbind_copy "
-    "index_select embedding".split()
+    "cat stack clone bmm baddbmm mm addmm linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+    "unbind_copy split_with_sizes_copy select_copy index_select embedding".split()
 )
 # Not needed for their own backward either, but with the strides of what they read.
 _PLAIN = frozenset(
@@ -37,9 +38,14 @@ _PLAIN = frozenset(
 def chain(node: Node) -> list[Node]:
     """``node`` and what it is a view of, up to the first that is none."""
     found = [node]
-    while _name(found[-1]) in _VIEWS and found[-1].all_input_nodes:
+    while _name(found[-1]) in _VIEWS and found[-1].all_input_nodes and not _is_piece(found[-1]):
         found.append(found[-1].all_input_nodes[0])
     return found
+
+
+def _is_piece(node: Node) -> bool:
+    """One of several tensors that a call has made at once, each in memory of its own."""
+    return _name(node) == "getitem" and _name(node.all_input_nodes[0]) in _COPIES
 
 
 def treatment(before: Node, after: Node) -> Literal["", "contiguous", "clone"]:
@@ -51,7 +57,7 @@ def treatment(before: Node, after: Node) -> Literal["", "contiguous", "clone"]:
     root = views[-1]
     # Only the chain itself may read what is handed out.
     shared = any(len(node.users) > 1 for node in views[1:]) or len(after.users) > 0
-    name = _name(root)
+    name = _name(root.all_input_nodes[0] if _is_piece(root) else root)
     if root.op not in ("call_function", "call_method") or shared or name not in _ROWS | _PLAIN:
         return "clone"
     return "" if name in _ROWS or join not in ("cat", "stack") else "contiguous"
