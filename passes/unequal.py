@@ -16,6 +16,7 @@ Nothing is ever multiplied by a zero that fills up unless it is a zero itself: a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,8 @@ def _layers(members: list[Node], op: Op) -> list[Group]:
             alike.setdefault((x.meta["shape"][:-1], x.meta["dyn"], len(x.meta["shape"])), []).append(node)
     found: list[Group] = []
     for group in alike.values():
+        if len({uncast(node.args[1]).meta["shape"] for node in group}) < 2:
+            continue
         if op.name == "linear" and len({uncast(node.args[0]) for node in group}) > 1:
             for part in _of_like_size(_apart(group)):
                 found.extend(_group(part, -1))
@@ -118,26 +121,24 @@ def _is_weight(arg: Any) -> bool:
 
 def _apart(members: list[Node]) -> list[Node]:
     """Members whose input no other member reads: several layers on one input among others are no lanes of it."""
-    inputs = [uncast(member.args[0]) for member in members]
-    return [member for member, x in zip(members, inputs, strict=True) if inputs.count(x) == 1]
+    readers = Counter(uncast(member.args[0]) for member in members)
+    return [member for member in members if readers[uncast(member.args[0])] == 1]
 
 
 def _of_like_size(members: list[Node]) -> list[list[Node]]:
     """The members in groups that filling up makes at most ``MOST_WASTE`` times as large, in program order."""
     parts: list[list[Node]] = []
+    high = wide = own = 0  # of the last part: its largest sizes, and the elements of its lanes' own weights
     for member in sorted(members, key=lambda node: uncast(node.args[1]).meta["shape"]):
-        if parts and _waste([*parts[-1], member]) <= MOST_WASTE:
+        m, k = uncast(member.args[1]).meta["shape"]
+        if parts and (len(parts[-1]) + 1) * max(high, m) * max(wide, k) <= MOST_WASTE * (own + m * k):
             parts[-1].append(member)
+            high, wide, own = max(high, m), max(wide, k), own + m * k
         else:
             parts.append([member])
+            high, wide, own = m, k, m * k
     order = {member: index for index, member in enumerate(members)}
     return [sorted(part, key=order.__getitem__) for part in parts]
-
-
-def _waste(members: list[Node]) -> float:
-    shapes = [uncast(member.args[1]).meta["shape"] for member in members]
-    filled = len(shapes) * max(m for m, _ in shapes) * max(k for _, k in shapes)
-    return float(filled / max(1, sum(m * k for m, k in shapes)))
 
 
 def _elementwise(members: list[Node], of: dict[Node, Group]) -> list[Group]:

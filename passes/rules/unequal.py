@@ -10,6 +10,8 @@ Results of unequal widths lie end to end in one tensor; an op that needs them on
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -85,7 +87,7 @@ def _rows(emitter: Emitter, bundle: Bundle) -> tuple[Node, Node | None]:
         table = emitter.table(nodes)
         if isinstance(table, str):
             raise CannotVectorize(f"{bundle.name}: {table}")
-        if table[1] != [sum(widths[:lane]) for lane in range(len(widths))] or table[0].meta["val"].shape[0] != sum(widths):
+        if table[1] != _begins(widths) or table[0].meta["val"].shape[0] != sum(widths):
             raise CannotVectorize(f"{bundle.name}: weights are packed in another order already")
         found.append(_cast(emitter, bundle, name, table[0]))
     weight, bias = found
@@ -118,7 +120,7 @@ def _laid_out(emitter: Emitter, inputs: list[Node], widths: list[int]) -> tuple[
     """A tensor that holds all the inputs in its last dim, and where each begins."""
     bundle = emitter.bundles.end_to_end(inputs[0])
     if bundle is not None and bundle.apart == -1 and all(emitter.bundles.of[node] == bundle.index for node in inputs):
-        begins = dict(zip(bundle.members, _begins(bundle), strict=True))
+        begins = dict(zip(bundle.members, _begins(node.meta["shape"][-1] for node in bundle.members), strict=True))
         return emitter.values[bundle.index].node, [begins[node] for node in inputs]
     last = rank(inputs[0]) - 1
     sliced = all(isinstance(node.target, Op) and node.target.name == "slice_along" for node in inputs)
@@ -126,13 +128,11 @@ def _laid_out(emitter: Emitter, inputs: list[Node], widths: list[int]) -> tuple[
         source = emitter.single(inputs[0].args[0])  # type: ignore[arg-type]
         return source, [range(source.meta["val"].shape[-1])[int(node.args[2])] for node in inputs]  # type: ignore[arg-type]
     joined = emitter.call(torch.cat, [emitter.single(node) for node in inputs], last)
-    return joined, [sum(widths[:lane]) for lane in range(len(widths))]
+    return joined, _begins(widths)
 
 
-def _begins(bundle: Bundle) -> list[int]:
-    assert bundle.apart is not None
-    widths = [member.meta["shape"][bundle.apart] for member in bundle.members]
-    return [sum(widths[:lane]) for lane in range(len(widths))]
+def _begins(widths: Iterable[int]) -> list[int]:
+    return list(itertools.accumulate(widths, initial=0))[:-1]
 
 
 def _end_to_end(emitter: Emitter, bundle: Bundle, out: Node, most: int) -> Node:
