@@ -37,6 +37,7 @@ from .containers import opened
 from .contents import Contents
 from .determinism import foreign_random_state, preserved_state
 from .graph import Place
+from .idle_draws import idle_draws_unseen
 from .moves import moves_noted
 from .outside import Change, Generators, Globals, drawing, draws_itself, is_generator, line_of_attribute
 from .passes.functional import autocast_to
@@ -764,8 +765,13 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys
 
 def _recorded(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> tuple[Trace, Generators | None]:
     """One run under watch, and the random generators, where it drew from any."""
+    found = _recorded_once(model, args, kwargs, keys, late=True)
+    return _recorded_once(model, args, kwargs, keys, late=False) if found[0].failure else found
+
+
+def _recorded_once(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key], late: bool) -> tuple[Trace, Generators | None]:
     moved, given = False, Contents((*args, *kwargs.values()))
-    with _undisturbed(model, args, kwargs, keys) as recorder, recorder.generators.preserved():
+    with _undisturbed(model, args, kwargs, keys, late) as recorder, recorder.generators.preserved():
         before = recorder.generators.states()
         try:
             _run(recorder, model, args, kwargs)
@@ -780,9 +786,12 @@ def _recorded(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) ->
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key] = frozenset()) -> Iterator[Recorder]:
-    watched = _watched(model, args, kwargs, keys)
-    with preserved_state(model), watched as recorder, torch.enable_grad(), torch.inference_mode(False), casts_not_kept():
+def _undisturbed(
+    model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key] = frozenset(), late: bool = True
+) -> Iterator[Recorder]:
+    """``late``: random numbers that decide nothing are not drawn."""
+    watched, modes = _watched(model, args, kwargs, keys), (torch.enable_grad(), torch.inference_mode(False))
+    with preserved_state(model), watched as recorder, modes[0], modes[1], casts_not_kept(), idle_draws_unseen(late):
         yield recorder
 
 
