@@ -24,7 +24,7 @@ from fxfuse.private.pytree import tree_map_only
 
 from . import fused as fused_modules
 from . import install as installer
-from . import large
+from . import large, plan_cache
 from .attributes import attributes_kept
 from .build import Builder, Recorded, refuse
 from .casts import without_autocast
@@ -37,6 +37,7 @@ from .difference import Validation
 from .entries import FORWARD, Entry, make_entries
 from .errors import ArgumentError, FxfuseError, HeldElsewhereError
 from .exclusive import alone
+from .fingerprint import combined, sizes_of
 from .graph import Refusal, RegionPlan
 from .inputs import resample
 from .large import Moved, sample, twin, weight_bytes, without_history
@@ -81,6 +82,7 @@ def optimize(
     strict: bool = False,
     min_lanes: int = 2,
     inplace: bool = False,
+    cache: bool = True,
 ) -> nn.Module:
     """A model that computes the same as ``model``, its loops over small networks fused.
 
@@ -103,6 +105,8 @@ def optimize(
         strict: a call that does not fit what was recorded raises ``FallbackError``; otherwise it runs the original forward.
         min_lanes: the fewest lanes worth fusing.
         inplace: rewrite ``model`` itself.
+        cache: keep what was measured in the user's cache directory, and use it for an equal model on an equal machine, which is then
+            compared but not timed. ``FXFUSE_CACHE_DIR`` names another directory; ``FXFUSE_CACHE=0`` turns it off for a whole process.
 
     Returns an instance of ``model``'s class. Raises ``ArgumentError`` for wrong arguments; a model that cannot be recorded, or has no loop,
     comes back working, with the reason in ``fxfuse.report``.
@@ -123,7 +127,7 @@ def optimize(
     try:
         options = make_options(
             model, mode=mode, objective=objective, lowering=lowering, tune=tune, tune_for=tune_for, max_memory=max_memory,
-            validate=validate, strict=strict, min_lanes=min_lanes, inplace=inplace, packing="packed",
+            validate=validate, strict=strict, min_lanes=min_lanes, inplace=inplace, cache=cache, packing="packed",
         )  # fmt: skip
         inputs = make_inputs(example_inputs, example_kwargs)
         entries = make_entries(model, inputs, methods)
@@ -564,9 +568,29 @@ class _Pipeline:
                 if alone is not None:
                     alone.launches, alone.heavy = self.report.launches, self.report.heavy
             if self.options.tune and self.options.objective == "time":
-                calls = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(self.work), entry.root(result))]
-                before, after = medians(calls, budget=0.3)
-                self.report.timings["forward"] = (before, after)
+                self.report.timings["forward"] = self._known_times() or self._times(result)
+
+    def _known_times(self) -> tuple[float, float] | None:
+        """Of an equal model that was fused by the same plans, all of which came from the cache."""
+        known = plan_cache.load(self._times_key()) if all(plan.cached for plan in self.report.fused) and self.options.cache else None
+        try:
+            return None if known is None else (float(known["forward"][0]), float(known["forward"][1]))
+        except (KeyError, TypeError, ValueError, IndexError):
+            return None
+
+    def _times(self, result: nn.Module) -> tuple[float, float]:
+        entry = self.entries[0]
+        calls = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(self.work), entry.root(result))]
+        before, after = medians(calls, budget=0.3)
+        if self.options.cache and all(plan.key for plan in self.report.fused):
+            plan_cache.store(self._times_key(), {"forward": [before, after]})
+        return before, after
+
+    def _times_key(self) -> str:
+        modules = [f"{type(module).__module__}.{type(module).__qualname__}" for module in self.work.modules()]
+        weights = [str(tuple(parameter.shape)) for parameter in self.work.parameters()]
+        inputs = [repr(sizes_of((entry.name, entry.args, entry.kwargs))) for entry in self.entries]
+        return combined(["model", *(f"{plan.path} {plan.key}" for plan in self.report.fused), *modules, *weights, *inputs])
 
 
 def _inside(path: str, other: str) -> bool:

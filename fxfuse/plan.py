@@ -3,19 +3,23 @@
 Comes in: a region with its prepared graph, and the options. Goes out: the rewritten program with the lowering of every bundle chosen, or a
 ``Refusal`` where the loop is faster. Candidates are timed against the region's own forward, in turn and by medians, on the recorded
 inputs or those of ``tune_for``; ``objective="launches"`` fuses all that is legal, ``tune=False`` takes the first lowering that the
-rules name. Large lane sets are computed in chunks of lanes, as many as are fastest, or as ``max_memory`` asks for.
+rules name. Large lane sets are computed in chunks of lanes, as many as are fastest, or as ``max_memory`` asks for. What was timed is kept
+on disk (``plan_cache``) and read for an equal region on an equal machine.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from . import plan_cache
+from .choice import Choice, from_data, to_data
 from .determinism import preserved_state
+from .fingerprint import fingerprint
 from .graph import Refusal
 from .launches import Launches, count
 from .memory import peak_bytes
@@ -44,22 +48,6 @@ GUARD_SECONDS = 6e-6
 Steps = list[Callable[[], object]]  # one step of a candidate per case
 
 
-@dataclass
-class Choice:
-    """The outcome for one region. ``seconds`` are medians (loop, fused), ``peak`` bytes (loop, fused); None where not measured."""
-
-    vectorized: Vectorized | None
-    lowering: dict[Any, str]
-    chunks: int = 1
-    together: bool = False  # lanes of unequal widths in one bundle, rather than bundled by width
-    skipped: frozenset[LaneSet] = frozenset()  # lane sets that stay as they are
-    refusal: Refusal | None = None
-    seconds: tuple[float, float] | None = None
-    peak: tuple[int, int] | None = None
-    launches: tuple[Launches, Launches] | None = None  # (loop, fused), of one forward
-    tried: list[tuple[str, float]] = field(default_factory=list)
-
-
 class Planner:
     """Plans one region: ``prepared`` is its graph in the mode that is timed, ``cases`` are inputs to time it on (default: as recorded)."""
 
@@ -71,9 +59,40 @@ class Planner:
         self.benches = [Workbench(region, case, self.train, frame.parent >= 0) for case in cases]
         self.prefer = _preferred(options)
         self.left: list[Refusal] = []  # of lane sets that do not pay
+        timed = options.tune and options.objective == "time"  # what is counted, rather than timed, is soon counted again
+        self.key = fingerprint(prepared, region, packs, options, cases) if timed and options.cache else None
 
     def plan(self) -> Choice:
-        """Search, measure, decide."""
+        """Search, measure, decide; or what was decided before for an equal region."""
+        known = self._known()
+        if known is not None:
+            return known
+        choice = self._searched()
+        if self.options.tune and choice.refusal is None:
+            self._measure_memory(choice)
+        if self.key is not None and (choice.tried or choice.seconds is not None):
+            plan_cache.store(self.key, to_data(choice))
+        return choice
+
+    def _known(self) -> Choice | None:
+        """The choice from the cache, its program made anew; None where there is none, or it does not fit what the rules offer today."""
+        data = plan_cache.load(self.key) if self.key is not None else None
+        found = from_data(data) if data is not None else None
+        if found is None:
+            return None
+        choice, reason = found
+        before = self.prepared
+        self.prepared = before.with_widths(choice.together)
+        choice.vectorized = self.emit(choice.lowering, choice.chunks)
+        offered = choice.vectorized.choices if choice.vectorized is not None else {}
+        if choice.vectorized is None or any(option not in offered.get(key, (option,)) for key, option in choice.lowering.items()):
+            self.prepared = before
+            return None
+        choice.cached = True
+        choice.refusal = None if reason is None else self._refusal(reason)
+        return choice
+
+    def _searched(self) -> Choice:
         if self.train and self.options.tune and not all(bench.trains() for bench in self.benches):
             self.train = False  # a model that can only be run forward is timed so
             for bench in self.benches:
@@ -305,7 +324,7 @@ class Planner:
         with preserved_state(self.region):
             return max(peak_bytes(step) for step in self._steps(choice))
 
-    def measure_memory(self, choice: Choice) -> None:
+    def _measure_memory(self, choice: Choice) -> None:
         """Peak bytes of the loop and of the chosen form, in the mode that was asked for."""
         if choice.vectorized is not None and not is_profiling():  # PyTorch runs one profiler at a time: here it is the user's
             with preserved_state(self.region):
