@@ -28,6 +28,7 @@ from .passes.packs import Packs
 from .passes.program import fits, make_program, resolve_packed
 from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
 from .plan import Planner
+from .progress import Progress
 from .regions import Region, RegionFinder
 from .report import Report
 from .trace import Frame, Ref, Trace
@@ -97,6 +98,7 @@ class Builder:
 
     def __init__(self, model: nn.Module, work: nn.Module, options: Options, report: Report) -> None:
         self.model, self.work, self.options, self.report = model, work, options, report
+        self.progress = Progress(options.progress)
         self.chosen: dict[str, Chosen] = {}  # by region path
         self.followers: dict[str, list[tuple[Region, Recorded]]] = {}  # further ways in to the same region
 
@@ -177,7 +179,7 @@ class Builder:
         blocked, kinds = unpackable(self.model, path)
         packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module))
         _set_training(way.root, way.observations[0].flags)
-        planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared, way))
+        planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared, way), self.progress)
         with hooks_silent(self.work):
             choice = planner.plan()
         for refusal in [*prepared.refusals, *planner.left, *([choice.refusal] if choice.refusal is not None else [])]:

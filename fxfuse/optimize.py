@@ -83,6 +83,7 @@ def optimize(
     min_lanes: int = 2,
     inplace: bool = False,
     cache: bool = True,
+    progress: bool = True,
 ) -> nn.Module:
     """A model that computes the same as ``model``, its loops over small networks fused.
 
@@ -107,6 +108,7 @@ def optimize(
         inplace: rewrite ``model`` itself.
         cache: keep what was measured in the user's cache directory, and use it for an equal model on an equal machine, which is then
             compared but not timed. ``FXFUSE_CACHE_DIR`` names another directory; ``FXFUSE_CACHE=0`` turns it off for a whole process.
+        progress: show a bar on standard error while candidates are timed, where that is a terminal and takes over a second.
 
     Returns an instance of ``model``'s class. Raises ``ArgumentError`` for wrong arguments; a model that cannot be recorded, or has no loop,
     comes back working, with the reason in ``fxfuse.report``.
@@ -127,7 +129,8 @@ def optimize(
     try:
         options = make_options(
             model, mode=mode, objective=objective, lowering=lowering, tune=tune, tune_for=tune_for, max_memory=max_memory,
-            validate=validate, strict=strict, min_lanes=min_lanes, inplace=inplace, cache=cache, packing="packed",
+            validate=validate, strict=strict, min_lanes=min_lanes, inplace=inplace, cache=cache, progress=progress,
+            packing="packed",
         )  # fmt: skip
         inputs = make_inputs(example_inputs, example_kwargs)
         entries = make_entries(model, inputs, methods)
@@ -322,9 +325,9 @@ class _Pipeline:
         if self.large:  # measured once its weights have moved, not before: a candidate would hold them all again
             self.builder.options = replace(self.options, tune=False, large=True)
         elif self.options.objective == "time" and self.options.tune and self.options.lowering == "auto" and len(recorded) == 1:
-            with self.stage("plan"):
+            with self.builder.progress, self.stage("plan"):
                 plans.extend(self.builder.single_layers(finders[0], recorded[0]))
-        with preserved_state(self.work), self.stage("plan"):
+        with self.builder.progress, preserved_state(self.work), self.stage("plan"):
             plans.extend(self.builder.plans(recorded))
         result = self.model if inplace else self.spare()
         self.base = result

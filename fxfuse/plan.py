@@ -28,6 +28,7 @@ from .passes.chunk import fitting_chunks, widest
 from .passes.packs import Packs
 from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
 from .private.profiler import is_profiling
+from .progress import Progress
 from .timing import medians, ratio
 from .workbench import Case, Workbench
 
@@ -51,13 +52,17 @@ Steps = list[Callable[[], object]]  # one step of a candidate per case
 class Planner:
     """Plans one region: ``prepared`` is its graph in the mode that is timed, ``cases`` are inputs to time it on (default: as recorded)."""
 
-    def __init__(self, prepared: Prepared, region: nn.Module, packs: Packs, options: Options, cases: Sequence[Case] = ()) -> None:
+    def __init__(
+        self, prepared: Prepared, region: nn.Module, packs: Packs, options: Options, cases: Sequence[Case] = (),
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
         self.prepared, self.region, self.packs, self.options = prepared, region, packs, options
         frame = prepared.lifted.frame
         self.train = options.mode == "train"
         cases = list(cases) or [frame.raw or ((), {})]
         self.benches = [Workbench(region, case, self.train, frame.parent >= 0) for case in cases]
         self.prefer = _preferred(options)
+        self.progress = progress or Progress(False)
         self.left: list[Refusal] = []  # of lane sets that do not pay
         timed = options.tune and options.objective == "time"  # what is counted, rather than timed, is soon counted again
         self.key = fingerprint(prepared, region, packs, options, cases) if timed and options.cache else None
@@ -156,6 +161,12 @@ class Planner:
             for chunks in self._chunk_counts(choice.chunks):
                 yield from self._candidate(choice.lowering, chunks)
 
+    def _how_many(self, choice: Choice) -> int:
+        """About how many candidates ``_others`` gives."""
+        assert choice.vectorized is not None
+        options = choice.vectorized.choices.values() if self.options.lowering == "auto" else ()
+        return sum(len(each) - 1 for each in options) + len(self._chunk_counts(choice.chunks))
+
     def _candidate(self, lowering: dict[Any, str], chunks: int) -> Iterator[Choice]:
         made = self.emit(lowering, chunks)
         if made is not None:
@@ -253,10 +264,12 @@ class Planner:
         """Change ``choice`` for the better as long as that is faster; what is timed of it."""
         steps = self._steps(choice)
         close: list[tuple[Choice, Steps]] = []
+        self.progress.expect(self._how_many(choice))
         for other in self._others(choice):
             others = self._steps(other)
             slower, seconds = self._compare(steps, others)
             choice.tried.append((_describe(other), seconds))
+            self.progress.step(choice.tried[-1][0])
             if slower < CLEARLY:
                 close.append((replace(choice), steps))
                 choice.vectorized, choice.lowering, choice.chunks, steps = other.vectorized, other.lowering, other.chunks, others
