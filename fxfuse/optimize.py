@@ -99,7 +99,7 @@ def optimize(
         mode: what is timed: "train" forward and backward, "infer" the forward. The result is right in both.
         objective: "time" fuses what measures faster; "launches" fuses everything that is legal, whatever its time.
         lowering: "auto" chooses by measurement; "grouped_conv" and "bmm" force that form where it exists.
-        tune: measure candidates; False takes the rules' first choice.
+        tune: measure candidates; False takes what a static model of costs calls fastest, the loop where that is it, and runs nothing.
         tune_for: a batch size, or example inputs, to time at instead of ``example_inputs``; a list of them must all gain.
         max_memory: bytes that a fused region may allocate at its peak; one that needs more is computed in chunks of lanes, or stays a loop.
         validate: prove outputs, input gradients and every parameter gradient equal, in float64, on data and batch sizes not seen before.

@@ -2,9 +2,9 @@
 
 Comes in: a region with its prepared graph, and the options. Goes out: the rewritten program with the lowering of every bundle chosen, or a
 ``Refusal`` where the loop is faster. Candidates are timed against the region's own forward, in turn and by medians, on the recorded
-inputs or those of ``tune_for``; ``objective="launches"`` fuses all that is legal, ``tune=False`` takes the first lowering that the
-rules name. Large lane sets are computed in chunks of lanes, as many as are fastest, or as ``max_memory`` asks for. What was timed is kept
-on disk (``plan_cache``) and read for an equal region on an equal machine.
+inputs or those of ``tune_for``; ``objective="launches"`` fuses all that is legal, ``tune=False`` takes what the static model (``cost``)
+calls fastest, which also spares timing what is hopeless. Large lane sets are computed in chunks of lanes, as many as are fastest, or as
+``max_memory`` asks for. What was timed is kept on disk (``plan_cache``) and read for an equal region on an equal machine.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from . import plan_cache
 from .choice import Choice, from_data, to_data
 from .determinism import preserved_state
+from .estimate import Estimator
 from .fingerprint import fingerprint
 from .graph import Refusal
 from .launches import Launches, count
@@ -39,6 +40,10 @@ CLEARLY = 0.97
 # Candidates within this factor of the best are timed once more, together, at the end.
 CLOSE = 1.15
 MOST_FINALISTS = 4
+# A candidate that the static model puts this far behind another is not timed: the model ranks forms, it is rarely this wrong.
+HOPELESS = 4.0
+# Graphs of more nodes are not searched by the static model: each candidate of them takes long to write.
+MOST_MODELLED = 20_000
 # A form this much slower than another, before its lowerings are searched, is dropped: of unequal widths each has lowerings of its own.
 FAR_BEHIND = 1.5
 # Lane sets whose widest result has fewer bytes than this fit the cache with room to spare: other numbers of chunks are not tried.
@@ -112,6 +117,8 @@ class Planner:
         forms = self._forms() if base is None or self.options.tune else [self.prepared]
         if self.options.objective == "time" and self.options.tune:
             return self._fastest(forms)
+        if self.options.objective == "time":
+            return self._modelled(self._forms())
         found: list[Choice] = []
         for self.prepared in forms:
             base = self.emit({})
@@ -227,6 +234,45 @@ class Planner:
                 break
         return least
 
+    # -- the static model ---------------------------------------------------------------------------------------------------------
+
+    def _modelled(self, forms: list[Prepared]) -> Choice:
+        """What the static model calls fastest; refused where it calls the loop faster. Nothing runs."""
+        best: tuple[float, Choice] | None = None
+        for self.prepared in forms:
+            base = self.emit({})
+            if base is None:
+                continue
+            choice = self._start(base)
+            seconds = self._estimated(choice)
+            if len(self.prepared.lifted.graph.nodes) <= MOST_MODELLED:
+                for other in self._others(choice):
+                    estimated = self._estimated(other)
+                    if estimated < seconds * CLEARLY:
+                        choice.vectorized, choice.lowering, choice.chunks = other.vectorized, other.lowering, other.chunks
+                        seconds = estimated
+            if best is None or seconds < best[0]:
+                best = (seconds, choice)
+        if best is None:
+            return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
+        seconds, choice = best
+        self.prepared = self.prepared.with_widths(choice.together)
+        loop = self._estimator().loop(self.prepared)
+        if seconds * LEAST_GAIN > loop and not self.options.large:  # large weights are timed once they have moved
+            said = f"left as a loop: packed is estimated at {loop / seconds:.2f}x, from its shapes ({self._timed_what()})"
+            choice.refusal = self._refusal(f"{said}; tune=True measures it")
+        return choice
+
+    def _estimated(self, choice: Choice) -> float:
+        assert choice.vectorized is not None
+        return self._estimator().program(self.prepared, choice.vectorized)
+
+    def _estimator(self) -> Estimator:
+        return Estimator(self.benches[0].device, self.train, self.benches[0].inner)
+
+    def _timed_what(self) -> str:
+        return "forward and backward" if self.train else "inference"
+
     # -- time ---------------------------------------------------------------------------------------------------------------------
 
     def _fastest(self, forms: list[Prepared]) -> Choice:
@@ -265,7 +311,13 @@ class Planner:
         steps = self._steps(choice)
         close: list[tuple[Choice, Steps]] = []
         self.progress.expect(self._how_many(choice))
+        least = self._estimated(choice)
         for other in self._others(choice):
+            estimated = self._estimated(other)
+            if estimated > HOPELESS * least:
+                self.progress.step("")
+                continue
+            least = min(least, estimated)
             others = self._steps(other)
             slower, seconds = self._compare(steps, others)
             choice.tried.append((_describe(other), seconds))
@@ -304,8 +356,8 @@ class Planner:
             choice.seconds = choice.seconds or (loop, fused)
             if fused * LEAST_GAIN > loop and choice.refusal is None:
                 batch = f" at batch {bench.batch}" if bench.batch is not None else ""
-                what = "forward and backward" if self.train else "inference"
-                choice.refusal = self._refusal(f"left as a loop: packed runs {loop / fused:.2f}x{batch} on {bench.device} ({what})")
+                said = f"left as a loop: packed runs {loop / fused:.2f}x{batch} on {bench.device} ({self._timed_what()})"
+                choice.refusal = self._refusal(said)
         assert choice.vectorized is not None
         if single and choice.lowering == self._first(choice.vectorized):
             choice.refusal = self._refusal("no other spelling of the layer is faster")
