@@ -113,11 +113,13 @@ def test_the_loop_where_the_model_calls_it_faster(monkeypatch):
 def test_large_wide_lanes_are_hardly_a_gain(monkeypatch):
     """Two products of 1,024 x 1,024 on 1,024 rows: dispatch is nothing there, and what is computed is the same."""
     estimates: dict[str, float] = {}
-    for name in ("loop_seconds", "emitted_seconds"):
-        def kept(*given: Any, name: str = name, original: Any = getattr(cost, name)) -> float:
-            return estimates.setdefault(name, original(*given))
 
-        monkeypatch.setattr(sys.modules["fxfuse.estimate"], name, kept)
+    def keeping(name: str) -> Any:
+        original = getattr(cost, name)
+        return lambda *given: estimates.setdefault(name, original(*given))
+
+    for name in ("loop_seconds", "emitted_seconds"):
+        monkeypatch.setattr(sys.modules["fxfuse.estimate"], name, keeping(name))
     for model, x, gain in ((Nets(2, 1024, 1024, 1024), torch.randn(1024, 2048), (0.8, 1.25)), (Nets(64), torch.randn(4, 64), (5, 100))):
         estimates.clear()
         fxfuse.optimize(model, x, tune=False, validate=False)
