@@ -51,6 +51,9 @@ WORTH_CHUNKING = 1 << 19
 # A layer of its own that becomes a region pays for the guard at every call.
 GUARD_SECONDS = 6e-6
 
+# Forms that want, or give, the lanes behind the batch: tried together.
+BEHIND = frozenset({"addcmul_behind", "dot_behind", "folded"})
+
 Steps = list[Callable[[], object]]  # one step of a candidate per case
 
 
@@ -160,10 +163,14 @@ class Planner:
         """One change at a time to ``choice``, which may change meanwhile: coordinate descent over lowerings, then the number of chunks."""
         assert choice.vectorized is not None
         if self.options.lowering == "auto":
-            for key, options in choice.vectorized.choices.items():
+            offered = choice.vectorized.choices
+            for key, options in offered.items():
                 for option in options:
-                    if option != choice.lowering[key]:
+                    if option != choice.lowering.get(key):
                         yield from self._candidate({**choice.lowering, key: option}, choice.chunks)
+            behind = {key: option for key, options in offered.items() for option in options if option in BEHIND}
+            if len(behind) > 1 and any(choice.lowering.get(key) != option for key, option in behind.items()):
+                yield from self._candidate({**choice.lowering, **behind}, choice.chunks)  # one of them alone pays for turning its results
         if self.options.objective == "time":
             for chunks in self._chunk_counts(choice.chunks):
                 yield from self._candidate(choice.lowering, chunks)

@@ -18,7 +18,8 @@ ACTIVATIONS = {
 }  # fmt: skip
 PRODUCERS = {
     "linear": lambda y, other: y, "sum": lambda y, other: y + other, "product": lambda y, other: y * other,
-    "difference": lambda y, other: y - other, "norm": lambda y, other: F.layer_norm(y, (3,)), "matmul": lambda y, other: y @ other.mT @ other,
+    "difference": lambda y, other: y - other, "norm": lambda y, other: F.layer_norm(y, (3,)),
+    "matmul": lambda y, other: y @ other.mT @ other,
 }  # fmt: skip
 
 
