@@ -66,7 +66,7 @@ GROUPED_BACKWARD = 2.5
 
 _VIEWS = frozenset(
     "view transpose permute movedim unsqueeze squeeze expand select slice_along narrow unbind split chunk unflatten getitem item size t mT "
-    "detach view_as expand_as broadcast_to diagonal swapaxes getattr size_of split_with_sizes slice as_strided".split()
+    "detach view_as expand_as broadcast_to diagonal swapaxes getattr size_of unfold split_with_sizes slice as_strided".split()
 )
 _COPIES_AT_NEED = frozenset({"reshape", "flatten", "contiguous", "ravel"})
 _PRODUCTS = {"linear": 0, "mm": 0, "matmul": 0, "bmm": 0, "mv": 0, "dot": 0, "baddbmm": 1, "addmm": 1, "addmv": 1}
