@@ -414,6 +414,11 @@ class _Pipeline:
         """Rewrite ``model`` by the plans that fit it, and return those; what cannot be installed becomes a refusal. ``dry``: only look."""
         kept = list(plans)
         undo = self.undo if model is self.model else None
+        for plan in kept:
+            unseen = None if plan.keeps_parameters else installer.held_unregistered(model, plan)
+            if unseen is not None:
+                plan.keeps_parameters = True
+                plan.notes.append(f"the Parameters stay, as views of the pack: no module registers {unseen}, whoever trains it holds it")
         while kept:
             try:
                 if dry:
