@@ -117,6 +117,10 @@ class Emitter(WeightReader):
 
     def _gathered(self, nodes: list[Node]) -> Node:
         """Values from several places, one per lane, lanes in front: runs of lanes that are packed already are taken as they are."""
+        shapes = dict.fromkeys(node.meta["shape"] for node in nodes)
+        if len(shapes) > 1:
+            a, b = (list(shape) for shape in list(shapes)[:2])
+            raise CannotVectorize(f"lanes of unequal sizes, {a} against {b}: only what is elementwise or reduces other dims takes those")
         parts: list[tuple[Node, bool]] = []  # (value, it has a lane axis in front)
         run: list[Node] = []
         for node, following in zip(nodes, [*nodes[1:], None], strict=True):
@@ -189,11 +193,17 @@ class Emitter(WeightReader):
     def _stretch(self, bundle: Bundle, first: int, count: int) -> Packed:
         """Lanes of one width that lie one behind the other among others: a view."""
         assert bundle.apart is not None
-        whole, shape = self.values[bundle.index].node, bundle.members[first].meta["shape"]
-        start = sum(member.meta["shape"][bundle.apart] for member in bundle.members[:first])
+        shape = bundle.members[first].meta["shape"]
         dim, width = len(shape) + bundle.apart, int(shape[bundle.apart])
-        part = self.call(slice_along, whole, dim, start, start + count * width, 1)
-        return Packed(self.call(torch.unflatten, part, dim, (count, width)), dim)
+        return Packed(self.call(torch.unflatten, self.stretch(bundle, first, count), dim, (count, width)), dim)
+
+    def stretch(self, bundle: Bundle, first: int, count: int) -> Node:
+        """Lanes that lie one behind the other, as they lie: a view."""
+        assert bundle.apart is not None
+        whole, rank = self.values[bundle.index].node, len(bundle.members[first].meta["shape"])
+        widths = [int(member.meta["shape"][bundle.apart]) for member in bundle.members]
+        start, stop = sum(widths[:first]), sum(widths[: first + count])
+        return whole if count == len(widths) else self.call(slice_along, whole, rank + bundle.apart, start, stop, 1)
 
     def _stretches(self, bundle: Bundle, split: Callable[..., Any]) -> Node:
         """The lanes' parts of what lies end to end."""

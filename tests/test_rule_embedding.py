@@ -518,9 +518,9 @@ def test_they_stay_alone() -> None:
             self.nets = nn.ModuleList(nn.Linear(5, 3) for _ in range(3))
 
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return *[table(x[:, i]) for i, table in enumerate(self.tables)], *[net(y).tanh() for net in self.nets]
+            return *[table(x[:, i, : 1 + i // 2]) for i, table in enumerate(self.tables)], *[net(y).tanh() for net in self.nets]
 
-    model, x = Pairs().double(), (torch.randint(0, 2, (6, 8)), torch.randn(6, 5, dtype=torch.float64))
+    model, x = Pairs().double(), (torch.randint(0, 2, (6, 8, 4)), torch.randn(6, 5, dtype=torch.float64))
     fused = fxfuse.optimize(model, x, objective="launches", tune=False)
     report = fxfuse.report(fused)
     assert "linear" in [op.op for op in report.fused[0].ops]
@@ -544,9 +544,9 @@ def test_they_stay_alone_in_chunks_too() -> None:
             self.nets = nn.ModuleList(nn.Linear(5, 64) for _ in range(3))
 
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return *[table(x[:, i]) for i, table in enumerate(self.tables)], *[net(y).tanh() for net in self.nets]
+            return *[table(x[:, i, : 1 + i // 2]) for i, table in enumerate(self.tables)], *[net(y).tanh() for net in self.nets]
 
-    model, x = Wide().double(), (torch.randint(0, 2, (512, 8)), torch.randn(512, 5, dtype=torch.float64))
+    model, x = Wide().double(), (torch.randint(0, 2, (512, 8, 4)), torch.randn(512, 5, dtype=torch.float64))
     options = {"objective": "launches", "tune": False, "mode": "infer"}
     whole = fxfuse.optimize(model, x, **options)
     (left,) = {each.reason for each in fxfuse.report(whole).refused}
