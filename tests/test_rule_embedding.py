@@ -378,6 +378,17 @@ def test_bags_by_offsets_of_unequal_numbers_of_indices() -> None:
             each([*x[0][:3], torch.tensor([0, 2, 3, 99]), *x[0][4:]], x[1])
 
 
+def test_eight_lanes_are_enough_for_bags_of_unequal_numbers() -> None:
+    """What joins and checks them launches no more than it saves."""
+    model = checks.randomized(DLRM(mode="mean"))
+    x = [torch.tensor([0, 2, 2 + k % 3, 5]) for k in range(8)], [torch.arange(7 + k) % size for k, size in enumerate(ROWS)]
+    fused = fxfuse.optimize(model, x, objective="launches")
+    assert not fxfuse.report(fused).refused
+    checks.assert_equal_models(model, fused, [(x, {}), (([*x[0][1:], x[0][0]], [index.flip(0) for index in x[1]]), {})])
+    checks.assert_heavy(fused, x, 1)
+    assert not fxfuse.report(fused).fallbacks
+
+
 @pytest.mark.parametrize("offsets", [[0, 7], [1, 2], [0, -1]])
 def test_offsets_that_leave_the_lane_raise(offsets: list[int]) -> None:
     model = checks.randomized(DLRM(mode="sum"))

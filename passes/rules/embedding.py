@@ -128,9 +128,8 @@ def _ragged(emitter: Emitter, bundle: Bundle, offsets: Packed, starts: list[int]
     device = emitter.device(bundle.members)
     last = [start + size - 1 for start, size in zip(starts, sizes, strict=True)]
     indices = [emitter.single(node) for node in _lane_indices(bundle, "input")]
-    both = emitter.call(
-        ragged_bags, indices, emitter.front(offsets, len(bundle.members)), emitter.constant(starts, device), emitter.constant(last, device)
-    )
+    rows = emitter.call(torch.unflatten, emitter.constant([*starts, *last], device), 0, (2, len(starts)))
+    both = emitter.call(ragged_bags, indices, emitter.front(offsets, len(bundle.members)), rows)
     return emitter.call(operator.getitem, both, 0), emitter.call(operator.getitem, both, 1)
 
 
