@@ -222,7 +222,8 @@ def bag_offsets(offsets: torch.Tensor, indices: torch.Tensor, lane: torch.Tensor
 def ragged_bags(indices: list[torch.Tensor], offsets: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Lanes with unequal numbers of indices, laid end to end: the rows that they mean in one table, and where all bags begin.
 
-    ``rows``: ``[2, G]``, each lane's first row and its last; an index outside becomes -1, which every look-up refuses. ``offsets``: ``[G, B]``.
+    ``rows``: ``[2, G]``, each lane's first row and its last; an index outside becomes -1, which every look-up refuses. ``offsets``:
+    ``[G, B]``.
 
     >>> ragged_bags([torch.tensor([0, 1]), torch.tensor([2])], torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0, 5], [4, 9]]))
     (tensor([0, 1, 7]), tensor([0, 1, 2, 3]))
@@ -231,8 +232,10 @@ def ragged_bags(indices: list[torch.Tensor], offsets: torch.Tensor, rows: torch.
     first, last = torch.cat([rows[:, lane : lane + 1].expand(2, count) for lane, count in enumerate(counts)], 1).unbind()
     found = torch.cat(indices) + first
     if not offsets.is_meta and offsets.shape[1]:
-        inside = (offsets.clamp(offsets.new_tensor(0), offsets.new_tensor(counts).unsqueeze(1)) == offsets).all()
-        assert_async(inside > offsets[:, 0].any(), "the bags of a lane have to begin at 0 and within the indices of the lane")
+        limit = offsets.new_tensor([[0] * len(counts), counts])
+        most = torch.cat([limit[0].unsqueeze(1), limit[1].unsqueeze(1).expand(-1, offsets.shape[1] - 1)], 1)
+        inside = (offsets.clamp(limit[0, 0], most) == offsets).all()
+        assert_async(inside, "the bags of a lane have to begin at 0 and within the indices of the lane")
     begins = offsets + offsets.new_tensor([0, *itertools.accumulate(counts)][:-1]).unsqueeze(1)
     return found.masked_fill(found != found.clamp(first, last), -1), begins.flatten()
 

@@ -198,6 +198,8 @@ SAMPLES: dict[str, list[Sample]] = {
     "batch_norm": [
         of_module(lambda: nn.BatchNorm1d(3, track_running_stats=False), (5, 3)),
         of_module(lambda: nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 2, 2)),
+        of_module(lambda: nn.BatchNorm1d(3).eval(), (5, 3)), of_module(lambda: nn.BatchNorm1d(3, momentum=None).eval(), (5, 3)),
+        of_module(lambda: nn.BatchNorm2d(3, affine=False, momentum=0.3).eval(), (4, 3, 2, 2)),
         call(lambda x: F.batch_norm(x, None, None, training=True), (5, 3)),  # weights as slices: torch's own gradient is wrong there
     ],
     **{name: [
@@ -207,7 +209,11 @@ SAMPLES: dict[str, list[Sample]] = {
     "instance_norm_update": [
         of_module(lambda a=a: nn.InstanceNorm1d(3, affine=a, track_running_stats=True), (2, 3, 4)) for a in (True, False)
     ],
-    "instance_norm": [of_module(lambda: nn.InstanceNorm1d(3, affine=True), (2, 3, 4)), call(lambda x: F.instance_norm(x), (2, 3, 4))],
+    "instance_norm": [
+        of_module(lambda: nn.InstanceNorm1d(3, affine=True), (2, 3, 4)),
+        of_module(lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True).eval(), (2, 3, 4)),
+        call(lambda x: F.instance_norm(x), (2, 3, 4)),
+    ],
     "group_norm": [of_module(lambda: nn.GroupNorm(2, 4), (3, 4, 2)), call(lambda x: F.group_norm(x, 2), (3, 4))],
     "rms_norm": [call(lambda x, w: F.rms_norm(x, (4,), w, 1e-6), (3, 4), (4,)), call(lambda x: F.rms_norm(x, (4,)), (2, 3, 4))],
     "local_response_norm": [call(lambda x: F.local_response_norm(x, 2), (2, 4, 3))],
