@@ -230,9 +230,11 @@ class Emitter(WeightReader):
         """``meta["val"]`` of a copied node: as recorded, unless an operand now has other strides, which this op may pass on."""
         is_size = isinstance(node.target, Op) and node.target.name.startswith("size")
         recorded = node.meta.get("shape") is not None
-        if recorded and not any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes):
-            made.meta["val"] = self._meta(node)
-        elif is_size or (recorded and isinstance(node.target, Op)):
+        several = any(isinstance(user.target, Op) and user.target.name == "item" for user in node.users)  # values and indices
+        if not any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes) and not is_size:
+            if recorded:
+                made.meta["val"] = self._meta(node)
+        elif is_size or ((recorded or several) and isinstance(node.target, Op)):
             function: Any = node.target
             try:
                 values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
@@ -455,4 +457,6 @@ def signature(bundle: Bundle) -> tuple[Any, ...]:
 def _restrided(before: Node, after: Any) -> bool:
     """``before``, in the recording, and ``after``: a value that a pass has made has no strides of its own yet."""
     value = after.meta.get("val") if isinstance(after, Node) else None
+    if isinstance(value, tuple):  # several results, which have a value only where they had to be found anew
+        return True
     return isinstance(value, torch.Tensor) and value.stride() != before.meta.get("stride")
