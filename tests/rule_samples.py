@@ -192,7 +192,8 @@ SAMPLES: dict[str, list[Sample]] = {
     **{name: _convolution(name) for name in "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()},
     "prelu": [call(F.prelu, (3, 2, 4), (2,)), call(F.prelu, (3, 2), (1,)), call(F.prelu, (4,), (1,))],
     "layer_norm": [
-        call(lambda x, w, b: F.layer_norm(x, (4,), w, b), (2, 3, 4), (4,), (4,)), call(lambda x: F.layer_norm(x, (3, 4), eps=0.3), (2, 3, 4)),
+        call(lambda x, w, b: F.layer_norm(x, (4,), w, b), (2, 3, 4), (4,), (4,)),
+        call(lambda x: F.layer_norm(x, (3, 4), eps=0.3), (2, 3, 4)),
         call(lambda x, w: F.layer_norm(x, (4,), w), (3, 4), (4,)), of_module(lambda: nn.LayerNorm(4, 0.3), (3, 4)),
     ],
     "batch_norm": [
