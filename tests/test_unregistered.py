@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import QUICK, assert_close, assert_heavy, mlp, randn, randomized
-from fxfuse import launches
+from fxfuse import launches, plan
 
 
 def net() -> nn.Module:
@@ -160,3 +161,30 @@ def test_in_place_the_optimizer_from_before_goes_on() -> None:
     torch.optim.SGD(parameters(before), lr=0.1).step()
     assert_close(fused(x), before(x), "after a step")
     assert launches.count(lambda: fused(x)).heavy == 2
+
+
+@pytest.mark.parametrize(("gain", "fuses"), [(0.9, False), (3.0, True)])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_what_is_slower_as_views_of_the_pack_stays_a_loop(monkeypatch: Any, gain: float, fuses: bool, inplace: bool, mode: Any) -> None:
+    """However fast it would be packed."""
+    pipeline = importlib.import_module("fxfuse.optimize")
+    real, asked = pipeline.times_faster, []
+
+    def measured(*args: Any) -> float:
+        asked.append(real(*args, budget=0.01))
+        return gain
+
+    monkeypatch.setattr(pipeline, "times_faster", measured)
+    monkeypatch.setattr(plan, "LEAST_GAIN", 0.0)
+    torch.manual_seed(0)
+    model, x = Listed(), randn(5, 4)
+    want = model(x)
+    fused = fxfuse.optimize(model, x, mode=mode, inplace=inplace)
+    report = fxfuse.report(fused)
+    assert bool(report.fused) is fuses, report
+    assert len(asked) == 1
+    assert asked[0] > 0
+    assert [str(refusal)[:39] for refusal in report.refused] == ([] if fuses else ["left as a loop: 0.90x with Parameters t"])
+    assert_close(fused(x), want, "output")
+    assert (launches.count(lambda: fused(x)).heavy == 2) is fuses
