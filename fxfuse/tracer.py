@@ -687,10 +687,13 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
     attributes: dict[int, str] = {}
     generators: list[Any] = []
     watched = [_Watched(path, module, attributes, generators) for path, module in model.named_modules()]
+    hidden: dict[str, nn.Parameter] = {}
     if not any(has_hooks(module) for _, module in unregistered(model)):  # they run while recording, and a fused forward does not call them
-        for path, parameter in hidden_parameters(model).items():
+        hidden = hidden_parameters(model)
+        for path, parameter in hidden.items():
             attributes.setdefault(id(parameter), path)
     recorder = Recorder(attributes)
+    recorder.trace.unregistered = frozenset(hidden)
     recorder.generators = Generators(generators)
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     recorder.kept = _Kept(leaves, watched)

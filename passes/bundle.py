@@ -222,7 +222,7 @@ def dataflow_of(classes: list[Bundle]) -> nx.DiGraph:
 def _local(arg: Any) -> Any:
     """An argument without where it comes from: shapes, and whether it is a weight of a module."""
     if isinstance(arg, Node):
-        facts = tuple(arg.meta.get(name) for name in ("requires_grad", "shape", "dyn", "dtype"))
+        facts = tuple(arg.meta.get(name) for name in ("requires_grad", "registered", "shape", "dyn", "dtype"))
         return ("tensor", arg.op == "get_attr", *facts)
     if isinstance(arg, (list, tuple)):
         return tuple([_local(a) for a in arg])
@@ -245,7 +245,7 @@ def _key(node: Node, of: dict[Node, int], loose: set[Node], considered: tuple[st
     if node.op == "placeholder":
         return ("input", *facts)
     if node.op == "get_attr":
-        return ("attribute", *facts, meta.get("requires_grad"))
+        return ("attribute", *facts, meta.get("requires_grad"), meta.get("registered"))
     if node.op != "call_function" or not isinstance(node.target, Op) or meta.get("alone"):
         return ("alone", id(node))
     erased = POSITIONS.get(node.target.name, ())
@@ -275,7 +275,8 @@ def _look_up(node: Node, keys: tuple[Any, ...], widths: bool = True) -> tuple[An
     for name, arg, key in zip(node.target.names, node.args, keys, strict=True):
         if name == "weight" and isinstance(arg, Node) and arg.op == "get_attr":
             meta = arg.meta
-            key = ("table", meta["shape"][1:] if widths else None, meta["dtype"], meta["device"], meta.get("requires_grad"))
+            facts = tuple(meta.get(fact) for fact in ("dtype", "device", "requires_grad", "registered"))
+            key = ("table", meta["shape"][1:] if widths else None, *facts)
         if name == "input" and offsets is not None and isinstance(arg, Node) and arg.op == "placeholder":
             key = ("indices", arg.meta["dtype"], arg.meta["device"])
         found.append(None if name == "padding_idx" else key)

@@ -95,6 +95,30 @@ def test_an_optimizer_over_the_lists_trains_both_alike(make: type[nn.Module]) ->
     assert not fxfuse.report(fused).fallbacks
 
 
+def test_registered_layers_beside_them_keep_to_themselves() -> None:
+    class Gated(Listed):
+        """The gate reads what the first layers read, and trains elsewhere."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gates = nn.ModuleList(nn.Linear(4, 5) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            gates = torch.stack([gate(x).softmax(-1)[:, :2] for gate in self.gates])
+            return super().forward(x) * gates
+
+    model, x = randomized(Gated()), randn(5, 4)
+    fused = fxfuse.optimize(model, x, objective="launches")
+    assert_heavy(fused, x, 3)
+    assert_close(fused(x), model(x), "output")
+    assert len(list(fused.state_dict())) == 6
+    assert [name for name in fxfuse.original_state_dict(fused)] == list(model.state_dict())
+    for each in (model, fused):
+        each(x).square().sum().backward()
+    for ours, theirs in zip(parameters(fused), parameters(model), strict=True):
+        assert_close(ours.grad, theirs.grad, "gradient")
+
+
 def test_verification_sees_their_gradients() -> None:
     """Not only outputs: a lane whose weights do not train would pass those."""
     torch.manual_seed(0)
