@@ -103,7 +103,7 @@ class Guard:
     equality of the same type). ``same[i]`` is the index of the first leaf that is the same tensor object as leaf i.
     ``generic_dtype``: no dtype is spelled out in the program, so that any floating dtype is right as long as all floating inputs
     and the region's floating parameters share it; else the input dtypes must equal the recorded ones. ``generic_device`` likewise.
-    ``in_rows``: forward reads how its tensors lie in memory (strides), so that all inputs have to be contiguous, from their storage's start.
+    ``in_rows``: forward reads how its tensors lie in memory (strides): all inputs have to be contiguous, from their storage's start.
     ``autocast``: the caller's autocast, a kind of device and a dtype. Its casts are spelled out in the program, which runs without it.
     """
 

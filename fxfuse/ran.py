@@ -28,7 +28,7 @@ _PACKAGES = tuple({os.path.abspath(sysconfig.get_paths()[kind]) + os.sep for kin
 _libraries: dict[str, bool] = {}
 
 _CLOCKS = frozenset(
-    {time.time, time.time_ns, time.monotonic, time.monotonic_ns, time.perf_counter, time.perf_counter_ns, time.process_time, time.thread_time}
+    getattr(time, f"{name}{unit}") for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time") for unit in ("", "_ns")
 )
 _OF_DATES = frozenset(("now", "utcnow", "today"))
 _SETTINGS = frozenset({torch.get_num_threads, torch.get_num_interop_threads, torch.is_anomaly_enabled})
@@ -49,7 +49,7 @@ def of_library(file: str) -> bool:
 
 @contextmanager
 def code_noted(trace: Trace, stack: list[int], internal: Callable[[str], bool]) -> Iterator[None]:
-    """Within, on this thread, what runs is noted on ``trace`` for the innermost frame of ``stack``. ``internal``: files that do not count."""
+    """Within, on this thread, what runs is noted on ``trace`` for the innermost frame of ``stack``, but for ``internal`` files."""
     ran = trace.ran
 
     def users(frame: FrameType | None) -> bool:

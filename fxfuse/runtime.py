@@ -192,7 +192,7 @@ def compile_program(
         read = [names.index(name) for name in views.reads]
         made = [f"v{i}" for i in range(len(views.names))]
         scope.update(make_views=_function(views.graph), is_grad_enabled=torch.is_grad_enabled, is_compiling=torch.compiler.is_compiling)
-        scope["is_tracing"] = torch.jit.is_tracing  # whose graphs would hold these views as constants
+        scope["is_tracing"] = torch.jit.is_tracing  # type: ignore[attr-defined]  # its graphs would hold the views as constants
         # Read as one tuple: another thread may be about to hold others. ``.data =`` keeps the object, and maybe the address.
         kept = [name for i in read for name in (f"held{i}", f"address{i}", f"stride{i}", f"conj{i}")]
         lines.append(f"    {', '.join([*kept, *made])}, = held")

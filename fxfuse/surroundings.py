@@ -1,8 +1,8 @@
-"""What a forward read that no guard of its arguments sees: globals, attributes of classes, what lies inside of configurations and lists.
+"""What a forward read that no guard of its arguments sees: globals, attributes of classes, what lies in configurations and lists.
 
-Comes in: the code that ran in a region while it was recorded (``ran.Ran``), and the region's modules. Goes out: ``Piece``s, snapshots of one
-holder each, and ``Around``, a generated function that holds them against what is there now: some 40 ns for a name. Where something was
-changed since, a recorded program would go on with what was; the call runs the original forward, for as long as that is so.
+Comes in: the code that ran in a region while it was recorded (``ran.Ran``), and the region's modules. Goes out: ``Piece``s, snapshots of
+one holder each, and ``Around``, a generated function that compares them with what is there now. Where something was changed since, a
+recorded program would go on with what was; the call runs the original forward, for as long as that is so.
 
 A name counts that the code which ran spells: ``self.config.scale`` makes ``scale`` count in the object ``config``. Where code asks by names
 that it computes (``getattr``, ``vars``), all attributes of such objects count. Tensors and modules are watched elsewhere.
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .outside import Cell, function_of
 from .ran import Ran, of_library
 
 _PLAIN = frozenset((int, float, bool, str, bytes, complex, type(None), type(Ellipsis), slice, range, torch.dtype, torch.device, torch.Size))
@@ -31,19 +32,6 @@ _MOST = 2000  # objects that are looked into
 _LARGE = 10_000  # items of a container; of a larger one only their number counts
 _BYTES = 4096  # of an array; a larger one is not compared
 _MISSING: Any = object()
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A variable of an outer function, looked up as in a dict."""
-
-    cell: Any
-
-    def get(self, name: str, default: Any = None) -> Any:
-        try:
-            return self.cell.cell_contents
-        except ValueError:  # not bound
-            return default
 
 
 @dataclass
@@ -79,6 +67,21 @@ class Piece:
 @dataclass(frozen=True)
 class _Gone:
     """Stands for a name that is not there; all are equal."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The attributes of an object without a ``__dict__``, looked up as in one."""
+
+    thing: Any
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The attribute, or ``default``."""
+        return getattr(self.thing, name, default)
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _attributes(thing: Any) -> Any:
@@ -166,6 +169,11 @@ class _Looker:
             self.pieces.append(Piece(f"{said}.", thing, None, _items(thing)))
             items = thing.values() if isinstance(thing, dict) else thing
             yield from ((item, said) for item in (items if len(thing) <= _LARGE else ()))
+        slots = [name for base in type(thing).__mro__ for name in _names(vars(base).get("__slots__", ())) if hasattr(thing, name)]
+        chosen = tuple(self.spelled.chosen(slots))
+        if chosen and type(thing).__module__.partition(".")[0] not in sys.stdlib_module_names:
+            self.pieces.append(Piece(f"{said}.", Slots(thing), chosen, [getattr(thing, name) for name in chosen]))
+            yield from ((getattr(thing, name), f"{said}.{name}") for name in chosen)
         attributes = getattr(thing, "__dict__", None)
         top = type(thing).__module__.partition(".")[0]
         if type(attributes) is not dict or top == "torch" or (top in sys.stdlib_module_names and top not in ("types", "argparse")):
@@ -181,7 +189,7 @@ class _Looker:
         """A name in a namespace (globals, a class, a cell): what it stands for, and what lies in that."""
         if isinstance(value, types.ModuleType):
             self.open_module(value)
-        elif type(value) in _PLAIN or isinstance(value, FunctionType) or not (callable(value) or isinstance(value, _CLOSED)):
+        elif isinstance(value, FunctionType) or _is_data(value):
             self.pieces.append(Piece(said, space, (name,), [value]))
             self.open(value, f"{said}{name}")
         elif isinstance(value, type):
@@ -205,15 +213,14 @@ class _Looker:
             if top in ("torch", "fxfuse", "numpy") or top in sys.stdlib_module_names:
                 continue
             for name, value in list(vars(base).items()):
-                function = _function(value)
+                function = function_of(value)
                 if function is not None:
                     if function.__code__ in self.codes:
                         self.pieces.append(Piece(f"{base.__name__}.", base, (name,), [value], attributes=True))
                         self.open_function(function)
-                elif name in self.spelled.names and not name.startswith("__") and not hasattr(type(value), "__get__"):
-                    if type(value) in _PLAIN or not (callable(value) or isinstance(value, _CLOSED)):
-                        self.pieces.append(Piece(f"{base.__name__}.", base, (name,), [value], attributes=True))
-                        self.open(value, f"{base.__name__}.{name}")
+                elif name in self.spelled.names and not name.startswith("__") and _is_data(value):
+                    self.pieces.append(Piece(f"{base.__name__}.", base, (name,), [value], attributes=True))
+                    self.open(value, f"{base.__name__}.{name}")
 
     def open_function(self, function: FunctionType) -> None:
         """Variables of outer functions and defaults that a function which ran reads."""
@@ -231,18 +238,16 @@ class _Looker:
             self.open(default, f"a default of {function.__name__}")
 
 
-def _function(value: Any) -> FunctionType | None:
-    value = getattr(value, "__func__", getattr(value, "fget", value))
-    while not isinstance(value, FunctionType) and hasattr(value, "__wrapped__"):
-        value = value.__wrapped__
-    return value if isinstance(value, FunctionType) else None
+def _is_data(value: Any) -> bool:
+    """Something that code reads, and neither calls nor binds."""
+    return type(value) in _PLAIN or not (callable(value) or isinstance(value, _CLOSED) or hasattr(type(value), "__get__"))
 
 
 def outside(modules: Iterable[nn.Module], ran: Ran, spelled: Spelled) -> list[Piece]:
     """Globals, classes and variables of outer functions that the run of these modules could read, as they are now."""
     looker = _Looker(spelled, frozenset(ran))
     for kind in dict.fromkeys(type(module) for module in modules):
-        looker.open_class(kind)  # type: ignore[arg-type]  # classes are hashable
+        looker.open_class(kind)
     named: set[tuple[int, str]] = set()
     for code, space in ran.items():
         if of_library(code.co_filename):

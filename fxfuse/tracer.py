@@ -403,9 +403,10 @@ class Recorder(TorchFunctionMode):
             if name == "stride" and tensor.is_contiguous():
                 sizes = self.sizes_of(tensor)
                 steps: list[int] = []
+                step: int = 1
                 for size in reversed(sizes):
-                    steps.insert(0, steps[0] * last if steps else 1)
-                    last = size
+                    steps.insert(0, step)
+                    step = size * step
                 dim = args[1] if len(args) > 1 else kwargs.get("dim")
                 return tuple(steps) if dim is None else steps[dim]
             if name == "stride":
