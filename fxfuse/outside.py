@@ -245,6 +245,9 @@ class Cell:
         except ValueError:
             return default
 
+    def __getitem__(self, name: str) -> Any:
+        return self.cell.cell_contents
+
 
 def line_of_attribute(module: nn.Module, name: str) -> Place | None:
     """The last line of the module's own methods that names this attribute: where it is changed, mostly."""

@@ -10,6 +10,7 @@ that it computes (``getattr``, ``vars``), all attributes of such objects count. 
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import types
@@ -78,6 +79,9 @@ class Slots:
     def get(self, name: str, default: Any = None) -> Any:
         """The attribute, or ``default``."""
         return getattr(self.thing, name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self.thing, name)
 
 
 def _names(slots: Any) -> tuple[str, ...]:
@@ -189,7 +193,7 @@ class _Looker:
         """A name in a namespace (globals, a class, a cell): what it stands for, and what lies in that."""
         if isinstance(value, types.ModuleType):
             self.open_module(value)
-        elif isinstance(value, FunctionType) or _is_data(value):
+        elif isinstance(value, (FunctionType, types.BuiltinFunctionType)) or _is_data(value):
             self.pieces.append(Piece(said, space, (name,), [value]))
             self.open(value, f"{said}{name}")
         elif isinstance(value, type):
@@ -295,11 +299,12 @@ class Around:
     def __init__(self, pieces: list[Piece]) -> None:
         self.pieces = pieces
         self.same = _generated(pieces)
+        self.traced = _traced(pieces)
 
     def changed(self) -> str:
         """A sentence on what is another than when the region was fused; empty where nothing is."""
         try:
-            if self.same():
+            if self.traced() if torch.compiler.is_compiling() else self.same():
                 return ""
         except Exception:  # values whose equality is no bool
             pass
@@ -310,29 +315,65 @@ class Around:
                 said = f"{piece.said.rstrip('.')} ({type(error).__name__})"
             if said:
                 return f"{said} was changed after fusing"
-        self.same = _generated(self.pieces)  # equal, but other objects
+        self.same, self.traced = _generated(self.pieces), _traced(self.pieces)  # equal, but other objects
         return ""
 
 
 def _generated(pieces: list[Piece]) -> Callable[[], bool]:
-    space: dict[str, Any] = {"gone": _Gone()}
+    """A function of no arguments: do all hold the very objects that they held? Raises where a name is gone."""
+    space: dict[str, Any] = {"is_": operator.is_}
     tests: list[str] = []
+    named: dict[int, tuple[Any, list[str], list[Any]]] = {}  # by holder: one look for all names in it
     for i, piece in enumerate(pieces):
         holder = _attributes(piece.thing) if piece.attributes else piece.thing
-        space[f"t{i}"], space[f"v{i}"] = holder, piece.values
         if piece.names is not None:
-            for n, name in enumerate(piece.names):
-                space[f"v{i}_{n}"] = piece.values[n]
-                tests.append(f"t{i}.get({name!r}, gone) is v{i}_{n}")
-        elif isinstance(piece.values, int):
+            key = id(piece.thing) if piece.attributes else id(holder)
+            _, names, values = named.setdefault(key, (holder, [], []))
+            names += piece.names
+            values += piece.values
+            continue
+        space[f"t{i}"], space[f"v{i}"] = holder, piece.values
+        if isinstance(piece.values, int):
             tests.append(f"len(t{i}) == v{i}")
         elif isinstance(holder, dict):
             space[f"k{i}"], space[f"v{i}"] = piece.values
-            tests.append(f"[*t{i}.values()] == v{i} and [*t{i}] == k{i}")
+            tests.append(f"[*t{i}] == k{i} and all(map(is_, t{i}.values(), v{i}))")
         elif isinstance(piece.values, bytes):
             tests.append(f"t{i}.tobytes() == v{i}")
+        elif isinstance(holder, set):
+            tests.append(f"t{i} == v{i}")
         else:
-            tests.append(f"t{i} == v{i}" if isinstance(holder, (set, list)) else f"[*t{i}] == v{i}")
+            tests.append(f"len(t{i}) == {len(piece.values)} and all(map(is_, t{i}, v{i}))")
+    for i, (holder, names, values) in enumerate(named.values()):
+        space[f"n{i}"] = holder
+        if len(names) == 1:
+            space[f"w{i}"] = values[0]
+            tests.append(f"n{i}[{names[0]!r}] is w{i}")
+        else:
+            space[f"w{i}"], space[f"get{i}"] = values, operator.itemgetter(*names)
+            tests.append(f"all(map(is_, get{i}(n{i}), w{i}))")
+    exec(f"def same():\n    return {' and '.join(tests) or 'True'}", space)
+    same: Callable[[], bool] = space["same"]
+    return same
+
+
+def _traced(pieces: list[Piece]) -> Callable[[], bool]:
+    """The same in words that dynamo takes, which guards what it reads."""
+    space: dict[str, Any] = {}
+    tests: list[str] = []
+    for i, piece in enumerate(pieces):
+        space[f"t{i}"] = _attributes(piece.thing) if piece.attributes else piece.thing
+        space[f"v{i}"] = piece.values
+        if piece.names is not None:
+            space.update((f"v{i}_{n}", value) for n, value in enumerate(piece.values))
+            tests += [f"t{i}[{name!r}] is v{i}_{n}" for n, name in enumerate(piece.names)]
+        elif isinstance(piece.values, int):
+            tests.append(f"len(t{i}) == v{i}")
+        elif isinstance(space[f"t{i}"], dict):
+            space[f"k{i}"], space[f"v{i}"] = piece.values
+            tests.append(f"[*t{i}.values()] == v{i} and [*t{i}] == k{i}")
+        elif not isinstance(piece.values, bytes):  # of an array, dynamo reads no bytes
+            tests.append(f"t{i} == v{i}" if isinstance(piece.thing, (set, list)) else f"[*t{i}] == v{i}")
     exec(f"def same():\n    return {' and '.join(tests) or 'True'}", space)
     same: Callable[[], bool] = space["same"]
     return same

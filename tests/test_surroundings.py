@@ -21,6 +21,7 @@ import fxfuse
 from checks import assert_close, assert_equal_models, mlp, model_of, randn, randomized
 
 SCALE = 2.0
+ACT = torch.tanh
 TABLE: dict[str, Any] = {"scale": 2.0, "inner": {"offset": [1.0]}}
 SETTINGS = types.SimpleNamespace(scale=2.0)
 
@@ -217,6 +218,9 @@ OUTSIDE: dict[str, tuple[Any, Any, Any, str]] = {
     ),
     "a function that is replaced": (
         lambda s, out: act(out), lambda: _set("act", other_act), lambda act=act: _set("act", act), "the global act",
+    ),
+    "a function of torch's that is replaced": (
+        lambda s, out: ACT(out), lambda: _set("ACT", torch.sigmoid), lambda: _set("ACT", torch.tanh), "the global ACT",
     ),
     "the environment": (
         lambda s, out: out * float(os.environ.get("FXFUSE_TEST_SCALE", "2")), lambda: os.environ.update(FXFUSE_TEST_SCALE="7"),
