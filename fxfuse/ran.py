@@ -13,8 +13,8 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FrameType
-from typing import Any
+from types import BuiltinFunctionType, CodeType, FrameType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,9 +32,8 @@ _CLOCKS = frozenset(
 )
 _OF_DATES = frozenset(("now", "utcnow", "today"))
 _SETTINGS = frozenset({torch.get_num_threads, torch.get_num_interop_threads, torch.is_anomaly_enabled})
-_SETTINGS_IN_PYTHON = {
-    function.__code__: function.__name__ for function in (torch.initial_seed, torch.are_deterministic_algorithms_enabled)
-}
+_SETTINGS_IN_PYTHON = {each.__code__: each.__name__ for each in (torch.initial_seed, torch.are_deterministic_algorithms_enabled)}
+_NAMES = frozenset(function.__name__ for function in _CLOCKS | _SETTINGS) | _OF_DATES
 
 
 def of_library(file: str) -> bool:
@@ -50,44 +49,56 @@ def of_library(file: str) -> bool:
 @contextmanager
 def code_noted(trace: Trace, stack: list[int], internal: Callable[[str], bool]) -> Iterator[None]:
     """Within, on this thread, what runs is noted on ``trace`` for the innermost frame of ``stack``, but for ``internal`` files."""
-    ran = trace.ran
+    ran, asked = trace.ran, []
 
-    def users(frame: FrameType | None) -> bool:
-        return frame is not None and not internal(file := frame.f_code.co_filename) and not of_library(file)
-
-    def mark(frame: FrameType, reason: str) -> None:
-        found = trace.frames[stack[-1]]
-        if not found.poison:
-            found.poison, found.place = reason, Place(frame.f_code.co_filename, frame.f_lineno)
-
+    # An exception in here would come out of whatever runs, ``__exit__`` too: nothing is called that might raise.
     def note(frame: FrameType, event: str, arg: Any) -> None:
         if not stack:
             return
-        code = frame.f_code
         if event == "call":
-            if not internal(code.co_filename):
+            code, back = frame.f_code, frame.f_back
+            if code not in _SETTINGS_IN_PYTHON:
                 ran.setdefault(stack[-1], {})[code] = frame.f_globals
-            elif code in _SETTINGS_IN_PYTHON and frame.f_back is not None and users(frame.f_back):
-                mark(frame.f_back, f"asks torch for a setting that is not guarded ({_SETTINGS_IN_PYTHON[code]})")
-        elif event == "c_call" and users(frame):
-            try:
-                if arg in _CLOCKS or (arg.__name__ in _OF_DATES and issubclass(arg.__self__, datetime.date)):
-                    mark(frame, f"asks for the time ({arg.__name__})")
-                elif arg in _SETTINGS:
-                    mark(frame, f"asks torch for a setting that is not guarded ({arg.__name__})")
-            except (TypeError, AttributeError):  # a builtin that cannot be hashed, or has no name
-                return
+            elif back is not None:
+                asked.append(_Asked(stack[-1], back.f_code.co_filename, back.f_lineno, _SETTINGS_IN_PYTHON[code], True))
+        elif event == "c_call" and type(arg) is BuiltinFunctionType and arg.__name__ in _NAMES:
+            asked.append(_Asked(stack[-1], frame.f_code.co_filename, frame.f_lineno, arg, arg in _SETTINGS))
 
-    before = sys.getprofile()
-    if before is not None:  # somebody's profiler: it stays, and what ran is not known
+    # Somebody's profiler stays: a debugger's hook tells of calls as well, but for those to builtins. Both taken: nothing is known.
+    hook = sys.setprofile if sys.getprofile() is None else sys.settrace if sys.gettrace() is None else None
+    if hook is None:
         trace.ran_known = False
         yield
         return
-    sys.setprofile(note)
+    hook(note)
     try:
         yield
     finally:
-        sys.setprofile(None)
+        hook(None)
+        for codes in ran.values():
+            for code in [code for code in codes if internal(code.co_filename)]:
+                del codes[code]
+        for each in asked:
+            _mark(trace, each, internal)
+
+
+class _Asked(NamedTuple):
+    """A call of what may answer otherwise next time: in which frame of the trace, from which line."""
+
+    frame: int
+    file: str
+    line: int
+    what: Any
+    setting: bool
+
+
+def _mark(trace: Trace, asked: _Asked, internal: Callable[[str], bool]) -> None:
+    found, name = trace.frames[asked.frame], getattr(asked.what, "__name__", asked.what)
+    if name in _OF_DATES and not (isinstance(owner := asked.what.__self__, type) and issubclass(owner, datetime.date)):
+        return
+    if not found.poison and not internal(asked.file) and not of_library(asked.file):
+        found.poison = f"asks torch for a setting that is not guarded ({name})" if asked.setting else f"asks for the time ({name})"
+        found.place = Place(asked.file, asked.line)
 
 
 def ran_in(trace: Trace, frame: Frame) -> Ran:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import sys
 import types
 from collections import deque
 from dataclasses import dataclass, field
@@ -449,3 +450,28 @@ def test_a_compiled_model_follows() -> None:
     assert_close(compiled(X), model(X), "before")
     model.config.scale = fused.config.scale = 7.0
     assert_close(compiled(X), model(X), "after")
+
+
+@pytest.mark.parametrize("hook", ["profile", "trace"])
+def test_somebodys_profiler_stays(hook: str) -> None:
+    """What ran is noted all the same, and the profiler sees what it would see."""
+    seen: list[str] = []
+    model = randomized(Scaling())
+    switch, ask = (sys.setprofile, sys.getprofile) if hook == "profile" else (sys.settrace, sys.gettrace)
+    before = ask()
+
+    def note(frame: Any, event: str, arg: Any) -> None:
+        seen.append(frame.f_code.co_name)
+
+    switch(note)  # type: ignore[arg-type]
+    try:
+        fused = fuse(model)
+        assert ask() is note
+    finally:
+        switch(before)
+    assert "optimize" in seen
+    try:
+        _set("SCALE", 7.0)
+        assert_close(fused(X), model(X), "the result")
+    finally:
+        _set("SCALE", 2.0)
