@@ -104,6 +104,7 @@ class Guard:
     equality of the same type). ``same[i]`` is the index of the first leaf that is the same tensor object as leaf i.
     ``generic_dtype``: no dtype is spelled out in the program, so that any floating dtype is right as long as all floating inputs
     and the region's floating parameters share it; else the input dtypes must equal the recorded ones. ``generic_device`` likewise.
+    ``in_rows``: forward reads how its tensors lie in memory (strides): all inputs have to be contiguous, from their storage's start.
     ``autocast``: the caller's autocast, a kind of device and a dtype. Its casts are spelled out in the program, which runs without it.
     """
 
@@ -115,6 +116,7 @@ class Guard:
     generic_dtype: bool = False
     generic_device: bool = False
     autocast: tuple[str, torch.dtype] | None = None
+    in_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ class RegionPlan:
     methods: dict[str, dict[tuple[bool, ...], tuple[Program, ...]]] = field(default_factory=dict)
     method_ops: dict[str, list[FusedOp]] = field(default_factory=dict)
     making: Making | None = None  # None: no further programs can be made
+    spelled: Any = None  # ``surroundings.Spelled``: the names in the code that ran in the region
+    outside: list[Any] = field(default_factory=list)  # ``surroundings.Piece``s: globals and the like that it could read
 
     def all_programs(self) -> list[Program]:
         """The programs of all methods, signatures and modes."""

@@ -24,7 +24,7 @@ from .bundle import Bundle, Bundles
 from .functional import drop_unused, numbers_like, slice_along
 from .lifted import Lifted
 from .ops import Op
-from .outputs import treatment
+from .outputs import copies_by_size, treatment
 from .packs import Packs
 from .tidy import tidy
 from .weights import WeightReader
@@ -418,7 +418,8 @@ class Emitter(WeightReader):
             return node
         how = treatment(leaf, node)
         one_row = any(value.shape[d] == 1 for d in leaf.meta.get("dyn") or ())  # of which the strides of more rows cannot be told
-        if not how and not one_row and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
+        open_ends = one_row or (bool(leaf.meta.get("dyn")) and copies_by_size(node))
+        if not how and not open_ends and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
             return node
 
         def copied(node: Node) -> Node:
