@@ -193,6 +193,8 @@ class RegionPlan:
     seconds: tuple[float, float] | None = None  # median before, after, in the mode asked for
     peak_bytes: tuple[int, int] | None = None  # before, after
     tried: list[tuple[str, float]] = field(default_factory=list)  # lowering and its median seconds
+    cached: bool = False  # the choice was read from the cache of plans, its figures too
+    key: str = ""  # of the plan in that cache
     sets: frozenset[tuple[str, str]] = frozenset()  # (module, name) of the attributes that forward sets, and no program reads before
     keeps_parameters: bool = False  # the members stay Parameters whose data are views of the pack: somebody else holds them too
     # Programs over the same packs: of other methods by name, and further signatures of "forward".
