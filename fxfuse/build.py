@@ -29,8 +29,10 @@ from .passes.program import fits, make_program, resolve_packed
 from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
 from .plan import Planner
 from .progress import Progress
+from .ran import Ran, ran_in
 from .regions import Region, RegionFinder
 from .report import Report
+from .surroundings import Outside, Spelled, outside
 from .trace import Frame, Ref, Trace
 from .tracer import hooks_silent
 from .weights import unpackable
@@ -274,10 +276,21 @@ class Builder:
                 known = [*([plan.programs[key]] if method == FORWARD else []), *modes.get(key, ())]
                 if not any(_alike(program, other) for other in known):
                     plan.methods.setdefault(method, modes)[key] = (*modes.get(key, ()), program)
+        self._look_around(built)
         used = {str(n.target) for p in plan.all_programs() for n in p.graph.nodes if n.op == "get_attr"}
         plan.recipes = [r for r in packs.recipes.values() if r.name in used]
         plan.constants = {name: tensor for name, tensor in packs.constants.items() if name in used}
         return plan
+
+    def _look_around(self, built: _Built) -> None:
+        """What the code that ran in the region could read, besides its arguments and tensors."""
+        ran: Ran = {}
+        for _, observation, lifted, _, _ in built.graphs:
+            ran.update(ran_in(observation.trace, lifted.frame))
+        spelled = Spelled.of(ran)
+        spelled.computed = spelled.computed or not all(observation.trace.ran_known for _, observation, _, _, _ in built.graphs)
+        built.plan.spelled = spelled
+        built.plan.outside = Outside(outside(self.work.get_submodule(built.plan.path).modules(), ran, spelled))
 
     def _cases(self, frame: Frame, prepared: Prepared, way: Recorded) -> list[Case]:
         """The inputs of the region at the sizes of ``tune_for``: its call is caught while the model runs on them."""

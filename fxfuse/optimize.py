@@ -50,6 +50,7 @@ from .plan import LEAST_GAIN
 from .quiet import quiet
 from .regions import Region, RegionFinder
 from .report import Report
+from .staying import times_faster
 from .store import get_report, set_report
 from .timing import medians
 from .tracer import hooks_silent
@@ -349,9 +350,10 @@ class _Pipeline:
                 if trial is self.model:
                     return self._unchanged(True)
                 plans = self._validated(self.model, trial, self._install(trial, plans))
+                plans = self._where_views_gain(self.model, trial, plans)
             plans = self._install(result, plans)
         if plans and self.options.validate and not inplace and not self.large:
-            kept = self._validated(self.model, result, plans)
+            kept = self._where_views_gain(self.model, result, self._validated(self.model, result, plans))
             if [id(plan) for plan in kept] != [id(plan) for plan in plans]:
                 result = self.spare()
                 plans = self._install(result, kept)
@@ -421,6 +423,11 @@ class _Pipeline:
         """Rewrite ``model`` by the plans that fit it, and return those; what cannot be installed becomes a refusal. ``dry``: only look."""
         kept = list(plans)
         undo = self.undo if model is self.model else None
+        for plan in kept:
+            unseen = None if plan.keeps_parameters else installer.held_unregistered(model, plan)
+            if unseen is not None:
+                plan.keeps_parameters = True
+                plan.notes.append(f"the Parameters stay, as views of the pack: no module registers {unseen}, whoever trains it holds it")
         while kept:
             try:
                 if dry:
@@ -442,6 +449,19 @@ class _Pipeline:
     def _installed(self, plans: list[RegionPlan]) -> nn.Module:
         made = self.spare() if self.moved is None else twin(self.base)
         return installer.install(made, plans, packing=self.options.packing, moved=self.moved)
+
+    def _where_views_gain(self, original: nn.Module, fused: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
+        """The plans, without those whose Parameters stay where the model is no faster for them."""
+        staying = [plan for plan in plans if plan.keeps_parameters]
+        if not staying or not self.options.tune or self.options.objective != "time":
+            return plans
+        with self.stage("plan"):
+            gain = times_faster(original, fused, self.entries[0], self.options.mode == "train")
+        if gain >= LEAST_GAIN:
+            return plans
+        said = f"left as a loop: {gain:.2f}x with Parameters that stay, as views of the pack"
+        self.report.refused.extend(Refusal(said, plan.place, plan.path) for plan in staying)
+        return [plan for plan in plans if not plan.keeps_parameters]
 
     # -- a model whose weights should not be there twice --------------------------------------------------------------------------
 

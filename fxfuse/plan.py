@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import plan_cache
@@ -198,7 +199,8 @@ class Planner:
     def _fewest_launches(self, base: Vectorized) -> Choice:
         """The lowerings that launch least, counted on one run each; refused only where the loop launches no more."""
         bench = self.benches[0]
-        with preserved_state(self.region):
+        # Without grad in "infer" mode: there torch computes a whole nn.MultiheadAttention or TransformerEncoderLayer in one launch.
+        with preserved_state(self.region), torch.set_grad_enabled(self.options.mode == "train"):
             loop, least = _launches(bench.forward()), _launches(bench.program(base))
             choice = Choice(base, self._first(base), together=self.prepared.together)
             if self.options.tune:
@@ -213,6 +215,8 @@ class Planner:
         more, saved = least.total - loop.total, loop.heavy - least.heavy
         if choice.refusal is None and more > max(saved, 0):  # it is no lane set: around them each write in place became a copy
             what = f"left as a loop: the writes around the lanes launch {more} ops more, to save {saved} that carry parameters"
+            if saved <= 0:
+                what = f"left as a loop: packed launches {least.total} ops, the loop {loop.total}"
             choice.refusal = self._refusal(what)
         if choice.refusal is None and least.total >= loop.total and least.heavy >= loop.heavy:
             said = f"left as a loop: packed launches {least.total} ops, the loop {loop.total}"

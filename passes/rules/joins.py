@@ -23,14 +23,21 @@ from .folded import folded
 KIND = "joins"  # in the README's table
 
 
-def _lane_runs(emitter: Emitter, nodes: list[Node]) -> list[tuple[Bundle | None, list[Node]]]:
-    """Consecutive operands that are lanes of one packed value; others one by one."""
+def _lane_runs(emitter: Emitter, nodes: list[Node], dim: int | None) -> list[tuple[Bundle | None, list[Node]]]:
+    """Consecutive operands that are lanes of one packed value, or lie end to end in the dim in which they are joined; others one by one."""
     runs: list[tuple[Bundle | None, list[Node]]] = []
     for node in nodes:
-        bundle = emitter.bundles.bundle(node)
-        if bundle is not None and (bundle.index not in emitter.values or emitter.values[bundle.index].dim is None):
+        bundle = emitter.bundles.end_to_end(node)
+        if bundle is not None and bundle.index not in emitter.values:
             bundle = None
-        if bundle is not None and runs and runs[-1][0] is bundle:
+        elif bundle is not None and bundle.apart is not None:
+            bundle = bundle if dim == rank(node) + bundle.apart else None
+        elif bundle is not None and emitter.values[bundle.index].dim is None:
+            bundle = None
+        follows = bundle is not None and runs and runs[-1][0] is bundle
+        if follows and bundle is not None and bundle.apart is not None:
+            follows = emitter.bundles.position[node] == emitter.bundles.position[runs[-1][1][-1]] + 1
+        if follows:
             runs[-1][1].append(node)
         else:
             runs.append((bundle, [node]))
@@ -53,11 +60,11 @@ def join(emitter: Emitter, node: Node) -> Any:
         return _sum_of_join(emitter, node)
     if is_op(node, "cat") or is_op(node, "stack"):
         tensors, dim = node.args
-        runs = _lane_runs(emitter, list(tensors))  # type: ignore[arg-type]
-        if all(bundle is None for bundle, _ in runs):
-            return None
         dim = int(dim)  # type: ignore[arg-type]
         stack = is_op(node, "stack")
+        runs = _lane_runs(emitter, list(tensors), None if stack else dim)  # type: ignore[arg-type]
+        if all(bundle is None for bundle, _ in runs):
+            return None
         parts = [_part(emitter, bundle, members, dim, stack) for bundle, members in runs]
         return parts[0] if len(parts) == 1 else emitter.call(torch.cat, parts, dim)
     return None
@@ -67,6 +74,8 @@ def _part(emitter: Emitter, bundle: Bundle | None, members: list[Node], dim: int
     if bundle is None:
         single = emitter.single(members[0])
         return emitter.call(torch.unsqueeze, single, dim) if stack else single
+    if bundle.apart is not None:
+        return emitter.stretch(bundle, emitter.bundles.position[members[0]], len(members))
     moved = emitter.at(_lanes(emitter, bundle, members), dim)
     return moved if stack else emitter.call(torch.flatten, moved, dim, dim + 1)
 
