@@ -51,8 +51,9 @@ class Recipe:
     ``style == "cat"`` the first two dims are flattened into one (``[G, s0, ...] -> [G*s0, ...]``). Zero-dimensional members
     stack to ``[G]``. Where lanes spell one map in different shapes (a Linear's ``[M, K]``, a pointwise convolution's ``[M, K, 1]``),
     ``own_shapes`` says each member's own, and members are reshaped to ``shape`` first. ``style == "rows"`` concatenates members whose
-    dim 0 differs (embedding tables), as they are; ``shape`` is then the first one's. ``style == "padded"`` stacks members of unequal
-    sizes, each with zeros behind it up to ``shape``; nothing reads or trains the zeros. All names are relative to the region.
+    dim 0 differs (embedding tables), rows of unequal widths with zeros behind them up to ``shape[1:]``. ``style == "padded"`` stacks
+    members of unequal sizes, each with zeros behind it up to ``shape``. Nothing reads or trains the zeros. All names are relative to
+    the region.
     """
 
     name: str  # of the packed tensor: "packed.nets.0.weight"
@@ -192,6 +193,8 @@ class RegionPlan:
     seconds: tuple[float, float] | None = None  # median before, after, in the mode asked for
     peak_bytes: tuple[int, int] | None = None  # before, after
     tried: list[tuple[str, float]] = field(default_factory=list)  # lowering and its median seconds
+    cached: bool = False  # the choice was read from the cache of plans, its figures too
+    key: str = ""  # of the plan in that cache
     sets: frozenset[tuple[str, str]] = frozenset()  # (module, name) of the attributes that forward sets, and no program reads before
     keeps_parameters: bool = False  # the members stay Parameters whose data are views of the pack: somebody else holds them too
     # Programs over the same packs: of other methods by name, and further signatures of "forward".

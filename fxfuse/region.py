@@ -190,7 +190,7 @@ class RegionState(Watch):
             module = next((m for m in self.members() if (info := lane_info(m)) is not None and info.path == path), None)
             if module is not None and not _unchanged(module, name, existed, before):
                 return f"attribute {f'{path}.{name}' if path else name} was set after fusing"
-        if hooks_of(self.modules) != self.hooks:
+        if hooks_of([*self.modules, *self.hidden]) != self.hooks:
             return "a hook was registered on a submodule"
         if tuple(module.training for module in self.hidden) != self.hidden_flags:
             return "an unregistered submodule changed its training flag"

@@ -108,6 +108,7 @@ class Trace:
     comparisons: list[tuple[Comparison, int, Place | None]]  # with the frame and the line in which it was made
     reads_dtype: bool = False
     draws: bool = False  # Python's or numpy's random numbers were drawn
+    unregistered: frozenset[str] = frozenset()  # names of Parameters that no module registers: its lists and dicts hold them
     moves: bool = False  # a module was moved to the device on which it is
     autocast: tuple[str, torch.dtype] | None = None  # the caller's: kind of device, dtype
     casts: bool = False  # some call was made under autocast, the caller's or forward's own

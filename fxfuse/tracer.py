@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.private.autocast import any_autocast_enabled, autocast_on
-from fxfuse.private.module_hooks import HOOK_DICTS
+from fxfuse.private.module_hooks import HOOK_DICTS, has_hooks
 from fxfuse.private.pytree import tree_flatten
 from fxfuse.private.tensor_hooks import hook_stores
 from fxfuse.private.torch_function import DisableTorchFunction
@@ -45,6 +45,7 @@ from .ran import code_noted
 from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
 from .trace import MOST_NUMBERS, Event, Frame, Key, Ref, Touch, Trace, Value
+from .unregistered import hidden_parameters, unregistered
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -721,7 +722,13 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
     attributes: dict[int, str] = {}
     generators: list[Any] = []
     watched = [_Watched(path, module, attributes, generators) for path, module in model.named_modules()]
+    hidden: dict[str, nn.Parameter] = {}
+    if not any(has_hooks(module) for _, module in unregistered(model)):  # they run while recording, and a fused forward does not call them
+        hidden = hidden_parameters(model)
+        for path, parameter in hidden.items():
+            attributes.setdefault(id(parameter), path)
     recorder = Recorder(attributes)
+    recorder.trace.unregistered = frozenset(hidden)
     recorder.generators = Generators(generators)
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     recorder.kept = _Kept(leaves, watched)

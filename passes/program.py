@@ -125,7 +125,7 @@ def _member(graph: torch.fx.Graph, recipe: Recipe, lane: int) -> torch.fx.Node:
     made = graph.create_node("get_attr", recipe.name)  # get_attr() looks for it in a module that a trial run has left behind
     if recipe.style == "rows":
         start, stop = recipe.row_starts()[lane : lane + 2]
-        return graph.call_function(slice_along, (made, 0, start, stop, 1))
+        return _narrowed(graph, graph.call_function(slice_along, (made, 0, start, stop, 1)), recipe, lane, 1)
     if recipe.style == "cat":
         made = graph.call_function(torch.unflatten, (made, 0, (len(recipe.members), -1)))
     made = graph.call_function(torch.select, (made, 0, lane))
@@ -133,7 +133,12 @@ def _member(graph: torch.fx.Graph, recipe: Recipe, lane: int) -> torch.fx.Node:
     if inverse != tuple(range(len(inverse))):
         made = graph.call_function(torch.permute, (made, inverse))
     if recipe.style == "padded":
-        for dim, size in enumerate(recipe.member_shape(lane)):
-            made = made if size == recipe.shape[dim] else graph.call_function(slice_along, (made, dim, 0, size, 1))
-        return made
+        return _narrowed(graph, made, recipe, lane, 0)
     return made if recipe.own_shapes is None else graph.call_function(torch.reshape, (made, recipe.own_shapes[lane]))
+
+
+def _narrowed(graph: torch.fx.Graph, made: torch.fx.Node, recipe: Recipe, lane: int, first: int) -> torch.fx.Node:
+    """A member without the zeros that fill it up, from its dim ``first`` on."""
+    for dim, size in list(enumerate(recipe.member_shape(lane)))[first:]:
+        made = made if size == recipe.shape[dim] else graph.call_function(slice_along, (made, dim, 0, size, 1))
+    return made

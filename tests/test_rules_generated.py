@@ -109,6 +109,9 @@ class Loop(nn.Module):
         self.nets = nn.ModuleList(sample.module().double() for _ in range(lanes)) if sample.module is not None else None
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        for buffer in self.buffers():  # running statistics, and counters of batches
+            drawn_so = torch.rand(buffer.shape, generator=generator, dtype=torch.float64) + 0.5
+            buffer.copy_(drawn_so if buffer.is_floating_point() else (drawn_so * 9).long())
         self.own = nn.ModuleList(nn.ParameterList() for _ in range(lanes))
         self.inputs: list[Tensor] = []
         for operand, place in zip(sample.operands, layout, strict=True):
