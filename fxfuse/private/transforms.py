@@ -1,6 +1,7 @@
 """Is this code run by a transform of ``torch.func`` (vmap, grad, functional_call inside one)?
 
-Private: ``torch._C._are_functorch_transforms_active``, ``torch._C._functorch.is_functorch_wrapped_tensor``. Tensors made inside a transform are dead outside of it; nothing public tells.
+Private: ``torch._C._are_functorch_transforms_active``, ``torch._C._functorch.is_functorch_wrapped_tensor``. Tensors made inside a transform
+are dead outside of it; nothing public tells.
 """
 
 from __future__ import annotations
