@@ -29,6 +29,7 @@ from fxfuse.private.module_hooks import HOOK_DICTS, has_hooks
 from fxfuse.private.pytree import tree_flatten
 from fxfuse.private.tensor_hooks import hook_stores
 from fxfuse.private.torch_function import DisableTorchFunction
+from fxfuse.private.transforms import transforming
 from fxfuse.private.versions import version
 
 from .attributes import settle, watching
@@ -109,6 +110,7 @@ _DATA_SHAPED: dict[str, Callable[[Any, Any], bool]] = {
 _FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "new_tensor"))
 _UNTRACKED = "runs without gradient tracking (no_grad, or a custom autograd Function)"
 _AUTOCAST = "switches autocast"
+_TRANSFORM = "runs inside a transform of torch.func (vmap, grad and their like)"
 # Types of arguments that stand for themselves in the record.
 _PLAIN = frozenset((int, float, bool, str, type(None), type(Ellipsis), complex, torch.dtype, torch.device))
 _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
@@ -289,6 +291,8 @@ class Recorder(TorchFunctionMode):
             else:
                 described.append(self.describe(arg, tensors))
         described_kwargs = self.describe(kwargs, tensors) if kwargs else {}
+        if transforming():
+            self.mark(_TRANSFORM, sys._getframe(1))
         if name[-1] == "_" or name in _MAYBE_IN_PLACE or kwargs:
             self._before_write(name, args, kwargs, tensors)
         before = _versions(tensors)
@@ -500,6 +504,9 @@ class Recorder(TorchFunctionMode):
             given = Contents((*args, *kwargs.values()))
             flat, spec = tree_flatten((args, kwargs))
             leaves = [self.describe(leaf) for leaf in flat]
+        if transforming():
+            self.mark(_TRANSFORM, sys._getframe(1))
+            poison = poison or _TRANSFORM
         index = len(trace.frames)
         parent = stack[-1] if stack else -1
         if self.sizes:
