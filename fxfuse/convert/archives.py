@@ -12,6 +12,8 @@ from pathlib import Path
 
 from fxfuse.errors import ConvertError
 
+TRUST = "allow_pickle=True (--allow-pickle) loads it all the same: only where you trust whoever made it"
+
 
 def check_zip(where: Path | bytes, name: str = "") -> list[str]:
     """The names in a zip as torch writes them: nothing compressed, nothing twice, no entry over another.
