@@ -34,22 +34,19 @@ _OBJECTS = ("custom_obj", "opaque_obj")
 def inspect_pt2(path: Path, *, allow_pickle: bool = False) -> None:
     """Raise ``ConvertError`` where ``path`` is no whole ``.pt2``, or holds what would run code and not ``allow_pickle``."""
     zipped = check_zip(path)
-    try:
-        records = Records(path)
-        modern = any(name == FORMAT for name in records.names)
-        if modern and records.read(FORMAT) != b"pt2":
-            raise ConvertError(f"{path} is no .pt2: its format is another")
-    except RuntimeError as error:
-        raise ConvertError(f"{path} is no .pt2 that torch.export wrote, or is cut off: write it again") from error
     old = [name for name in zipped if name.rpartition("/")[2].startswith(_OLD)]
-    if not modern and not old:
+    records = _records(path, bool(old))
+    modern = records is not None and FORMAT in records.names
+    if modern and records is not None and records.read(FORMAT) != b"pt2":
+        raise ConvertError(f"{path} is no .pt2: its format is another")
+    if not modern and _OLD_PROGRAM not in old:
         raise ConvertError(f"{path} is no .pt2 that torch.export wrote: write it again")
     if allow_pickle:
         return
     try:
         if modern and old:
             raise ConvertError(f"{path} holds two programs, one of an older format, which torch could read instead; {TRUST}")
-        if modern:
+        if modern and records is not None:
             _check_names(path, zipped, records)
             _modern(path, records)
         else:
@@ -60,6 +57,16 @@ def inspect_pt2(path: Path, *, allow_pickle: bool = False) -> None:
         raise
     except Exception as error:
         raise ConvertError(f"{path} is corrupt ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}): write it again") from error
+
+
+def _records(path: Path, old: bool) -> Records | None:
+    """The records as torch's reader finds them; None for an older file, which ``zipfile`` reads."""
+    try:
+        return Records(path)
+    except RuntimeError as error:
+        if old:
+            return None
+        raise ConvertError(f"{path} is no .pt2 that torch.export wrote, or is cut off: write it again") from error
 
 
 def _check_names(path: Path, zipped: list[str], records: Records) -> None:

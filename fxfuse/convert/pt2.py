@@ -6,7 +6,6 @@ Comes in: a fused model; a path. Goes out: the file, and the callable that it ho
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -40,15 +39,11 @@ def save(program: torch.export.ExportedProgram, path: Path) -> None:
 
 def load_pt2(path: Path, *, allow_pickle: bool = False) -> nn.Module:
     """The module of a ``.pt2``, called as the original. Raises ``ConvertError`` for a file that is none, or would run code."""
-    return load_program(path, allow_pickle=allow_pickle).module()
-
-
-def load_program(path: Path, *, allow_pickle: bool = False) -> Any:
-    """The exported program of a ``.pt2``, its payloads inspected first."""
     inspect_pt2(path, allow_pickle=allow_pickle)
     with silent():
         try:
-            return torch.export.load(path)
+            module: nn.Module = torch.export.load(path).module()
+            return module
         except MemoryError:
             raise
         except Exception as error:
