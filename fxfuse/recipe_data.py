@@ -45,7 +45,8 @@ def recipe_from_data(data: Any) -> Recipe:
     odd = [str(name) for name in data if name not in known]
     lacking = [name for name in _NEEDED if name not in data]
     if odd or lacking:
-        raise FxfuseError(f"a saved recipe has {f'no {lacking[0]}' if lacking else f'{odd[0]}, which this version of fxfuse does not know'}")
+        what = f"no {lacking[0]}" if lacking else f"{odd[0]}, which this version of fxfuse does not know"
+        raise FxfuseError(f"a saved recipe has {what}")
     name, members, style, kind = data["name"], data["members"], data["style"], data.get("kind", "parameter")
     if not isinstance(name, str) or not _all(members, str) or style not in _STYLES or kind not in _KINDS:
         raise FxfuseError("a saved recipe is corrupt: its name, members, style or kind is of no such type")

@@ -220,7 +220,7 @@ def compile_program(
 def compile_graph(
     program: Program, root: nn.Module, override: dict[str, Source]
 ) -> tuple[Callable[..., Any], list[tuple[str, Source]], list[nn.Module]]:
-    """The graph of a program alone, without its guard: ``function(None, *leaves, *tensors, *modules)``, the tensors' sources, the modules."""
+    """A program's graph without its guard: ``function(None, *leaves, *tensors, *modules)``, the tensors' sources, the modules."""
     flat, places, modules = _flat_graph(program.graph, root, override, program.guard.autocast)
     return _function(flat), places, modules
 

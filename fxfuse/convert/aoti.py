@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxfuse.errors import ConvertError
+from fxfuse.private.aotinductor import compile_package, load_package
 
 from .archives import check_zip
 from .program import Example, export, silent
@@ -30,7 +30,7 @@ def write_aoti(model: nn.Module, example: Example, path: Path, *, static: bool) 
     program = export(model, example, static=static)
     with silent():
         try:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+            compile_package(program, path)
         except (OSError, MemoryError):
             raise
         except Exception as error:
@@ -49,12 +49,15 @@ def load_aoti(path: Path, *, allow_pickle: bool = False) -> Any:
         raise ConvertError(f"{path} holds machine code, which loading runs; allow_pickle=True (--allow-pickle) runs it")
     with silent():
         try:
-            return torch._inductor.aoti_load_package(str(path))
+            return load_package(path)
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")
             raise ConvertError(f"{path} cannot be loaded ({type(error).__name__}: {reason[:300]}): write it again") from error
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxfuse.errors import ConvertError
 
-from .archives import check_zip
+from .archives import TRUST, check_zip
 from .packed import read_tensors, save_tensors
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training scripts keep it
@@ -57,7 +57,7 @@ def _load(path: Path, allow_pickle: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if not allow_pickle:
-            raise ConvertError(f"{path} is no checkpoint of tensors only: its pickle would run code; allow_pickle=True (--allow-pickle) runs it") from error
+            raise ConvertError(f"{path} is no whole checkpoint of tensors only, and its pickle could run code; {TRUST}") from error
     except (OSError, MemoryError):
         raise
     except Exception as error:

@@ -46,7 +46,7 @@ def write(
     Raises ``ConvertError`` where the model cannot be written so, ``MissingPackageError`` where a package is missing, OSError of the disk.
     """
     path, kind = Path(out), kind_of(Path(out))
-    (progress or _silent)({"pt2": "exporting", "aoti": "compiling", "onnx": "exporting", "safetensors": "writing", "folder": "exporting"}[kind])
+    (progress or _silent)({"aoti": "compiling", "safetensors": "writing"}.get(kind, "exporting"))
     notes: list[str] = []
     if kind == "pt2":
         notes = write_pt2(fused, example, path, static=static)
@@ -72,7 +72,8 @@ def load(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Any:
     if not path.exists():
         raise ConvertError(f"{path} is not there")
     if path.is_dir() != (kind == "folder"):
-        raise ConvertError(f"{path} is {'a folder' if path.is_dir() else 'a file'}: load reads .pt2, .onnx, .aoti.pt2, or a folder that fxfuse wrote")
+        what = "a folder" if path.is_dir() else "a file"
+        raise ConvertError(f"{path} is {what}: load reads .pt2, .onnx, .aoti.pt2, or a folder that fxfuse wrote")
     if kind == "safetensors":
         raise ConvertError(f"{path} holds weights and no program: read_weights reads them, restore gives the original's checkpoint")
     try:

@@ -1,6 +1,6 @@
 """What a ``.pt2`` would run when it is loaded, found before it is loaded.
 
-Comes in: the path of a ``.pt2``. Goes out: nothing, or ``ConvertError`` that says which payload is refused. Read in the sources of torch 2.13
+Comes in: the path of a ``.pt2``. Goes out: nothing, or ``ConvertError`` that says which payload is refused. In torch 2.13
 (``torch/export/pt2_archive/_package.py``, ``torch/_export/serde/serialize.py``, ``torch/export/_unlift.py``), these can run code:
 
 - pickles: records under ``data/weights/`` and ``data/constants/`` that their config marks ``use_pickle``, both folders' older ``.pt``,
@@ -56,7 +56,8 @@ def inspect_pt2(path: Path, *, allow_pickle: bool = False) -> None:
     except MemoryError:
         raise
     except Exception as error:
-        raise ConvertError(f"{path} is corrupt ({type(error).__name__}: {next(iter(str(error).splitlines()), '')}): write it again") from error
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConvertError(f"{path} is corrupt ({type(error).__name__}: {reason[:300]}): write it again") from error
 
 
 def _records(path: Path, old: bool) -> Records | None:
@@ -70,7 +71,7 @@ def _records(path: Path, old: bool) -> Records | None:
 
 
 def _check_names(path: Path, zipped: list[str], records: Records) -> None:
-    """torch takes the first name's folder for the archive's; names outside of it, torch does not see, or takes for others."""
+    """torch takes the first name's folder for the archive's."""
     root = zipped[0].partition("/")[0]
     if sorted(zipped) != sorted(f"{root}/{name}" for name in records.names):
         raise ConvertError(f"{path} holds other names for torch than for a zip reader: it is no file that torch wrote; {TRUST}")

@@ -56,7 +56,7 @@ def manifest_of(model: nn.Module) -> dict[str, Any]:
 
 
 def original_of(manifest: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original's checkpoint: views of ``tensors`` by the original's names, in its order. Raises ``ConvertError`` where they do not fit."""
+    """The original's checkpoint: views of ``tensors`` by the original's names, in order. ``ConvertError`` where they do not fit."""
     if not isinstance(manifest, dict) or manifest.get("fxfuse") != VERSION:
         raise ConvertError(f"there are no recipes that this version of fxfuse knows (it writes version {VERSION})")
     try:

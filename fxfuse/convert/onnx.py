@@ -48,10 +48,14 @@ def write_onnx(model: nn.Module, example: Example, path: Path, *, static: bool) 
 
 
 def _signature(program: torch.export.ExportedProgram) -> dict[str, Any]:
-    """How a call is taken apart: containers, and which leaves are inputs (constants are none)."""
+    """How a call is taken apart: its containers, and of each leaf None for a tensor, else its name and the value that is in the file."""
     spec = program.call_spec
-    leaves = [getattr(argument, "value", None) is None for argument in _user_inputs(program)]
-    return {"in": structure_of(spec.in_spec), "inputs": leaves, "out": structure_of(spec.out_spec)}
+    given: list[Any] = []
+    for argument in _user_inputs(program):
+        constant = isinstance(argument, torch.export.graph_signature.ConstantArgument)
+        plain = constant and isinstance(argument.value, bool | int | float | str | None)
+        given.append([argument.name, argument.value] if plain else [argument.name] if constant else None)
+    return {"in": structure_of(spec.in_spec), "given": given, "out": structure_of(spec.out_spec)}
 
 
 def _user_inputs(program: torch.export.ExportedProgram) -> list[Any]:
@@ -79,10 +83,12 @@ class OnnxModel:
     def _inputs(self, args: Any, kwargs: Any) -> list[Tensor]:
         if self.signature is None or self.signature["in"] is None:
             leaves, _ = tree_flatten((args, kwargs))
-            found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         else:
             leaves = flattened(self.signature["in"], (args, kwargs))
-            found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            for leaf, given in zip(leaves, self.signature["given"], strict=True):
+                if given is not None and len(given) == 2 and leaf != given[1]:
+                    raise ConvertError(f"the ONNX model was written for {given[0]}={given[1]!r}, {leaf!r} came: write it again for that")
+        found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if len(found) != len(self.inputs):
             raise ConvertError(f"the ONNX model takes {len(self.inputs)} tensors ({', '.join(self.inputs)}), {len(found)} came")
         return found
@@ -102,4 +108,5 @@ def load_onnx(path: Path) -> OnnxModel:
         raise
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise ConvertError(f"{path} is no ONNX model that onnxruntime runs ({type(error).__name__}: {reason[:300]})") from error
+        advice = ": onnxruntime has few operators in float64, write the model in float32" if "NOT_IMPLEMENTED" in reason else ""
+        raise ConvertError(f"{path} is no ONNX model that onnxruntime runs ({type(error).__name__}: {reason[:300]}){advice}") from error

@@ -1,7 +1,7 @@
 """A fused model as a program of torch.export.
 
-Comes in: a fused model and an example call. Goes out: a ``torch.export.ExportedProgram`` of torch's operations on packed weights, whose batch
-dimension is free unless ``static``.
+Comes in: a fused model and an example call. Goes out: a ``torch.export.ExportedProgram`` of torch's operations on packed weights, whose
+batch dimension is free unless ``static``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def export(model: nn.Module, example: Example, *, static: bool) -> torch.export.
     rows = fresh.batch_size(args, kwargs)
     if not static and rows is not None and rows < 2:  # torch.export takes a size of 1 for a constant
         args, kwargs = fresh.resample(args, kwargs, batch=3) if rows else (args, kwargs)
-    free = torch.export.ShapesCollection()
+    free = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     rows = None if static else fresh.batch_size(args, kwargs)
     named = {}
     for leaf in tree_leaves((args, kwargs)):
@@ -46,7 +46,7 @@ def export(model: nn.Module, example: Example, *, static: bool) -> torch.export.
         free[leaf] = {0: torch.export.Dim.DYNAMIC}
     ready = frozen(model)
     with silent(), deterministic_state():
-        shapes = free.dynamic_shapes(ready, args, kwargs) if named else None
+        shapes = free.dynamic_shapes(ready, args, kwargs) if named else None  # type: ignore[no-untyped-call]
         try:
             return torch.export.export(ready, args, kwargs, dynamic_shapes=shapes, strict=False)
         except MemoryError:

@@ -1,9 +1,9 @@
 """The JSON of an exported program, checked: names become source text, and expressions are evaluated, when torch loads it.
 
 Comes in: the parsed JSON. Goes out: nothing, or ``ConvertError``. What torch does with it (2.13): ``target`` is found by attribute from
-``torch``, ``operator`` or ``math`` (``torch.os.system`` would be); ``expr_str`` goes through ``sympy.sympify``, which evaluates; ``guards_code`` is
-put into a function by ``exec``; names of nodes and attributes are printed into the source of a ``torch.fx`` module; the specs of containers may
-import any module. So what is allowed is listed here, and all else refused.
+``torch``, ``operator`` or ``math`` (``torch.os.system`` would be); ``expr_str`` goes through ``sympy.sympify``, which evaluates;
+``guards_code`` is put into a function by ``exec``; names of nodes and attributes are printed into the source of a ``torch.fx`` module; the
+specs of containers may import any module. So what is allowed is listed here, and all else refused.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ _SPACES = ("aten", "prims", "higher_order")
 _NO_OPERATORS = ("from_file", "save", "load")  # these open files
 _SYM = tuple("sym_int sym_float sym_not sym_max sym_min sym_ite sym_sum sym_sqrt sym_fresh_size".split())
 _FUNCTIONS = frozenset(
-    "Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs Eq Ne Gt Ge Lt Le Equality Unequality GreaterThan LessThan StrictGreaterThan "
-    "StrictLessThan And Or Not Piecewise ExprCondPair Tuple floor ceiling FloorDiv ModularIndexing Where PythonMod CleanDiv CeilToInt "
-    "FloorToInt CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv IntTrueDiv TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat "
-    "IsNonOverlappingAndDenseIndicator Identity BitwiseFn_bitwise_and BitwiseFn_bitwise_or max min abs true false int_oo oo L".split()
+    "Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs Eq Ne Gt Ge Lt Le Equality Unequality GreaterThan LessThan "
+    "StrictGreaterThan StrictLessThan And Or Not Piecewise ExprCondPair Tuple floor ceiling FloorDiv ModularIndexing Where "
+    "PythonMod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv IntTrueDiv TruncToFloat "
+    "TruncToInt RoundToInt RoundDecimal ToFloat IsNonOverlappingAndDenseIndicator Identity BitwiseFn_bitwise_and "
+    "BitwiseFn_bitwise_or max min abs true false int_oo oo L".split()
 )
 _METHODS = ("size", "stride", "storage_offset", "shape", "ndim", "dim", "isnan", "inf")
 _NODES = (
-    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.UAdd, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE),
-    *(ast.Gt, ast.GtE, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.Call, ast.keyword, ast.Name),
-    *(ast.Load, ast.Constant, ast.Subscript, ast.Attribute, ast.Tuple, ast.Is, ast.IsNot),
+    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.UAdd, ast.Compare, ast.Eq, ast.NotEq),
+    *(ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow),
+    *(ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.Subscript, ast.Attribute, ast.Tuple, ast.Is, ast.IsNot),
 )
 # Text that torch keeps as text: where a node came from, and arguments that are strings.
 _TEXT = frozenset(("metadata", "as_string", "as_strings", "torch_version"))
@@ -129,7 +130,8 @@ def _check_expression(path: Path, text: str, *, methods: bool) -> None:
         elif isinstance(node, ast.Subscript):
             bad = not methods
         elif isinstance(node, ast.Constant):
-            bad = not isinstance(node.value, int | float | str | bool | None) or (isinstance(node.value, str) and not text_in.match(node.value))
+            constant = node.value
+            bad = not (text_in.match(constant) if isinstance(constant, str) else isinstance(constant, int | float | None))
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):  # 9**9**9
             bad = not isinstance(node.right, ast.Constant) or not isinstance(node.right.value, int) or abs(node.right.value) > 64
         if bad:

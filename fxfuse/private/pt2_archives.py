@@ -1,6 +1,6 @@
 """The records of a ``.pt2`` as torch's own reader finds them, and the names of the folders in it.
 
-Private: ``torch._C.PyTorchFileReader``, which ``torch.export.load`` and ``torch.load`` read with, and ``torch.export.pt2_archive.constants``.
+Private: ``torch._C.PyTorchFileReader``, which ``torch.export.load`` and ``torch.load`` read with, and the constants of its archive.
 Another zip reader might find other records in a file that was made to fool it.
 """
 
