@@ -506,5 +506,5 @@ def test_aotinductor() -> None:
     """Compiling is tested where packages are written; here, that the functions are there."""
     assert callable(torch._inductor.aoti_compile_and_package)
     assert callable(torch._inductor.aoti_load_package)
-    with pytest.raises(Exception, match="none.pt2"):
+    with pytest.raises(Exception, match="zip archive"):
         aotinductor.load_package("none.pt2")

@@ -1,6 +1,6 @@
 """Packages compiled by AOTInductor.
 
-Private by its name: ``torch._inductor.aoti_compile_and_package`` and ``aoti_load_package``, which torch's documentation tells users to call.
+Private by its name: ``torch._inductor.aoti_compile_and_package`` and ``aoti_load_package``, which the documentation of torch names.
 """
 
 from __future__ import annotations
