@@ -9,6 +9,7 @@ the packages need by themselves (the same steps with a small model) is taken off
 from __future__ import annotations
 
 import argparse
+import gc
 import resource
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def child(kind: str, hidden: int, folder: Path) -> None:
     out = folder / KINDS[kind]
     convert.write(fused, None, ((x,), {}), out)
     del fused
+    gc.collect()  # modules and what watches them refer to each other
     if kind == "safetensors":
         convert.restore(out, folder / "back.safetensors")
     else:

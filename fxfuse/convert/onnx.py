@@ -1,6 +1,6 @@
 """``.onnx``: by torch.onnx's exporter of torch.export programs; run by onnxruntime.
 
-Comes in: a fused model; a path. Goes out: the file (weights of more than 2 GB beside it), checked by running it; a callable that
+Comes in: a fused model; a path. Goes out: the file (weights of more than 100 MB beside it), checked by onnxruntime; a callable that
 takes what the model takes. The file's metadata say how a call is taken apart into its inputs.
 """
 
@@ -21,11 +21,12 @@ from .program import Example, export, silent
 from .structure import flattened, put_together, structure_of
 
 _KEY = "fxfuse"
-_LARGE = 2_000_000_000  # protobuf holds less than 2 GiB: the weights go to a file beside it
+# Bytes of weights that go to a file beside the model: protobuf holds less than 2 GiB, and writes what it holds from a second copy.
+_LARGE = 100_000_000
 
 
 def write_onnx(model: nn.Module, example: Example, path: Path, *, static: bool) -> list[str]:
-    """Write the model, and let onnxruntime read it."""
+    """Write the model, and let onnxruntime read it (a large one: when it is loaded)."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package, "writing .onnx")
     program = export(model, example, static=static)
@@ -42,7 +43,8 @@ def write_onnx(model: nn.Module, example: Example, path: Path, *, static: bool) 
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
             raise ConvertError(f"torch.onnx cannot export the model ({type(error).__name__}: {reason[:300]}): write a .pt2") from error
     del made, program
-    load_onnx(path)
+    if not large:  # else it waits for ``load``: onnxruntime's copy beside the model is what the memory may not hold
+        load_onnx(path)
     notes = ["for this batch size only" if static else "for any batch size", f"of the {'train' if model.training else 'eval'} mode"]
     return [*notes, f"weights in {path.name}.data"] if large else notes
 
@@ -100,6 +102,9 @@ def load_onnx(path: Path) -> OnnxModel:
     need("numpy", "running .onnx")
     options = runtime.SessionOptions()
     options.log_severity_level = 4
+    beside = path.with_name(f"{path.name}.data")
+    if beside.is_file() and beside.stat().st_size > _LARGE:
+        options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of the weights
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         text = session.get_modelmeta().custom_metadata_map.get(_KEY)

@@ -34,14 +34,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     odd = next((name for name, value in tensors.items() if value.layout is not torch.strided or value.is_quantized or value.is_meta), None)
     if odd is not None:
         raise ConvertError(f"{odd} is sparse, quantized or on the meta device, which .safetensors cannot hold: write a .pt2")
-    taken: set[tuple[Any, int]] = set()
-    own: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        storage = (value.device, value.untyped_storage().data_ptr())
-        whole = value.is_contiguous() and value.numel() * value.element_size() == value.untyped_storage().nbytes()
-        alone = value.numel() == 0 or (whole and storage not in taken)
-        taken.add(storage)
-        own[name] = value.resolve_conj().resolve_neg().contiguous() if alone else value.clone(memory_format=torch.contiguous_format)
+    copied = _overlapping(tensors)
+    own = {
+        name: value.clone(memory_format=torch.contiguous_format) if name in copied else value.resolve_conj().resolve_neg().contiguous()
+        for name, value in tensors.items()
+    }
     try:
         library.save_file(own, str(path), metadata=metadata)
     except (OSError, MemoryError):
@@ -51,6 +48,23 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         if number or "I/O" in str(error) or "os error" in str(error).lower():
             raise OSError(_errno(str(error)), str(error)) from error
         raise ConvertError(f"the weights cannot be written as .safetensors ({next(iter(str(error).splitlines()), '')})") from error
+
+
+def _overlapping(tensors: dict[str, Tensor]) -> set[str]:
+    """Tensors that share memory with another one: they are written as copies. Lanes that lie side by side in a pack share none."""
+    spans: dict[tuple[Any, int], list[tuple[int, int, str]]] = {}
+    for name, value in tensors.items():
+        if value.numel() and value.is_contiguous():
+            start = value.data_ptr()
+            spans.setdefault((value.device, value.untyped_storage().data_ptr()), []).append((start, start + value.nbytes, name))
+    found: set[str] = set()
+    for span in spans.values():
+        until = 0
+        for start, end, name in sorted(span):
+            if start < until:
+                found.add(name)
+            until = max(until, end)
+    return found
 
 
 def _errno(text: str) -> int:
