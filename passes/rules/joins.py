@@ -106,7 +106,9 @@ def _over_lanes(emitter: Emitter, name: str, value: Node, dim: int) -> Node:
 def _sum_of_join(emitter: Emitter, node: Node) -> Any:
     """``stack(lanes, d).sum(d)``, or the mean, where it folds into the lanes' last layer; else None: it is a sum over the packed lanes."""
     given: dict[str, Any] = dict(zip(node.target.names, node.args, strict=True))  # type: ignore[union-attr]
-    source: Any = given["input"]
+    source: Any = given.get("input")
+    if not isinstance(source, torch.fx.Node):  # a call that no overload of the schema describes: ``torch.mean(x, -1, out=None)``
+        return None
     dims = given.get("dim")
     stack = is_op(source, "stack")
     if not (stack or is_op(source, "cat")) or set(source.users) != {node} or given.get("dtype") is not None:
