@@ -104,10 +104,13 @@ class Calibration:
         pictures, kernels = self.randn(8, 16, 32, 32), self.randn(16, 16, 3, 3)
         channels, grouped = self.randn(1, lanes * 32, rows), self.randn(lanes * 32, 32, 1)
         many = self.randn(1 << 16)
+        windows = self.randn(16, 16, 2, 100).unfold(3, 3, 1).permute(0, 1, 3, 2, 4)
+        sequence, filters = self.randn(8, 2, 40), self.randn(8, 2, 3)
         narrow, kernel = self.randn(1, lanes * 4, 1), self.randn(lanes * 4, 4, 1)
         group = max(self.time(lambda: F.conv1d(narrow, kernel, groups=lanes)) - product_dispatch, 0.0) / lanes
         return {
-            "dispatch": dispatch, "product_dispatch": product_dispatch, "each": each, "view": view, "module": module,
+            "dispatch": dispatch, "product_dispatch": product_dispatch,
+            "convolution_dispatch": self.time(lambda: F.conv1d(sequence, filters)), "each": each, "view": view, "module": module,
             "autograd": autograd, "cache": cache, "near": near, "far": far,
             "product": rate(lanes * rows * 64 * 64, lambda: torch.bmm(broad, square), lanes),
             "column": rate(work, lambda: torch.bmm(x, column)),
@@ -116,6 +119,7 @@ class Calibration:
             "outer": rate(work, lambda: torch.bmm(thin, wide)),
             "convolution": rate(8 * 16 * 32 * 32 * 16 * 9, lambda: F.conv2d(pictures, kernels, padding=1)),
             "grouped": work * 32 / max(self.time(lambda: F.conv1d(channels, grouped, groups=lanes)) - lanes * group, 1e-7), "group": group,
+            "scattered": windows.numel() / self.time(lambda: windows.contiguous()),
             "gathered": rate(many.numel(), lambda: torch.tanh(many)),
         }  # fmt: skip
 

@@ -27,7 +27,8 @@ class Rates:
     """Seconds, bytes per second, and arithmetic per second of one kind of device, measured with ``threads`` threads."""
 
     dispatch: float  # of an op, with Python's share
-    product_dispatch: float  # of a product or convolution
+    product_dispatch: float  # of a product
+    convolution_dispatch: float  # of a convolution of several samples, whose layouts are turned
     each: float  # of each matrix in a batch of products
     view: float  # of an op that launches nothing
     module: float  # of a call of a module
@@ -43,30 +44,36 @@ class Rates:
     convolution: float  # of convolutions with a window
     grouped: float  # of grouped ones
     group: float  # seconds for each of their groups
+    scattered: float  # elements per second of copies in short runs: windows, transposed matrices
     gathered: float  # elements per second of functions that are no single instruction: tanh, exp
     threads: int = 1
 
 
 # One core of an AMD EPYC with AVX-512, torch 2.13, other jobs beside it: of use for ratios alone.
 CPU = Rates(
-    dispatch=1.1e-6, product_dispatch=2.8e-6, each=5e-7, view=1e-6, module=9e-7, autograd=2.2e-6, cache=3.4e7, near=9e10, far=3.5e9,
-    product=4.4e10, column=1.2e9, turned=4.4e9, row=7.5e9, outer=3.8e9, convolution=3.5e10, grouped=1e10, group=4.4e-6, gathered=4e8,
+    dispatch=1.1e-6, product_dispatch=2.8e-6, convolution_dispatch=3.5e-5, each=5e-7, view=1e-6, module=9e-7, autograd=2.2e-6,
+    cache=3.4e7, near=9e10, far=3.5e9, product=4.4e10, column=1.2e9, turned=4.4e9, row=7.5e9, outer=3.8e9, convolution=3.5e10,
+    grouped=1e10, group=4.4e-6, scattered=2.5e8, gathered=4e8,
 )  # fmt: skip
 # In the order of magnitude of a large accelerator, not measured: launches hide what is smaller.
 ACCELERATOR = Rates(
-    dispatch=6e-6, product_dispatch=1e-5, each=1e-9, view=1e-6, module=9e-7, autograd=6e-6, cache=4e7, near=4e12, far=2e12, product=2e13,
-    column=5e11, turned=5e11, row=5e11, outer=5e11, convolution=1e13, grouped=2e12, group=1e-8, gathered=5e11,
+    dispatch=6e-6, product_dispatch=1e-5, convolution_dispatch=1e-5, each=1e-9, view=1e-6, module=9e-7, autograd=6e-6, cache=4e7,
+    near=4e12, far=2e12, product=2e13, column=5e11, turned=5e11, row=5e11, outer=5e11, convolution=1e13,
+    grouped=2e12, group=1e-8, scattered=2e11, gathered=5e11,
 )  # fmt: skip
 # Work below this is done by one thread, and what each further thread adds.
 PARALLEL_SECONDS = 2e-5
 SPEEDUP = 0.85
+# Windows of so many numbers halve the rate of a convolution; runs of fewer elements are copied one by one.
+FEW_CHANNELS = 48.0
+SHORT_RUN = 16
 # Passes over an activation whose gradient is laid out the other way, and the backward of grouped convolutions against their forward.
 TURNED = 8.0
 GROUPED_BACKWARD = 2.5
 
 _VIEWS = frozenset(
     "view transpose permute movedim unsqueeze squeeze expand select slice_along narrow unbind split chunk unflatten getitem item size t mT "
-    "detach view_as expand_as broadcast_to diagonal swapaxes getattr size_of split_with_sizes slice as_strided".split()
+    "detach view_as expand_as broadcast_to diagonal swapaxes getattr size_of unfold split_with_sizes slice as_strided".split()
 )
 _COPIES_AT_NEED = frozenset({"reshape", "flatten", "contiguous", "ravel"})
 _PRODUCTS = {"linear": 0, "mm": 0, "matmul": 0, "bmm": 0, "mv": 0, "dot": 0, "baddbmm": 1, "addmm": 1, "addmv": 1}
@@ -151,6 +158,8 @@ def _op(node: Node, given: list[Any], made: Any, rates: Rates, faster: float, tr
     work = work / faster if work > PARALLEL_SECONDS else work
     heavy = name in _PRODUCTS or name.startswith("conv")
     dispatch = rates.product_dispatch if heavy else rates.dispatch
+    if name.startswith("conv") and given and len(given[0].shape) > 2 and given[0].shape[0] > 1:
+        dispatch = rates.convolution_dispatch
     times = max(len(given) - 1, 1) if name in _CHAINS and loop else 1  # a chain is one op for each of its terms
     seconds = times * dispatch + work
     if heavy and backwards:
@@ -219,10 +228,18 @@ def _work(node: Node, name: str, given: list[Any], made: Any, rates: Rates) -> f
         fan = math.prod(weight.shape[1:]) if "transpose" not in name else math.prod(weight.shape[1:]) * weight.shape[0]
         groups = _groups(node)
         work = float(made.numel() * fan)
-        return max(moved, groups * rates.group + work / rates.grouped if groups > 1 else work / rates.convolution)
+        efficiency = fan / (fan + FEW_CHANNELS)
+        return max(moved, groups * rates.group + work / rates.grouped if groups > 1 else work / (rates.convolution * efficiency))
+    if name in _COPIES_AT_NEED and _in_short_runs(given[0]):
+        return max(moved, float(made.numel()) / rates.scattered)
     if name in _GATHERED:
         return max(moved, _bytes(outputs) / 4 / rates.gathered)
     return moved
+
+
+def _in_short_runs(source: Any) -> bool:
+    """Do few of its elements lie one behind the other?"""
+    return bool(len(source.shape)) and (source.stride()[-1] != 1 or source.shape[-1] < SHORT_RUN)
 
 
 def _product(name: str, left: Any, right: Any, made: Any, rates: Rates) -> float:
