@@ -113,7 +113,8 @@ def _sum_of_join(emitter: Emitter, node: Node) -> Any:
     stack = is_op(source, "stack")
     if not (stack or is_op(source, "cat")) or set(source.users) != {node} or given.get("dtype") is not None:
         return None
-    tensors, dim, dtype = list(source.args[0]), int(source.args[1]), source.meta["dtype"]
+    joined: Any = source.args
+    tensors, dim, dtype = list(joined[0]), int(joined[1]), source.meta["dtype"]
     if (list(dims) if isinstance(dims, (list, tuple)) else [dims]) not in ([dim], [dim - len(source.meta["shape"])]):
         return None
     if not (dtype.is_floating_point or dtype.is_complex) or any(t.meta["dtype"] is not dtype for t in tensors):
