@@ -32,7 +32,7 @@ from .progress import Progress
 from .ran import Ran, ran_in
 from .regions import Region, RegionFinder
 from .report import Report
-from .surroundings import Outside, Spelled, outside
+from .surroundings import Outside, Spelled, closed_modules, outside
 from .trace import Frame, Ref, Trace
 from .tracer import hooks_silent
 from .weights import unpackable
@@ -285,12 +285,14 @@ class Builder:
     def _look_around(self, built: _Built) -> None:
         """What the code that ran in the region could read, besides its arguments and tensors."""
         ran: Ran = {}
+        region = self.work.get_submodule(built.plan.path)
+        closed = closed_modules(built.plan.all_programs(), region)
         for _, observation, lifted, _, _ in built.graphs:
-            ran.update(ran_in(observation.trace, lifted.frame))
+            ran.update(ran_in(observation.trace, lifted.frame, closed))
         spelled = Spelled.of(ran)
         spelled.computed = spelled.computed or not all(observation.trace.ran_known for _, observation, _, _, _ in built.graphs)
         built.plan.spelled = spelled
-        built.plan.outside = Outside(outside(self.work.get_submodule(built.plan.path).modules(), ran, spelled))
+        built.plan.outside = Outside(outside([module for module in region.modules() if module not in closed], ran, spelled))
 
     def _cases(self, frame: Frame, prepared: Prepared, way: Recorded) -> list[Case]:
         """The inputs of the region at the sizes of ``tune_for``: its call is caught while the model runs on them."""

@@ -11,12 +11,13 @@ import os
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from .graph import Place
 from .trace import Frame, Trace
@@ -101,12 +102,12 @@ def _mark(trace: Trace, asked: _Asked, internal: Callable[[str], bool]) -> None:
         found.place = Place(asked.file, asked.line)
 
 
-def ran_in(trace: Trace, frame: Frame) -> Ran:
-    """What ran in a call, and in the calls inside of it."""
+def ran_in(trace: Trace, frame: Frame, closed: Container[nn.Module] = ()) -> Ran:
+    """What ran in a call, and in the calls inside of it, but for those of the modules that are ``closed``: they stay calls."""
     found: Ran = {}
     pending = [frame.index]
     while pending:
         index = pending.pop()
         found.update(trace.ran.get(index, {}))
-        pending.extend(trace.frames[index].children)
+        pending.extend(child for child in trace.frames[index].children if trace.frames[child].module not in closed)
     return found

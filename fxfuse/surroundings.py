@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .graph import Program
 from .outside import Cell, function_of
 from .ran import Ran, of_library
+from .runtime import walk
 
 _PLAIN = frozenset((int, float, bool, str, bytes, complex, type(None), type(Ellipsis), slice, range, torch.dtype, torch.device, torch.Size))
 _CLOSED = (torch.Tensor, nn.Module, types.ModuleType, types.BuiltinFunctionType, torch.Generator)
@@ -245,6 +247,12 @@ class _Looker:
 def _is_data(value: Any) -> bool:
     """Something that code reads, and neither calls nor binds."""
     return type(value) in _PLAIN or not (callable(value) or isinstance(value, _CLOSED) or hasattr(type(value), "__get__"))
+
+
+def closed_modules(programs: Iterable[Program], region: nn.Module) -> set[nn.Module]:
+    """The modules of ``region`` that programs call as they are, and those inside: what these read, they read when they are called."""
+    paths = {str(node.target) for program in programs for node in program.graph.nodes if node.op == "call_module"}
+    return {module for path in paths for module in walk(region, path).modules()}
 
 
 def outside(modules: Iterable[nn.Module], ran: Ran, spelled: Spelled) -> list[Piece]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxfuse
-from checks import QUICK, Cases, assert_case, assert_equal_models, mlp, randn, randomized
+from checks import QUICK, Cases, assert_case, assert_equal_models, assert_fused_equals, mlp, model_of, randn, randomized
 
 CASES = Cases()
 case = CASES.case
@@ -743,3 +743,14 @@ def test_axis_is_dim():
     assert not fxfuse.report(fused).refused
     for got, want in zip(fused(x), model(x)):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mean", "sum"])
+def test_a_sum_that_spells_out_everything(name: str) -> None:
+    """``out=None`` is in no overload of the schema: the call is known by its arguments alone."""
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        out = torch.stack([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], -1)
+        return getattr(torch, name)(out, dim=-1, out=None)
+
+    model = randomized(model_of(forward, nets=nn.ModuleList(mlp() for _ in range(4))))
+    assert_fused_equals(model, randn(5, 4), most_heavy=2, **QUICK)

@@ -475,3 +475,46 @@ def test_somebodys_profiler_stays(hook: str) -> None:
         assert_close(fused(X), model(X), "the result")
     finally:
         _set("SCALE", 2.0)
+
+
+SEEN: list[int] = []
+
+
+class Counting(nn.Module):
+    """Keeps books of its own, and of the module's: it stays a call, in which both go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls, self.config, self.log = mlp(4, 6, 4), 0, Config(), {"calls": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.log = {"calls": self.calls}
+        SEEN.append(1)
+        return self.net(x) * (self.log["calls"] + len(SEEN)) * self.config.scale
+
+
+def test_what_a_call_that_stays_changes_is_its_own_affair() -> None:
+    class Holding(Loop):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counting = Counting()
+
+        def after(self, out: Tensor) -> Tensor:
+            return self.counting(out) * self.config.scale
+
+    model = randomized(Holding())
+    fused = fuse(model, strict=True)
+    assert fxfuse.report(fused).fused
+    for n in range(3):
+        x = randn(5, 4, seed=n)
+        model.counting.calls, before = fused.counting.calls, list(SEEN)
+        got = fused(x)
+        SEEN[:] = before
+        assert_close(got, model(x), f"call {n}")
+    fused.counting.config.scale = model.counting.config.scale = 5.0
+    model.counting.calls, before = fused.counting.calls, list(SEEN)
+    got = fused(X)
+    SEEN[:] = before
+    assert_close(got, model(X), "its configuration is read when it is called")
+    SEEN.clear()

@@ -106,12 +106,15 @@ def _over_lanes(emitter: Emitter, name: str, value: Node, dim: int) -> Node:
 def _sum_of_join(emitter: Emitter, node: Node) -> Any:
     """``stack(lanes, d).sum(d)``, or the mean, where it folds into the lanes' last layer; else None: it is a sum over the packed lanes."""
     given: dict[str, Any] = dict(zip(node.target.names, node.args, strict=True))  # type: ignore[union-attr]
-    source: Any = given["input"]
+    source: Any = given.get("input")
+    if not isinstance(source, torch.fx.Node):  # a call that no overload of the schema describes: ``torch.mean(x, -1, out=None)``
+        return None
     dims = given.get("dim")
     stack = is_op(source, "stack")
     if not (stack or is_op(source, "cat")) or set(source.users) != {node} or given.get("dtype") is not None:
         return None
-    tensors, dim, dtype = list(source.args[0]), int(source.args[1]), source.meta["dtype"]
+    joined: Any = source.args
+    tensors, dim, dtype = list(joined[0]), int(joined[1]), source.meta["dtype"]
     if (list(dims) if isinstance(dims, (list, tuple)) else [dims]) not in ([dim], [dim - len(source.meta["shape"])]):
         return None
     if not (dtype.is_floating_point or dtype.is_complex) or any(t.meta["dtype"] is not dtype for t in tensors):
