@@ -163,7 +163,7 @@ class Planner:
                 for other in self._others(choice):
                     assert other.vectorized is not None
                     counted = _launches(bench.program(other.vectorized))
-                    if _cost(counted) < _cost(least):
+                    if counted.total < least.total:
                         choice.vectorized, choice.lowering, least = other.vectorized, other.lowering, counted
             if least.total > loop.total:
                 least = self._without_dear_ones(choice, loop, least)
