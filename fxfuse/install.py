@@ -26,6 +26,7 @@ from fxfuse.private import recurrent
 from fxfuse.private.tensor_hooks import has_gradient_hooks
 from fxfuse.recipes import check, pack
 from fxfuse.runtime import source, walk
+from fxfuse.surroundings import inside
 from fxfuse.undo import Undo
 from fxfuse.unregistered import Held, unregistered
 
@@ -327,6 +328,8 @@ def _operate(
                     state.facts[node.target] = Facts.of(node.target, tensor)
                 except AttributeError as error:
                     raise FxfuseError(f"the program reads {node.target}, which {plan.path or 'the region'} does not have") from error
+    if plan.spelled is not None:
+        state.inside = inside([(path, module) for module, path in everyone.items()], plan.spelled, plan.sets)
     state.prepare()
 
 

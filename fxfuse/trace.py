@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -116,3 +117,6 @@ class Trace:
     changed: set[Key] = field(default_factory=set)  # attributes that the run changed
     reached: tuple[set[int] | None] | None = None  # passes.updating: from which memory gradients can come, found once
     updates: dict[int, Any] | None = None  # passes.updates: which events update buffers, found once
+    ran: dict[int, dict[CodeType, dict[str, Any]]] = field(default_factory=dict)  # by frame: the code that ran there, and its globals
+    strides: set[int] = field(default_factory=set)  # frames that read how a tensor lies in memory
+    ran_known: bool = True  # False: somebody's profiler was on, and ``ran`` is empty

@@ -29,6 +29,7 @@ from fxfuse.private.module_hooks import HOOK_DICTS, has_hooks
 from fxfuse.private.pytree import tree_flatten
 from fxfuse.private.tensor_hooks import hook_stores
 from fxfuse.private.torch_function import DisableTorchFunction
+from fxfuse.private.transforms import transforming
 from fxfuse.private.versions import version
 
 from .attributes import settle, watching
@@ -41,6 +42,7 @@ from .idle_draws import idle_draws_unseen
 from .moves import moves_noted
 from .outside import Change, Generators, Globals, drawing, draws_itself, is_generator, line_of_attribute
 from .passes.functional import autocast_to
+from .ran import code_noted
 from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
 from .trace import MOST_NUMBERS, Event, Frame, Key, Ref, Touch, Trace, Value
@@ -54,12 +56,14 @@ _INTERNAL: dict[str, bool] = {}  # file -> is it torch's, or ours?
 _ACTIONS: dict[str, str] = {
     # Facts which the guard checks at every call, or that say nothing of the data.
     **dict.fromkeys(
-        "dim ndim ndimension device layout is_cuda is_cpu requires_grad is_contiguous is_leaf is_sparse "
+        "dim ndim ndimension device layout is_cuda is_cpu is_sparse "
         "is_quantized is_mkldnn is_meta is_mps is_mtia is_xpu is_signed is_nested is_inference is_conj is_neg get_device names has_names "
-        "_backward_hooks grad_fn is_sparse_csr _is_view is_ipu is_maia is_vulkan is_xla is_hpu is_distributed is_shared is_pinned "
-        "__len__ stride storage_offset set_grad_enabled".split(),
+        "_backward_hooks is_sparse_csr is_ipu is_maia is_vulkan is_xla is_hpu is_distributed is_shared is_pinned "
+        "__len__ set_grad_enabled".split(),
         "fact",
     ),
+    **dict.fromkeys("requires_grad is_leaf grad_fn _is_view".split(), "gradient"),
+    **dict.fromkeys("is_contiguous stride storage_offset".split(), "layout"),
     **dict.fromkeys("dtype type element_size itemsize nbytes is_floating_point is_complex finfo".split(), "dtype"),
     **dict.fromkeys(
         "__bool__ item tolist numpy __array__ __float__ __int__ __index__ __contains__ __complex__ equal allclose is_nonzero "
@@ -106,6 +110,7 @@ _DATA_SHAPED: dict[str, Callable[[Any, Any], bool]] = {
 _FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "new_tensor"))
 _UNTRACKED = "runs without gradient tracking (no_grad, or a custom autograd Function)"
 _AUTOCAST = "switches autocast"
+_TRANSFORM = "runs inside a transform of torch.func (vmap, grad and their like)"
 # Types of arguments that stand for themselves in the record.
 _PLAIN = frozenset((int, float, bool, str, type(None), type(Ellipsis), complex, torch.dtype, torch.device))
 _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
@@ -227,7 +232,7 @@ class Recorder(TorchFunctionMode):
             action = _PROPERTIES.get(name)
             if action == "shape":
                 return torch.Size(self.sizes_of(args[0]))
-            if action not in ("fact", "dtype"):
+            if action not in ("fact", "dtype", "gradient"):
                 return self.call(func, args, kwargs or {}, name)
         kwargs = kwargs or {}
         if action == "size":
@@ -240,6 +245,10 @@ class Recorder(TorchFunctionMode):
                 return open_function(*args, **kwargs)
         if action == "numel":
             return self.numel(args[0])
+        if action == "layout":
+            return self.layout(func, args, kwargs, name)
+        if action == "gradient" and not _is_internal(sys._getframe(1).f_code.co_filename):
+            self.mark(f"asks whether a tensor tracks gradients ({name})", sys._getframe(1))
         if action == "read":
             self.event(func, args, kwargs, f"reads tensor data into Python ({name.strip('_')})")
             found = func(*args, **kwargs)
@@ -282,6 +291,8 @@ class Recorder(TorchFunctionMode):
             else:
                 described.append(self.describe(arg, tensors))
         described_kwargs = self.describe(kwargs, tensors) if kwargs else {}
+        if transforming():
+            self.mark(_TRANSFORM, sys._getframe(1))
         if name[-1] == "_" or name in _MAYBE_IN_PLACE or kwargs:
             self._before_write(name, args, kwargs, tensors)
         before = _versions(tensors)
@@ -311,6 +322,10 @@ class Recorder(TorchFunctionMode):
                 poison = f"takes a Python value out of {func.__name__}"
         if name in _FROM_DATA and type(out) is Tensor and not tensors[1:]:
             func, described, described_kwargs, poison = self._spelled_out(func, described, args, described_kwargs, out, poison)
+        if name in ("as_strided", "as_strided_"):
+            self.trace.strides.update(self.stack[-1:])
+            if tensors and self.trace.values[known[id(tensors[0])].value].origin == "made":
+                poison = poison or "reads memory by strides of a tensor that it computes (as_strided)"
         if name in _DATA_SHAPED and not poison and _DATA_SHAPED[name](args, kwargs):
             poison = f"makes a tensor whose size depends on the data ({name.strip('_')})"
         frame = self.stack[-1] if self.stack else -1
@@ -378,6 +393,30 @@ class Recorder(TorchFunctionMode):
         if out.numel() > MOST_NUMBERS:
             return func, described, kwargs, f"makes a tensor of a numpy array of {out.numel():,} numbers"
         return torch.tensor, [out.tolist()], {"dtype": out.dtype, "device": out.device}, poison
+
+    def mark(self, reason: str, frame: FrameType) -> None:
+        """The call that runs now does what no graph repeats, beside its operations."""
+        if self.stack and not self.trace.frames[self.stack[-1]].poison:
+            found = self.trace.frames[self.stack[-1]]
+            found.poison, found.place = reason, self.place(frame) or found.place
+
+    def layout(self, func: Any, args: Any, kwargs: Any, name: str) -> Any:
+        """How a tensor lies in memory. Where inputs lie in rows, sizes say it all."""
+        frame, tensor = sys._getframe(2), args[0]
+        if not _is_internal(frame.f_code.co_filename):
+            self.trace.strides.update(self.stack[-1:])
+            if name == "stride" and tensor.is_contiguous():
+                sizes = self.sizes_of(tensor)
+                steps: list[int] = []
+                step: int = 1
+                for size in reversed(sizes):
+                    steps.insert(0, step)
+                    step = size * step
+                dim = args[1] if len(args) > 1 else kwargs.get("dim")
+                return tuple(steps) if dim is None else steps[dim]
+            if name == "stride":
+                self.mark("reads the strides of a tensor that does not lie in rows", frame)
+        return func(*args, **kwargs)
 
     def event(self, func: Any, args: Any, kwargs: Any, poison: str) -> None:
         """A call that is no operation, about to be made."""
@@ -465,6 +504,9 @@ class Recorder(TorchFunctionMode):
             given = Contents((*args, *kwargs.values()))
             flat, spec = tree_flatten((args, kwargs))
             leaves = [self.describe(leaf) for leaf in flat]
+        if transforming():
+            self.mark(_TRANSFORM, sys._getframe(1))
+            poison = poison or _TRANSFORM
         index = len(trace.frames)
         parent = stack[-1] if stack else -1
         if self.sizes:
@@ -815,7 +857,7 @@ def _draws(model: nn.Module, args: Any, kwargs: Any, generators: Generators) -> 
 
 def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) -> None:
     before = foreign_random_state()
-    with moves_noted(recorder.trace), recorder:
+    with moves_noted(recorder.trace), code_noted(recorder.trace, recorder.stack, _is_internal), recorder:
         model(*args, **kwargs)
     recorder.trace.draws = foreign_random_state() != before
 

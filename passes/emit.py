@@ -24,7 +24,7 @@ from .bundle import Bundle, Bundles
 from .functional import drop_unused, numbers_like, slice_along
 from .lifted import Lifted
 from .ops import Op
-from .outputs import treatment
+from .outputs import copies_by_size, treatment
 from .packs import Packs
 from .tidy import tidy
 from .weights import WeightReader
@@ -56,6 +56,7 @@ class Emitter(WeightReader):
         self.gathers: dict[tuple[Node, ...], Node] = {}  # what was joined for one bundle serves others
         self.choices: dict[Any, tuple[str, ...]] = {}
         self.ops: list[FusedOp] = []
+        self.op_of: dict[int, int] = {}  # where in ``ops`` a bundle is
         self.notes: list[str] = []  # what a person should know of how the packed form computes
 
     # -- operands ------------------------------------------------------------------------------------------------------------------------
@@ -334,6 +335,7 @@ class Emitter(WeightReader):
             operands = [n.meta.get("shape") for n in bundle.members[0].all_input_nodes[:2]]
             shapes = " x ".join(str(list(shape)) for shape in operands if shape is not None)
             lanes, lowering = len(bundle.members), lowering if bundle.chunks == 1 else f"{lowering}, {bundle.chunks} chunks"
+            self.op_of[bundle.index] = len(self.ops)
             self.ops.append(FusedOp(bundle.name, bundle.whole or lanes, lowering, bundle.members[0].meta.get("place"), shapes))
         self.source = None
 
@@ -418,7 +420,8 @@ class Emitter(WeightReader):
             return node
         how = treatment(leaf, node)
         one_row = any(value.shape[d] == 1 for d in leaf.meta.get("dyn") or ())  # of which the strides of more rows cannot be told
-        if not how and not one_row and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
+        open_ends = one_row or (bool(leaf.meta.get("dyn")) and copies_by_size(node))
+        if not how and not open_ends and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
             return node
 
         def copied(node: Node) -> Node:
@@ -440,6 +443,12 @@ class Emitter(WeightReader):
         if chosen in options:
             return str(chosen)
         return self.prefer if self.prefer in options else options[0]
+
+    def choose_by(self, key: tuple[Any, ...], options: tuple[str, ...]) -> str:
+        """The form of something that is no bundle of its own, told by ``key``: its name, its lanes, and the shapes that it reads."""
+        self.choices[key] = options
+        chosen = self.lowering.get(key, self.prefer)
+        return chosen if chosen in options else options[0]
 
     def choose_single(self, node: Node, options: tuple[str, ...]) -> str:
         """The spelling of a node that is in no bundle."""

@@ -49,8 +49,15 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     generic = not (lifted.factories or trace.reads_dtype or trace.casts or _spells_dtype(graph)) and _one_dtype(leaves, graph)
     rows = _some_rows(leaves) if any(node.meta.get("some_rows") for node in graph.nodes) else []
     checks, anywhere = _strongest([*lifted.size_checks, *rows]), not (lifted.factories or trace.moves or trace.casts)
-    guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, anywhere, trace.autocast)
+    in_rows = bool(trace.strides) and any(_inside(trace, index, frame.index) for index in trace.strides)
+    guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, anywhere, trace.autocast, in_rows)
     return Program(graph, guard, frame.in_spec, frame.out_spec, tuple(lifted.stores))
+
+
+def _inside(trace: Trace, at: int, outer: int) -> bool:
+    while at >= 0 and at != outer:
+        at = trace.frames[at].parent
+    return at == outer
 
 
 def _some_rows(leaves: list[object]) -> list[SizeCheck]:

@@ -286,6 +286,10 @@ def test_transforms() -> None:
     look(torch.zeros(3))
     assert inside == [True, True, False]
     assert not transforms.transforming()
+    kept: list[Tensor] = []
+    torch.vmap(lambda x: kept.append(x) or x.sum())(torch.zeros(2, 3))  # type: ignore[func-returns-value]
+    assert transforms.of_a_transform(kept[0])
+    assert not transforms.of_a_transform(torch.zeros(3))
 
 
 def test_vmap_fallback() -> None:
