@@ -123,15 +123,15 @@ class Planner:
             return self._fastest(forms)
         if self.options.objective == "time":
             return self._modelled(self._forms())
-        found: list[Choice] = []
+        found: list[tuple[Choice, list[Refusal]]] = []  # with what each form leaves
         for self.prepared in forms:
-            base = self.emit({})
+            base, self.left = self.emit({}), []
             if base is not None:
                 launches = self.options.objective == "launches" and not self.options.large
-                found.append(self._fewest_launches(base) if launches else self._start(base))
+                found.append((self._fewest_launches(base) if launches else self._start(base), self.left))
         if not found:
             return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
-        best = min(found, key=lambda choice: (choice.refusal is not None, choice.launches[1].total if choice.launches else 0))
+        best, self.left = min(found, key=lambda form: _rank(form[0]))
         self.prepared = self.prepared.with_widths(best.together)
         return best
 
@@ -412,6 +412,15 @@ def _preferred(options: Options) -> str:
     if options.lowering == "grouped_conv":
         return "grouped_conv"
     return "baddbmm" if options.lowering == "bmm" or options.objective == "launches" else ""
+
+
+def _rank(choice: Choice) -> tuple[bool, tuple[int, int]]:
+    return choice.refusal is not None, _cost(choice.launches[1]) if choice.launches else (0, 0)
+
+
+def _cost(counted: Launches) -> tuple[int, int]:
+    """A launch more is worth it where it saves one that carries parameters."""
+    return counted.total + counted.heavy, counted.total
 
 
 def _launches(forward: Callable[[], Any]) -> Launches:

@@ -110,6 +110,28 @@ def test_with_verification() -> None:
     assert_fused_equals(randomized(AmongOthers()), (indices(5), randn(5, 2)), heavy=2)
 
 
+def test_one_table_rather_than_one_for_each_width() -> None:
+    """Tables of two columns of one width are fewer launches in all by themselves; all in one are fewer heavy ones."""
+
+    class Tabular(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = nn.ModuleList(nn.Embedding(*shape) for shape in zip(SIZES[:5], (2, 4, 3, 2, 5), strict=True))
+            self.norms = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(8)])
+            self.layers = nn.ModuleList([nn.Linear(19, 8), nn.Linear(8, 2)])
+
+        def forward(self, x: Tensor, more: Tensor) -> Tensor:
+            found = torch.cat([table(x[:, i]) for i, table in enumerate(self.tables)], 1)
+            hidden = self.layers[0](torch.cat([found, self.norms[0](more)], 1)).relu()
+            result: Tensor = self.layers[1](self.norms[1](hidden))
+            return result
+
+    model, x = randomized(Tabular()), (indices(5), randn(5, 3))
+    fused = fxfuse.optimize(model, x, objective="launches")
+    assert launches.count(lambda: fused.eval()(*x)).heavy == 5
+    assert_equal_models(model, fused, [(x, {}), ((indices(7, seed=3), randn(7, 3, seed=3)), {})])
+
+
 @pytest.mark.parametrize(("dims", "refused"), [((1,), ""), ((-1,), "sizes"), ((1, 2), "sizes"), ((0, 1), "")])
 def test_only_reductions_that_leave_features_alone_are_of_all_at_once(dims: tuple[int, ...], refused: str) -> None:
     class Reduced(Fields):
