@@ -111,7 +111,7 @@ _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
 _TENSOR = tree_flatten(torch.empty(0))[1]
 
 
-def _is_internal(file: str) -> bool:
+def is_internal(file: str) -> bool:
     known = _INTERNAL.get(file)
     if known is None:
         known = _INTERNAL[file] = os.path.abspath(file).startswith((_TORCH, _HERE)) or file.startswith("<")
@@ -392,7 +392,7 @@ class Recorder(TorchFunctionMode):
                 return self.trace.frames[self.stack[-1]].place if self.stack else None
             file = code.co_filename
             internal = _INTERNAL.get(file)
-            if not (_is_internal(file) if internal is None else internal):
+            if not (is_internal(file) if internal is None else internal):
                 line = (file, frame.f_lineno)
                 return self.places.get(line) or self.places.setdefault(line, Place(*line))
             if code is _RUN_CODE:
@@ -803,7 +803,7 @@ def _draws(model: nn.Module, args: Any, kwargs: Any, generators: Generators) -> 
             model(*args, **kwargs)
 
     with _undisturbed(model, args, kwargs), generators.preserved():
-        return drawing(generators, lambda file: _is_internal(file) or draws_itself(file), again)
+        return drawing(generators, lambda file: is_internal(file) or draws_itself(file), again)
 
 
 def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) -> None:

@@ -1,0 +1,90 @@
+"""What a backend needs of torch.compile: other backends by name, and stand-ins for inputs that dynamo's graph does not have.
+
+Private: ``torch._dynamo.lookup_backend``, ``torch._inductor.compile_fx.compile_fx`` with ``config_patches``, ``torch._inductor.list_mode_options``,
+``torch._inductor.config.get_config_copy``, ``torch._guards.detect_fake_mode``, the attribute ``_dynamo_source`` of a graph's placeholders and
+the names ``_dynamo_static_input_type`` and ``_param_name_to_source``, by which AOTAutograd knows weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+Compiler = Callable[..., Callable[..., Any]]
+_STATIC = "_dynamo_static_input_type"
+_SOURCE = "_dynamo_source"
+_PARAMETERS = "_param_name_to_source"
+
+
+def backend_named(name: str) -> Compiler:
+    """The backend of that name. Raises ``torch._dynamo.exc.InvalidBackend`` where there is none."""
+    from torch._dynamo import lookup_backend
+
+    found: Compiler = lookup_backend(name)
+    return found
+
+
+def inductor(settings: dict[str, Any]) -> Compiler:
+    """Inductor with these entries of its configuration patched."""
+
+    def compiled(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, inputs, config_patches=dict(settings))  # type: ignore[no-any-return]
+
+    return compiled
+
+
+def mode_settings(mode: str) -> dict[str, Any]:
+    """Inductor's configuration for ``torch.compile(mode=...)``. Raises ``RuntimeError`` for a mode that it does not have."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+def is_setting(name: str) -> bool:
+    """Does Inductor's configuration have an entry of this name?"""
+    from torch._inductor import config
+
+    return name.replace("-", "_") in config.get_config_copy()
+
+
+def is_weight(placeholder: torch.fx.Node) -> bool:
+    """Is this input of a graph a Parameter or buffer that a module holds?"""
+    return bool((placeholder.meta.get("tensor_dict") or {}).get(_STATIC))
+
+
+def is_higher_order(target: Any) -> bool:
+    """Is this a call that is given graphs (``checkpoint``, ``autograd.Function``, ``nested_compile_region``, ``cond``)?"""
+    from torch._ops import HigherOrderOperator
+
+    return isinstance(target, HigherOrderOperator)
+
+
+def keep_source(made: torch.fx.Node, placeholder: torch.fx.Node | None) -> None:
+    """Let AOTAutograd know ``made`` as the input that ``placeholder`` was; None: as a weight that no name of the user's leads to."""
+    setattr(made, _SOURCE, getattr(placeholder, _SOURCE, None))
+    if placeholder is None:
+        made.meta["tensor_dict"] = {_STATIC: "unguarded"}
+
+
+def keep_origin(made: torch.fx.GraphModule, graph: torch.fx.GraphModule) -> None:
+    """Let AOTAutograd know ``made`` as the graph of dynamo's that it was made of."""
+    made.meta.update(graph.meta)
+    if hasattr(graph, _PARAMETERS):
+        setattr(made, _PARAMETERS, dict(getattr(graph, _PARAMETERS)))
+
+
+def stand_in(tensor: Tensor, inputs: list[Any]) -> Tensor:
+    """A tensor without data like ``tensor``, all sizes fixed, in the mode that dynamo traced with; ``tensor`` where there was none."""
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode(inputs)
+    if mode is None:
+        return tensor
+    made: Tensor = mode.from_tensor(tensor, static_shapes=True)
+    return made
