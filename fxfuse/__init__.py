@@ -5,6 +5,7 @@
 True
 """
 
+from .backend import backend
 from .errors import ArgumentError, FallbackError, FxfuseError, StateDictError, ValidationError
 from .fused import graphs as graph
 from .fused import unfuse
@@ -24,6 +25,7 @@ __all__ = [
     "StateDictError",
     "Validation",
     "ValidationError",
+    "backend",
     "explain",
     "graph",
     "load_original_state_dict",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fxfuse.private.dynamo import is_higher_order, is_weight
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.tracer import is_internal
+from fxfuse.widen import widen
 
 
 class Uncaptured(Exception):
@@ -49,6 +50,8 @@ class Slot:
 class Captured(nn.Module):
     """dynamo's graph; ``forward`` takes the tensors that are no weights, in the graph's order, and returns the graph's tuple."""
 
+    more: tuple[str, ...] = ()  # what a copy shares besides
+
     def __init__(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> None:
         super().__init__()
         nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -69,8 +72,19 @@ class Captured(nn.Module):
                 slot.place = places.get(str(slot.node.meta.get("example_value")))
                 if slot.place is None and slot.node.users:
                     raise Uncaptured(f"the graph takes a number ({slot.node.name}) that is the size of no tensor")
-        self.steps = steps_of(graph.graph)
-        self.hold(weights)
+        self.hold(_apart(weights))
+        self.take(graph.graph)
+
+    def take(self, graph: torch.fx.Graph) -> None:
+        """The calls to make, as they are and for float64; dtypes that the graph spells out are those of the inputs, as often as not."""
+        wide, copies = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
+        for node in graph.nodes:
+            copies[node] = wide.node_copy(node, copies.__getitem__)
+            copies[node].meta = {"val": node.meta.get("val", node.meta.get("example_value")), "stack_trace": node.meta.get("stack_trace")}
+        widen(wide)
+        self.steps, self.wide_steps = steps_of(graph), steps_of(wide)
+        self.wide_slots = [replace(slot, node=copies[slot.node]) for slot in self.slots]
+        self.narrow = _is_narrow((*self.given, *self.weights().values()))
 
     def hold(self, weights: dict[str, Tensor], saved: Callable[[str], bool] = lambda name: True) -> None:
         """Register the weights. ``saved``: is this one part of the state dict?"""
@@ -91,25 +105,19 @@ class Captured(nn.Module):
         made = type(self).__new__(type(self))
         nn.Module.__init__(made)
         memo[id(self)] = made
-        made.training, made.slots, made.symbols, made.steps = self.training, self.slots, self.symbols, self.steps
-        made.given = self.given
-        self.copied(made)
+        kept = ("training", "slots", "wide_slots", "symbols", "steps", "wide_steps", "narrow", "given", *self.more)
+        made.__dict__.update({name: self.__dict__[name] for name in kept})
         made.hold({name: copy.deepcopy(tensor, memo) for name, tensor in self.weights().items()})
         return made
-
-    def copied(self, made: Any) -> None:
-        """Give a copy what a subclass knows besides."""
 
     def weights(self) -> dict[str, Tensor]:
         """The weights by name, in the graph's order."""
         return {name: store[leaf] for name, (store, leaf) in self.owners.items()}
 
     def forward(self, *tensors: Tensor) -> Any:
-        """The graph on ``tensors`` and the weights held."""
-        return self.run(self.slots, self.steps, tensors)
-
-    def run(self, slots: Sequence[Slot], steps: Sequence[Step], tensors: Sequence[Tensor]) -> Any:
-        """``steps`` on ``tensors`` and the weights held."""
+        """The graph on ``tensors`` and the weights held; in float64, where it was captured in another dtype, with its dtypes widened."""
+        wide = self.narrow and not _is_narrow((*tensors, *self.weights().values()))
+        slots, steps = (self.wide_slots, self.wide_steps) if wide else (self.slots, self.steps)
         known: dict[torch.fx.Node, Any] = {}
         for slot in slots:
             if slot.weight:
@@ -136,6 +144,11 @@ class Step:
     args: Any
     kwargs: Any
     call: Callable[[Any, Any, Any], Any]
+
+
+def _is_narrow(tensors: Sequence[Tensor]) -> bool:
+    """Is no floating number in float64?"""
+    return not any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
 
 
 _AUTOCAST = frozenset(("_enter_autocast", "_exit_autocast"))
@@ -207,8 +220,25 @@ def _from_line(stack: str) -> Callable[[Any, Any, Any], Any]:
     return _call
 
 
+def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, of which those that lie side by side in one piece of memory (a pack of ours, as a rule) are copied out of it.
+
+    To the recorder tensors of one memory are views of each other. Those that do overlap stay as they are.
+    """
+    shared: dict[int, list[str]] = {}
+    for name, tensor in weights.items():
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.is_contiguous():
+            shared.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+    made = dict(weights)
+    for names in shared.values():
+        ends = sorted((weights[n].data_ptr(), weights[n].data_ptr() + weights[n].numel() * weights[n].element_size()) for n in names)
+        if len(names) > 1 and all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False)):
+            made.update((name, copy.deepcopy(weights[name])) for name in names)
+    return made
+
+
 _PARTS = re.compile(r"_(?:modules|parameters|buffers)_")
-_TAKEN = frozenset(dir(nn.Module())) | {"slots", "given", "symbols", "steps", "owners", "weights"}
+_TAKEN = frozenset(dir(nn.Module())) | {"slots", "wide_slots", "given", "symbols", "steps", "wide_steps", "narrow", "owners", "weights", "hold", "take"}
 
 
 def _name(target: str, known: dict[str, Tensor]) -> str:

@@ -16,7 +16,6 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from fxfuse.casts import without_autocast as recorded_without_autocast
 from fxfuse.determinism import preserved_state
 from fxfuse.exclusive import alone
 from fxfuse.graph import Recipe, Refusal
@@ -117,7 +116,7 @@ def _call(
     graph: torch.fx.GraphModule, inputs: list[Any], captured: Captured, rewritten: Rewritten, settings: Settings, inner: Compiler
 ) -> Callable[..., Any]:
     frozen = settings.freeze and not torch.is_grad_enabled()
-    weights = captured.weights()
+    weights = {slot.weight: tensor for slot, tensor in zip(captured.slots, inputs, strict=True) if slot.weight}
     outside = {recipe.name: form for recipe in rewritten.recipes if (form := _outside(recipe, weights, frozen)) is not None}
     written = write(captured, rewritten, outside)
     module = torch.fx.GraphModule(torch.nn.Module(), written.graph)

@@ -90,8 +90,7 @@ def write(captured: Captured, rewritten: Rewritten, outside: Collection[str], ev
         elif node.op != "placeholder":
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = graph.create_node(node.op, node.target, args, kwargs)
-            if "stack_trace" in node.meta:
-                known[node].meta["stack_trace"] = node.meta["stack_trace"]
+            known[node].meta = {name: node.meta[name] for name in ("stack_trace", "val") if name in node.meta}
     assert recipes.keys() >= set(outside)
     return Written(graph, kept, packs, constants)
 
