@@ -19,7 +19,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from fxfuse.private.dynamo import is_higher_order, is_weight
+from fxfuse.private.dynamo import is_higher_order, is_wanted_open, is_weight
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.tracer import is_internal
 from fxfuse.widen import widen
@@ -31,10 +31,14 @@ class Uncaptured(Exception):
 
 @dataclass(frozen=True)
 class Symbol:
-    """A size that dynamo left open: its name, and every ``(input, dim)`` that has it. ``inputs`` are counted as ``Captured.forward`` does."""
+    """A size that dynamo left open: its name, and every ``(input, dim)`` that has it, inputs counted as ``Captured.forward`` does.
+
+    ``wanted``: it was marked, or has been seen to change; others are open because all are (``dynamic=True``).
+    """
 
     name: str
     places: tuple[tuple[int, int], ...]
+    wanted: bool = True
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Slot:
     weight: str = ""  # the name under which ``Captured`` holds it
     input: int = -1  # the number of the tensor among the arguments
     place: tuple[int, int] | None = None  # of a size: the input and the dim of which it is one
+    number: int | None = None  # of a size that is fixed by now
 
 
 class Captured(nn.Module):
@@ -65,12 +70,13 @@ class Captured(nn.Module):
             elif isinstance(example, Tensor):
                 slot.input = len(self.given)
                 self.given.append(example)
-        self.symbols = _symbols(self.slots)
+        self.symbols = _symbols(self.slots, self.given)
         places = {symbol.name: symbol.places[0] for symbol in self.symbols}
         for slot in self.slots:
             if not slot.weight and slot.input < 0:
-                slot.place = places.get(str(slot.node.meta.get("example_value")))
-                if slot.place is None and slot.node.users:
+                shown = str(slot.node.meta.get("example_value"))
+                slot.place, slot.number = places.get(shown), int(shown) if shown.isdigit() else None
+                if slot.place is None and slot.number is None and slot.node.users:
                     raise Uncaptured(f"the graph takes a number ({slot.node.name}) that is the size of no tensor")
         self.hold(_apart(weights))
         self.take(graph.graph)
@@ -127,6 +133,8 @@ class Captured(nn.Module):
                 known[slot.node] = tensors[slot.input]
             elif slot.place is not None:
                 known[slot.node] = tensors[slot.place[0]].shape[slot.place[1]]
+            else:
+                known[slot.node] = slot.number
         for step in steps:
             args, kwargs = torch.fx.map_arg((step.args, step.kwargs), known.__getitem__)
             if step.result is None:
@@ -166,10 +174,10 @@ def steps_of(graph: torch.fx.Graph) -> list[Step]:
         elif node.op == "output":
             steps.append(Step(None, _nothing, node.args, {}, _call))
             continue
+        elif held := next((n.target for n in (node, *node.users) if is_higher_order(n.target)), None):
+            raise Uncaptured(f"the graph calls {getattr(held, '__name__', held)}, which holds a graph of its own")
         elif node.op != "call_function":
             raise Uncaptured(f"the graph holds {node.target}, a module or a tensor that is no input")
-        elif is_higher_order(target):
-            raise Uncaptured(f"the graph calls {getattr(target, '__name__', target)}, which holds a graph of its own")
         elif getattr(target, "__name__", "") in _AUTOCAST:
             target = _unseen(target)
         steps.append(Step(node, target, node.args, node.kwargs, _from_line(node.meta.get("stack_trace") or "")))
@@ -254,17 +262,18 @@ def _name(target: str, known: dict[str, Tensor]) -> str:
     return name
 
 
-def _symbols(slots: list[Slot]) -> list[Symbol]:
-    """The sizes that dynamo left open. Raises ``Uncaptured`` for one that shows in a sum or product only."""
+def _symbols(slots: list[Slot], given: list[Tensor]) -> list[Symbol]:
+    """The sizes that dynamo left open, the wanted ones first. Raises ``Uncaptured`` for one that shows in a sum or product only."""
     places: dict[str, list[tuple[int, int]]] = {}
     for slot in slots:
         value = slot.node.meta.get("example_value")
         if isinstance(value, Tensor) and (slot.weight or slot.input >= 0):
             for dim, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt):
+                if isinstance(size, torch.SymInt) and not str(size).isdigit():
                     if slot.weight:
                         raise Uncaptured(f"the size of a weight is open ({slot.weight})")
                     if not str(size).isidentifier():
                         raise Uncaptured(f"an input has a size that is computed ({size})")
                     places.setdefault(str(size), []).append((slot.input, dim))
-    return [Symbol(name, tuple(found)) for name, found in places.items()]
+    symbols = [Symbol(name, tuple(found), any(is_wanted_open(given[i], dim) for i, dim in found)) for name, found in places.items()]
+    return sorted(symbols, key=lambda symbol: not symbol.wanted)

@@ -7,6 +7,7 @@ wrong, it is the inner backend's of dynamo's own graph, with one warning that sa
 from __future__ import annotations
 
 import logging
+import operator
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -84,20 +85,23 @@ def _rewritten(graph: torch.fx.GraphModule, inputs: Sequence[Any], settings: Set
         rewritten = rewrite(captured, settings)
     if isinstance(rewritten, Refusal):
         return rewritten
-    held = _unguarded(captured, rewritten)
-    if held is not None:
-        return held
     if settings.validate:
         outcome = check(captured, rewritten)
         log.debug("%s", outcome)
         if not outcome.ok:
             return Refusal(f"undone: the rewritten form differs: {outcome.reason}")
-    return captured, rewritten
+    return _unguarded(captured, rewritten) or (captured, rewritten)
+
+
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "!=": operator.ne}
 
 
 def _unguarded(captured: Captured, rewritten: Rewritten) -> Refusal | None:
     """What the rewritten form takes for granted of open sizes becomes a guard of dynamo's; why it cannot, where it cannot."""
     nodes = {slot.input: slot.node for slot in captured.slots if slot.input >= 0}
+    for symbol in rewritten.held:
+        index, dim = symbol.places[0]
+        operator.index(nodes[index].meta["example_value"].shape[dim])  # guards
     for given in rewritten.program.guard.sizes:
         example = nodes[given.input].meta.get("example_value")
         size = example.shape[given.dim] if isinstance(example, Tensor) else None
@@ -105,9 +109,7 @@ def _unguarded(captured: Captured, rewritten: Rewritten) -> Refusal | None:
             continue  # it is fixed
         if given.op == "==":
             return Refusal(f"the fused form would hold the size {size} at {given.bound}, which is open here")
-        if not {">=": size >= given.bound, ">": size > given.bound, "<=": size <= given.bound, "<": size < given.bound, "!=": size != given.bound}[
-            given.op
-        ]:
+        if not _COMPARE[given.op](size, given.bound):  # guards
             return Refusal(f"the fused form is for sizes {size} {given.op} {given.bound}")
     return None
 

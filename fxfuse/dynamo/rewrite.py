@@ -4,7 +4,8 @@ Comes in: a ``Captured`` graph and the settings. Goes out: ``Rewritten``: a grap
 ``Refusal`` (no loop, or one that has to stay).
 
 A graph of dynamo's takes the same steps at every call that its guards let through, so that one recording is enough, and one more for each
-size that is open. What is open in dynamo's graph stays open: a rewritten form that would hold such a size is refused.
+size that is open. What is open because it changes stays open: a rewritten form that would hold such a size is refused. Sizes that are open
+because all are (``dynamic=True``: also the number of columns that the loop counts) may be held, by a guard of dynamo's.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Rewritten:
     constants: dict[str, Tensor]
     ops: list[FusedOp]
     examples: list[Tensors]  # of every size that is open, besides the given one
+    held: list[Symbol] = field(default_factory=list)  # open sizes that are fixed from now on
     refusals: list[Refusal] = field(default_factory=list)  # lanes that stay
 
 
@@ -62,14 +64,16 @@ def rewrite(captured: Captured, settings: Settings) -> Rewritten | Refusal:
         observation, examples = found
         finder = RegionFinder(observation, settings.min_lanes, merge=False)
         frame = observation.trace.frames[0]
-        prepared = Refusal(frame.poison, frame.place) if frame.poison else finder.prepared(frame)
+        prepared = Refusal(frame.poison, frame.place) if frame.poison else finder.prepared(frame, sum(s.wanted for s in captured.symbols))
     if isinstance(prepared, Refusal):
         return prepared
     if not prepared.worthwhile:
         return prepared.idle[0] if prepared.idle else Refusal(NO_LOOP)
-    held = _held_sizes(captured, prepared, observation)
-    if held is not None:
-        return held
+    held = _held_sizes(captured, prepared)
+    wanted = next((symbol for symbol in held if symbol.wanted), None)
+    if wanted is not None:
+        why = f": {prepared.lifted.specialised}" if prepared.lifted.specialised else ""
+        return Refusal(f"the fused form would hold the size {wanted.name}, which is open here{why}", prepared.lifted.place or frame.place)
     kinds: Any = {name: "parameter" if isinstance(t, torch.nn.Parameter) else "buffer" for name, t in captured.weights().items()}
     options = Options(lowering=settings.lowering, tune=settings.tune, min_lanes=settings.min_lanes, mode=_mode(captured))
     planner = Planner(prepared, captured, Packs(kinds=kinds, holder="packed"), options)
@@ -87,7 +91,12 @@ def rewrite(captured: Captured, settings: Settings) -> Rewritten | Refusal:
     used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
     recipes = [recipe for recipe in made.packs.recipes.values() if recipe.name in used]
     constants = {name: tensor for name, tensor in made.packs.constants.items() if name in used}
-    return Rewritten(program, recipes, constants, made.ops, examples, [*prepared.refusals, *planner.left])
+    return Rewritten(program, recipes, constants, made.ops, open_only(examples, captured, held), held, [*prepared.refusals, *planner.left])
+
+
+def open_only(examples: list[Tensors], captured: Captured, held: Sequence[Symbol]) -> list[Tensors]:
+    """The examples of the sizes that stay open."""
+    return [tensors for symbol, tensors in zip(captured.symbols, examples, strict=True) if symbol not in held]
 
 
 NO_LOOP = "no loop over equal networks was found"
@@ -150,19 +159,12 @@ def other_data(given: Tensors) -> Tensors:
     return tuple(tensors)
 
 
-def _held_sizes(captured: Captured, prepared: Prepared, observation: Observation) -> Refusal | None:
-    """Why the rewritten form would hold a size that dynamo left open."""
+def _held_sizes(captured: Captured, prepared: Prepared) -> list[Symbol]:
+    """The open sizes that the rewritten form holds at the recorded number."""
     lifted = prepared.lifted
-    if not captured.symbols:
-        return None
-    if lifted.specialised:
-        return Refusal(f"the fused form would hold the recorded sizes, which are open here: {lifted.specialised}", lifted.place)
     values = [leaf.value for leaf in lifted.frame.leaves]
-    for symbol in captured.symbols:
-        for index, dim in symbol.places:
-            if dim not in lifted.dynamic.get(values[index], frozenset()):
-                return Refusal(f"the fused form would hold the size {symbol.name}, which is open here", lifted.frame.place)
-    return None
+    dynamic = {} if lifted.specialised else lifted.dynamic
+    return [s for s in captured.symbols if any(dim not in dynamic.get(values[i], frozenset()) for i, dim in s.places)]
 
 
 def _slower(planner: Planner, made: Any) -> Refusal | None:

@@ -1,7 +1,7 @@
 """What a backend needs of torch.compile: other backends by name, and stand-ins for inputs that dynamo's graph does not have.
 
 Private: ``torch._dynamo.lookup_backend``, ``torch._inductor.compile_fx.compile_fx`` with ``config_patches``, ``torch._inductor.list_mode_options``,
-``torch._inductor.config.get_config_copy``, ``torch._guards.detect_fake_mode``, the attribute ``_dynamo_source`` of a graph's placeholders and
+``torch._inductor.config.get_config_copy``, ``torch._guards`` (``detect_fake_mode``, ``TracingContext.tensor_to_context``), the attribute ``_dynamo_source`` of a graph's placeholders and
 the names ``_dynamo_static_input_type`` and ``_param_name_to_source``, by which AOTAutograd knows weights.
 """
 
@@ -63,6 +63,17 @@ def is_higher_order(target: Any) -> bool:
     from torch._ops import HigherOrderOperator
 
     return isinstance(target, HigherOrderOperator)
+
+
+def is_wanted_open(tensor: Tensor, dim: int) -> bool:
+    """Was this size marked as dynamic, or has dynamo seen it change? True where it cannot be known."""
+    from torch._guards import TracingContext
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    context = TracingContext.try_get()
+    known = context.tensor_to_context.get(tensor) if context is not None else None
+    sizes = getattr(known, "dynamic_sizes", None)
+    return sizes is None or sizes[dim] is not DimDynamic.DUCK
 
 
 def keep_source(made: torch.fx.Node, placeholder: torch.fx.Node | None) -> None:
