@@ -5,7 +5,7 @@
 True
 """
 
-from .backend import backend
+from .backend import backend, inductor_pass
 from .errors import ArgumentError, FallbackError, FxfuseError, StateDictError, ValidationError
 from .fused import graphs as graph
 from .fused import unfuse
@@ -28,6 +28,7 @@ __all__ = [
     "backend",
     "explain",
     "graph",
+    "inductor_pass",
     "load_original_state_dict",
     "optimize",
     "original_named_parameters",

@@ -46,7 +46,7 @@ def backend(
     """A backend for ``torch.compile`` that fuses loops over small networks and gives the result to ``inner``.
 
     Args:
-        inner: the backend that compiles what was fused: "inductor", "aot_eager", "eager", any other name, or a function of a graph and inputs.
+        inner: the backend that compiles what was fused: "inductor", "aot_eager", "eager", any other name, or a backend itself.
         min_lanes: the fewest lanes worth fusing.
         lowering: "auto" takes each rule's first form, or what is faster where ``tune``; "grouped_conv" and "bmm" force that form.
         tune: measure every form, op by op (seconds per graph). Otherwise one short comparison keeps a loop that is clearly faster.
@@ -63,6 +63,29 @@ def backend(
     True
     """
     return Backend(Settings(inner, min_lanes, lowering, tune, validate, freeze, mode))
+
+
+def inductor_pass(
+    *,
+    min_lanes: int = 2,
+    lowering: Literal["auto", "grouped_conv", "bmm"] = "auto",
+    tune: bool = False,
+    validate: bool = True,
+) -> Callable[[torch.fx.Graph], None]:
+    """The same as a pass, for those who keep ``backend="inductor"``: a value for ``torch._inductor.config.pre_grad_custom_pass``, or for
+    ``torch.compile(model, options={"pre_grad_custom_pass": fxfuse.inductor_pass()})``.
+
+    Arguments as of ``backend``. Weights are stacked at every call, which costs about a millisecond for a thousand of them: a pass cannot
+    give a graph other inputs. Inductor's caches tell graphs that it was applied to from others.
+
+    >>> inductor_pass(min_lanes=4).uuid() == inductor_pass(min_lanes=4).uuid() != inductor_pass().uuid()
+    True
+    """
+    from .dynamo.inductor_pass import identity, rewrite_in_place
+    from .private.custom_pass import custom_pass
+
+    settings = Settings("inductor", min_lanes, lowering, tune, validate)
+    return custom_pass(lambda graph: rewrite_in_place(graph, settings), identity(settings), "fxfuse.inductor_pass()")
 
 
 _default = Backend(Settings())

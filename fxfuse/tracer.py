@@ -112,6 +112,7 @@ _TENSOR = tree_flatten(torch.empty(0))[1]
 
 
 def is_internal(file: str) -> bool:
+    """Is this file torch's or ours, or no file at all?"""
     known = _INTERNAL.get(file)
     if known is None:
         known = _INTERNAL[file] = os.path.abspath(file).startswith((_TORCH, _HERE)) or file.startswith("<")

@@ -12,11 +12,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import Counting, assert_same_step, compiled, lie_together
 from torch import nn
 
 import fxfuse
 from checks import mlp, model_of, randn, randomized
-from compiling import Counting, assert_same_step, compiled, lie_together
 
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, and g++ is not there")
 
@@ -57,6 +57,11 @@ def _normed(self, x):
     return torch.stack([net(x) for net in self.nets])
 
 
+def norms(lanes: int) -> nn.Module:
+    nets = (nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3), nn.ReLU()) for _ in range(lanes))
+    return randomized(model_of(_normed, nets=nn.ModuleList(nets)))
+
+
 def _listed(self, x):
     return {"heads": [head(x) for head in self.heads], "rows": x.shape[0]}
 
@@ -72,12 +77,11 @@ CASES = {
     ),
     "one convolution for all channels": (lambda: randomized(model_of(_shared, conv=nn.Conv1d(1, 2, 3))), randn(5, 6, 8), 1),
     "experts and a gate": (
-        lambda: randomized(model_of(_experts, gate=nn.Linear(4, 9), experts=nn.ModuleList(mlp(4, outputs=3) for _ in range(9)))), randn(5, 4), 2
+        lambda: randomized(model_of(_experts, gate=nn.Linear(4, 9), experts=nn.ModuleList(mlp(4, outputs=3) for _ in range(9)))),
+        randn(5, 4), 2,
     ),
     "BatchNorm": (
-        lambda: randomized(
-            model_of(_normed, nets=nn.ModuleList(nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3), nn.ReLU()) for _ in range(9)))
-        ),
+        lambda: norms(9),
         randn(5, 4), 1,
     ),
     "heads in a list": (lambda: randomized(model_of(_listed, heads=nn.ModuleList(nn.Linear(4, 3) for _ in range(9)))), randn(5, 4), 1),
@@ -138,7 +142,7 @@ def test_few_lanes_are_stacked_at_every_call():
 
 
 def test_running_statistics_of_few_lanes():
-    model = randomized(model_of(_normed, nets=nn.ModuleList(nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3)) for _ in range(3))))
+    model = norms(3)
     call, _ = compiled(model)
     for _ in range(2):
         assert_same_step(model, call, randn(5, 4))

@@ -9,14 +9,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import Counting, assert_same_step, compiled
+from test_backend import _columns, nam
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fxfuse
 from checks import mlp, model_of, randn, randomized
-from compiling import Counting, assert_same_step, compiled
-from test_backend import _columns, nam
 
 X = randn(5, 10)
 
@@ -92,7 +92,8 @@ def test_a_loop_over_an_open_size_stays_open_or_stays():
 
 
 def test_mode_changes():
-    model = randomized(model_of(_columns, nets=nn.ModuleList(nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 1)) for _ in range(9))))
+    nets = (nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 1)) for _ in range(9))
+    model = randomized(model_of(_columns, nets=nn.ModuleList(nets)))
     call, counting = compiled(model, fullgraph=True)
     model.eval()
     assert_same_step(model, call, randn(5, 9))
@@ -221,7 +222,7 @@ def test_an_inner_backend_that_fails_on_the_fused_graph_gets_dynamos():
 
     model = nam()
     call = torch.compile(model, backend=fxfuse.backend(inner))
-    out = one_warning(lambda: call(X), "that fails on the fused one (NotImplementedError: baddbmm)")
+    out = one_warning(lambda: call(X), "it fails on the fused one (NotImplementedError: baddbmm)")
     torch.testing.assert_close(out, model(X), rtol=1e-10, atol=1e-12)
 
 

@@ -1,6 +1,6 @@
 """A graph of dynamo's as a model that the pipeline can record.
 
-Comes in: dynamo's ``GraphModule`` and the tensors that it was given. Goes out: ``Captured``, a module that holds the weights among the
+Comes in: dynamo's graph and the tensors that it was given. Goes out: ``Captured``, a module that holds the weights among the
 graph's inputs under their names and takes the other tensors; and which dims of these have a symbolic size (``Symbol``).
 
 Symbolic sizes are inputs of their own in dynamo's graph. A ``Captured`` reads them off its tensors, so that the recorder sees where they
@@ -13,13 +13,14 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
-from fxfuse.private.dynamo import is_higher_order, is_wanted_open, is_weight
+from fxfuse.private.dynamo import is_higher_order, is_open, is_wanted_open, is_weight
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.tracer import is_internal
 from fxfuse.widen import widen
@@ -57,9 +58,9 @@ class Captured(nn.Module):
 
     more: tuple[str, ...] = ()  # what a copy shares besides
 
-    def __init__(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> None:
+    def __init__(self, graph: torch.fx.Graph, examples: Sequence[Any]) -> None:
         super().__init__()
-        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        nodes = [node for node in graph.nodes if node.op == "placeholder"]
         self.slots = [Slot(node) for node in nodes]
         self.given: list[Tensor] = []  # the tensors that are no weights
         weights: dict[str, Tensor] = {}
@@ -79,7 +80,7 @@ class Captured(nn.Module):
                 if slot.place is None and slot.number is None and slot.node.users:
                     raise Uncaptured(f"the graph takes a number ({slot.node.name}) that is the size of no tensor")
         self.hold(_apart(weights))
-        self.take(graph.graph)
+        self.take(graph)
 
     def take(self, graph: torch.fx.Graph) -> None:
         """The calls to make, as they are and for float64; dtypes that the graph spells out are those of the inputs, as often as not."""
@@ -240,13 +241,15 @@ def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     made = dict(weights)
     for names in shared.values():
         ends = sorted((weights[n].data_ptr(), weights[n].data_ptr() + weights[n].numel() * weights[n].element_size()) for n in names)
-        if len(names) > 1 and all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False)):
+        if len(names) > 1 and all(end <= start for (_, end), (start, _) in pairwise(ends)):
             made.update((name, copy.deepcopy(weights[name])) for name in names)
     return made
 
 
 _PARTS = re.compile(r"_(?:modules|parameters|buffers)_")
-_TAKEN = frozenset(dir(nn.Module())) | {"slots", "wide_slots", "given", "symbols", "steps", "wide_steps", "narrow", "owners", "weights", "hold", "take"}
+_TAKEN = frozenset(
+    (*dir(nn.Module()), *"slots wide_slots given symbols steps wide_steps narrow owners weights hold take more autocast constants".split())
+)
 
 
 def _name(target: str, known: dict[str, Tensor]) -> str:
@@ -256,7 +259,7 @@ def _name(target: str, known: dict[str, Tensor]) -> str:
     'nets.0.weight'
     """
     parts = [part for part in _PARTS.split(target.rstrip("_"))[1:] if part] or [target]
-    name = ".".join(f"{part}_" if part in _TAKEN or not part.isidentifier() and not part.isdigit() else part for part in parts)
+    name = ".".join(f"{part}_" if part in _TAKEN or (not part.isidentifier() and not part.isdigit()) else part for part in parts)
     while any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in known):
         name += "_"
     return name
@@ -269,7 +272,7 @@ def _symbols(slots: list[Slot], given: list[Tensor]) -> list[Symbol]:
         value = slot.node.meta.get("example_value")
         if isinstance(value, Tensor) and (slot.weight or slot.input >= 0):
             for dim, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt) and not str(size).isdigit():
+                if is_open(size):
                     if slot.weight:
                         raise Uncaptured(f"the size of a weight is open ({slot.weight})")
                     if not str(size).isidentifier():

@@ -1,7 +1,7 @@
 """Does the rewritten graph give what dynamo's gives?
 
-Comes in: a ``Captured`` and what was made of it. Goes out: a ``Validation``: outputs, gradients of inputs and weights, and buffers, in float64
-and with other weights, on the given inputs and on others of every open size.
+Comes in: a ``Captured`` and what was made of it. Goes out: a ``Validation``: outputs, gradients of inputs and weights, and buffers, in
+float64 and with other weights, on the given inputs and on others of every open size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxfuse.difference import Validation
 from fxfuse.quiet import quiet
-from fxfuse.validate import validate
+from fxfuse.validate import Example, validate
 
 from .call import without_autocast
 from .captured import Captured, Slot
@@ -49,7 +49,7 @@ class Rejoined(Captured):
 def check(captured: Captured, rewritten: Rewritten) -> Validation:
     """The rewritten graph held against dynamo's."""
     given = apart(captured.given)
-    examples = [(given, {}), *((tensors, {}) for tensors in rewritten.examples)]
+    examples: list[Example] = [(given, {}), *((tensors, {}) for tensors in rewritten.examples)]
     if len(examples) == 1:
         examples.append((other_data(given), {}))
     with quiet(), torch.inference_mode(False), torch.enable_grad():

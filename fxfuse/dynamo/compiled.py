@@ -1,7 +1,7 @@
 """From one graph of dynamo's to what runs it.
 
-Comes in: dynamo's ``GraphModule``, its inputs, the settings and the inner backend. Goes out: a function of the graph's inputs. Whatever goes
-wrong, it is the inner backend's of dynamo's own graph, with one warning that says why.
+Comes in: dynamo's ``GraphModule``, its inputs, the settings and the inner backend. Goes out: a function of the graph's inputs. Whatever
+goes wrong, it is the inner backend's of dynamo's own graph, with one warning that says why.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from fxfuse.determinism import preserved_state
 from fxfuse.exclusive import alone
 from fxfuse.graph import Recipe, Refusal
-from fxfuse.private.dynamo import Compiler, keep_origin, stand_in
+from fxfuse.private.dynamo import Compiler, is_open, keep_origin, stand_in
 from fxfuse.quiet import quiet
 
 from .call import Call, Pack, without_autocast
@@ -28,8 +28,8 @@ from .captured import Captured, Uncaptured
 from .check import check
 from .rewrite import NO_LOOP, Rewritten, rewrite
 from .settings import Settings
-from .shared import FrozenPack, SharedPack, why_fixed
-from .written import Written, constants_of, outside_form, write
+from .shared import FrozenPack, SharedPack, may_share
+from .written import constants_of, outside_form, write
 
 log = logging.getLogger(__name__)
 
@@ -40,42 +40,50 @@ SHARED_BYTES = 1 << 18
 
 def compiled(graph: torch.fx.GraphModule, inputs: list[Any], settings: Settings, inner: Compiler) -> Callable[..., Any]:
     """A function of the inputs of ``graph`` that gives its results."""
+    made = rewritten_or_refused(graph.graph, inputs, settings)
+    if isinstance(made, Refusal):
+        tell(made)
+        return inner(graph, inputs)
+    captured, rewritten = made
+    try:
+        return _call(graph, inputs, captured, rewritten, settings, inner)
+    except Exception as error:
+        log.debug("failed", exc_info=True)
+        tell(Refusal(f"it fails on the fused one ({type(error).__name__}: {_first_line(error)})"))
+        return inner(graph, inputs)
+
+
+def rewritten_or_refused(graph: torch.fx.Graph, inputs: Sequence[Any], settings: Settings) -> tuple[Captured, Rewritten] | Refusal:
+    """The graph rewritten and checked, or why it stays. Never raises; what was done is logged."""
     start = time.perf_counter()
     try:
         with alone():
             made = _rewritten(graph, inputs, settings)
     except Exception as error:  # a failure inside fxfuse must not cost anybody a compilation
         log.debug("failed", exc_info=True)
-        first = str(error).partition("\n")[0]
-        made = Refusal(f"fxfuse failed ({type(error).__name__}: {first}); please report it")
-    seconds = time.perf_counter() - start
-    if isinstance(made, Refusal):
-        if made.reason == NO_LOOP:
-            log.info("%s (%.2f s)", made, seconds)
-        else:
-            _warn(f"backend fxfuse leaves a graph to its inner backend as it is: {made}")
-        return inner(graph, inputs)
-    captured, rewritten = made
-    for op in rewritten.ops:
-        log.info("%d lanes of %s as one: %s %s (%s)", op.lanes, op.op, op.lowering, op.detail, op.place)
-    for refusal in rewritten.refusals:
-        log.info("%s", refusal)
-    log.info("rewritten and checked in %.2f s", seconds)
-    try:
-        return _call(graph, inputs, captured, rewritten, settings, inner)
-    except Exception as error:
-        log.debug("failed", exc_info=True)
-        first = str(error).partition("\n")[0]
-        _warn(f"backend fxfuse leaves a graph to its inner backend as it is: that fails on the fused one ({type(error).__name__}: {first})")
-        return inner(graph, inputs)
+        made = Refusal(f"fxfuse failed ({type(error).__name__}: {_first_line(error)}); please report it")
+    if not isinstance(made, Refusal):
+        for op in made[1].ops:
+            log.info("%d lanes of %s as one: %s %s (%s)", op.lanes, op.op, op.lowering, op.detail, op.place)
+        for refusal in made[1].refusals:
+            log.info("%s", refusal)
+    log.info("looked at, rewritten and checked in %.2f s", time.perf_counter() - start)
+    return made
 
 
-def _warn(text: str) -> None:
+def tell(refusal: Refusal) -> None:
+    """One warning that a graph goes to the inner backend as it is; where there was nothing to fuse, a line of the log."""
+    text = f"fxfuse leaves a graph to the inner backend as it is: {refusal}"
     log.info("%s", text)
-    warnings.warn(text, UserWarning, stacklevel=2)
+    if refusal.reason != NO_LOOP:
+        warnings.warn(text, UserWarning, stacklevel=2)
 
 
-def _rewritten(graph: torch.fx.GraphModule, inputs: Sequence[Any], settings: Settings) -> tuple[Captured, Rewritten] | Refusal:
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _rewritten(graph: torch.fx.Graph, inputs: Sequence[Any], settings: Settings) -> tuple[Captured, Rewritten] | Refusal:
     """The graph rewritten and checked, or why it stays."""
     try:
         captured = Captured(graph, inputs)
@@ -105,11 +113,12 @@ def _unguarded(captured: Captured, rewritten: Rewritten) -> Refusal | None:
     for given in rewritten.program.guard.sizes:
         example = nodes[given.input].meta.get("example_value")
         size = example.shape[given.dim] if isinstance(example, Tensor) else None
-        if not isinstance(size, torch.SymInt):
-            continue  # it is fixed
+        if not is_open(size):
+            continue
         if given.op == "==":
             return Refusal(f"the fused form would hold the size {size} at {given.bound}, which is open here")
-        if not _COMPARE[given.op](size, given.bound):  # guards
+        compare: Any = _COMPARE[given.op]
+        if not compare(size, given.bound):  # guards
             return Refusal(f"the fused form is for sizes {size} {given.op} {given.bound}")
     return None
 
@@ -154,7 +163,7 @@ def _outside(recipe: Recipe, weights: dict[str, Tensor], frozen: bool) -> Recipe
         return form if recipe.kind == "parameter" else None
     size = sum(member.numel() * member.element_size() for member in members)
     worth = len(members) >= SHARED_MEMBERS or size >= SHARED_BYTES
-    return form if worth and why_fixed(members) is None else None
+    return form if worth and may_share(form, members) else None
 
 
 def _like_pack(recipe: Recipe, weights: dict[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,11 +147,15 @@ def _resized(captured: Captured, given: Tensors, symbol: Symbol) -> tuple[Any, T
         tensors = given
         for dim in sorted({dim for _, dim in symbol.places}):
             chosen = tuple(index for index, at in symbol.places if at == dim)
-            tensors, _ = vary(tensors, {}, chosen, lambda _, size=size: size, dim=dim, seed=4)
+            tensors, _ = vary(tensors, {}, chosen, partial(_number, size), dim=dim, seed=4)
         trace = record(captured, tensors, {})
         if not trace.failure and trace.frames:
             return trace, tensors
     return None
+
+
+def _number(size: int, before: int) -> int:
+    return size
 
 
 def other_data(given: Tensors) -> Tensors:

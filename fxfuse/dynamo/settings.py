@@ -48,8 +48,8 @@ class Settings:
         if made.inner == "inductor":
             unknown = [name for name in given if not is_setting(name)]
             if unknown:
-                known = ", ".join(sorted(own))
-                raise ArgumentError(f"backend fxfuse has no option {', '.join(map(repr, unknown))}, and Inductor has none; its own: {known}")
+                names, known = ", ".join(map(repr, unknown)), ", ".join(sorted(own))
+                raise ArgumentError(f"backend fxfuse has no option {names}, and Inductor has none; its own: {known}")
         elif given and callable(made.inner):
             raise ArgumentError(f"backend fxfuse has no option {', '.join(map(repr, given))}; its own: {', '.join(sorted(own))}")
         if mode in (None, "default"):

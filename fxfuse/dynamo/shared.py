@@ -1,8 +1,8 @@
 """Packs whose members stay the Parameters of the user's modules: no copy forward, views of one gradient backward.
 
 Comes in: a recipe, and at every call the Parameters (or buffers) as they are then. Goes out: the packed tensor. The members' data become
-views of one buffer where nobody else holds their memory; before every use it is checked that they still lie there. Where they do not (moved,
-``.data =``, ``load_state_dict(assign=True)``, another model of the class), or must stay where they are, they are packed anew.
+views of one buffer where nobody else holds their memory; before every use it is checked that they still lie there. Where they do not
+(moved, ``.data =``, ``load_state_dict(assign=True)``, another model of the class), or must stay where they are, they are packed anew.
 """
 
 from __future__ import annotations
@@ -75,6 +75,12 @@ def _geometry(recipe: Recipe) -> Any:
     return recipe.shape, recipe.own_shapes, recipe.style, len(recipe.members)
 
 
+def may_share(recipe: Recipe, members: Sequence[Tensor]) -> bool:
+    """Do the members lie in a pack like this already, or may they move into one?"""
+    bound = _bound.get((members[0].data_ptr(), _geometry(recipe)))
+    return (bound is not None and bound.holds(members)) or why_fixed(members) is None
+
+
 class SharedPack:
     """One pack of one compiled graph."""
 
@@ -145,7 +151,7 @@ def why_fixed(members: Sequence[Tensor]) -> str | None:
             return "it is computed, or lies in another order"
         if member.dtype is not first.dtype or member.device != first.device or member.requires_grad != first.requires_grad:
             return "the lanes differ in dtype, device or requires_grad"
-        if member.is_shared() and member.device.type == "cpu" or member.is_pinned():
+        if (member.device.type == "cpu" and member.is_shared()) or member.is_pinned():  # type: ignore[no-untyped-call]
             return "its memory is shared with another process, or pinned"
         if member.untyped_storage().nbytes() != member.numel() * member.element_size() or holders(member) > 1:
             return "another tensor holds its memory"

@@ -1,8 +1,9 @@
 """What a backend needs of torch.compile: other backends by name, and stand-ins for inputs that dynamo's graph does not have.
 
-Private: ``torch._dynamo.lookup_backend``, ``torch._inductor.compile_fx.compile_fx`` with ``config_patches``, ``torch._inductor.list_mode_options``,
-``torch._inductor.config.get_config_copy``, ``torch._guards`` (``detect_fake_mode``, ``TracingContext.tensor_to_context``), the attribute ``_dynamo_source`` of a graph's placeholders and
-the names ``_dynamo_static_input_type`` and ``_param_name_to_source``, by which AOTAutograd knows weights.
+Private: ``torch._dynamo.lookup_backend``; ``torch._inductor``: ``compile_fx`` with ``config_patches``, ``list_mode_options``,
+``config.get_config_copy``; ``torch._guards``: ``detect_fake_mode``, ``TracingContext.tensor_to_context``; ``HigherOrderOperator``; the
+attribute ``_dynamo_source`` of placeholders, ``grapharg`` in their ``meta``, and the names ``_dynamo_static_input_type`` and
+``_param_name_to_source``, by which AOTAutograd knows weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 Compiler = Callable[..., Callable[..., Any]]
 _STATIC = "_dynamo_static_input_type"
@@ -34,7 +36,9 @@ def inductor(settings: dict[str, Any]) -> Compiler:
     def compiled(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, inputs, config_patches=dict(settings))  # type: ignore[no-any-return]
+        made: Any = compile_fx(graph, inputs, config_patches=dict(settings))
+        run: Callable[..., Any] = made
+        return run
 
     return compiled
 
@@ -71,7 +75,7 @@ def is_wanted_open(tensor: Tensor, dim: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     context = TracingContext.try_get()
-    known = context.tensor_to_context.get(tensor) if context is not None else None
+    known = context.tensor_to_context.get(tensor) if context is not None else None  # type: ignore[no-untyped-call]
     sizes = getattr(known, "dynamic_sizes", None)
     return sizes is None or sizes[dim] is not DimDynamic.DUCK
 
@@ -99,3 +103,28 @@ def stand_in(tensor: Tensor, inputs: list[Any]) -> Tensor:
         return tensor
     made: Tensor = mode.from_tensor(tensor, static_shapes=True)
     return made
+
+
+def is_open(size: Any) -> bool:
+    """Is this size symbolic, and not fixed to a number since?"""
+    return isinstance(size, torch.SymInt) and not str(size).isdigit()
+
+
+def example_of(placeholder: torch.fx.Node) -> Any:
+    """What dynamo was given for this input: a tensor, or an open size; numbers of the same sizes where that is gone."""
+    fake = placeholder.meta.get("example_value")
+    found = getattr(placeholder.meta.get("grapharg"), "_example", None)
+    if isinstance(found, TensorWeakRef):
+        found = found()
+    if isinstance(found, Tensor) or not isinstance(fake, Tensor):
+        return found if found is not None else fake
+    made = torch.randn([_hint(size) for size in fake.shape], device=fake.device).to(fake.dtype)
+    if not fake.is_floating_point() and not fake.is_complex():
+        made.zero_()  # an index that every table has
+    if isinstance(fake, torch.nn.Parameter):
+        return torch.nn.Parameter(made, requires_grad=fake.requires_grad)
+    return made.requires_grad_(fake.requires_grad)
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
