@@ -100,7 +100,7 @@ CASES = {
 def test_loops(name, training):
     make, x, heavy = CASES[name]
     model = make().train(training)
-    call, counting = compiled(model)
+    call, counting = compiled(model, validate=True)
     assert_same_step(model, call, x)
     assert_same_step(model, call, x)  # and once more, over the weights where they lie now
     assert counting.heavy() == heavy

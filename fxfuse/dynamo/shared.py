@@ -19,7 +19,7 @@ from fxfuse.graph import Recipe
 from fxfuse.private.storages import holders
 from fxfuse.private.tensor_guards import alike
 from fxfuse.private.versions import version
-from fxfuse.recipes import lane_view, pack, unpack
+from fxfuse.recipes import lane_view, lane_views, pack
 
 _binding = threading.RLock()
 MOST_MODELS = 16  # of one class that are called in turn through one compiled graph; further ones are packed at every call
@@ -35,7 +35,7 @@ class _Alias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *unpack(ctx.recipe, grads[0]))
+        return (None, None, *lane_views(ctx.recipe, grads[0]))
 
 
 class Bound:

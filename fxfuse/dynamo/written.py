@@ -1,7 +1,7 @@
 """The rewritten graph as one that an inner backend takes in the place of dynamo's.
 
-Comes in: ``Captured`` and what ``rewrite`` made of it. Goes out: ``Written``: a ``GraphModule`` whose inputs are those of dynamo's graph
-that are still read, then packs that are made outside of it, then constants. Packs that are made inside are stacked of the weights at every call.
+Comes in: ``Captured`` and what ``rewrite`` made of it. Goes out: ``Written``: a graph whose inputs are those of dynamo's graph that are
+still read, then packs that are made outside of it, then constants. Packs that are made inside are stacked of the weights at every call.
 
 A pack that is made outside keeps every member in its own layout, ``[lanes, *member]``, so that members can be views of it with the strides
 that dynamo's guards have seen; the graph reads it in the order that its ops want.
