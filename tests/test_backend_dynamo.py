@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiling import Counting, assert_same_step, compiled
-from test_backend import _columns, nam
+from test_backend import _columns, nam, norms
 from torch import nn
+from torch._dynamo import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -77,6 +78,16 @@ def test_two_open_sizes():
     for batch, length in ((4, 7), (3, 5), (8, 2)):
         assert_same_step(model, call, (randn(batch, length, 9), randn(batch, 3)))
     assert len(counting.graphs) == 1
+    assert counting.heavy() == 1
+
+
+def test_numbers_that_dynamo_leaves_open_at_first():
+    """With ``dynamic=True`` a momentum is an input, until AOTAutograd needs it: then dynamo comes again."""
+    model = norms(9)
+    counting = Counting(lookup_backend("aot_eager"))
+    call, _ = compiled(model, counting, dynamic=True, fullgraph=True)
+    for rows in (5, 8):
+        assert_same_step(model, call, randn(rows, 4))
     assert counting.heavy() == 1
 
 

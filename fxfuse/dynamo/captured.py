@@ -20,10 +20,12 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from fxfuse.private.dynamo import is_higher_order, is_open, is_wanted_open, is_weight
+from fxfuse.private.dynamo import is_higher_order, is_open, is_wanted_open, is_weight, is_wrapped_number
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.tracer import is_internal
 from fxfuse.widen import widen
+
+NUMBERS = "the graph takes Python's numbers as tensors, which dynamo fixes in a second attempt where the inner backend needs them"
 
 
 class Uncaptured(Exception):
@@ -61,6 +63,8 @@ class Captured(nn.Module):
     def __init__(self, graph: torch.fx.Graph, examples: Sequence[Any]) -> None:
         super().__init__()
         nodes = [node for node in graph.nodes if node.op == "placeholder"]
+        if any(map(is_wrapped_number, nodes)):
+            raise Uncaptured(NUMBERS)
         self.slots = [Slot(node) for node in nodes]
         self.given: list[Tensor] = []  # the tensors that are no weights
         weights: dict[str, Tensor] = {}

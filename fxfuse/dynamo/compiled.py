@@ -24,7 +24,7 @@ from fxfuse.private.dynamo import Compiler, is_open, keep_origin, stand_in
 from fxfuse.quiet import quiet
 
 from .call import Call, Pack, without_autocast
-from .captured import Captured, Uncaptured
+from .captured import NUMBERS, Captured, Uncaptured
 from .check import check
 from .rewrite import NO_LOOP, Rewritten, rewrite
 from .settings import Settings
@@ -36,6 +36,10 @@ log = logging.getLogger(__name__)
 # A pack of so many members, or bytes, is worth sharing memory for: below, stacking at every call costs as little as looking.
 SHARED_MEMBERS = 8
 SHARED_BYTES = 1 << 18
+
+
+# Reasons that are no failure: there is no loop, or it is better left as it is. They are logged.
+DECISIONS = (NO_LOOP, NUMBERS, "left as a loop: ", " stays a loop: ")
 
 
 def compiled(graph: torch.fx.GraphModule, inputs: list[Any], settings: Settings, inner: Compiler) -> Callable[..., Any]:
@@ -72,10 +76,10 @@ def rewritten_or_refused(graph: torch.fx.Graph, inputs: Sequence[Any], settings:
 
 
 def tell(refusal: Refusal) -> None:
-    """One warning that a graph goes to the inner backend as it is; where there was nothing to fuse, a line of the log."""
+    """One warning that a graph goes to the inner backend as it is; where that is no failure, a line of the log."""
     text = f"fxfuse leaves a graph to the inner backend as it is: {refusal}"
     log.info("%s", text)
-    if refusal.reason != NO_LOOP:
+    if not any(said in refusal.reason for said in DECISIONS):
         warnings.warn(text, UserWarning, stacklevel=2)
 
 

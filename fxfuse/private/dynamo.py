@@ -62,6 +62,11 @@ def is_weight(placeholder: torch.fx.Node) -> bool:
     return bool((placeholder.meta.get("tensor_dict") or {}).get(_STATIC))
 
 
+def is_wrapped_number(placeholder: torch.fx.Node) -> bool:
+    """Is this input a Python number in a tensor? dynamo takes it out by ``item()``, and fixes it where a backend cannot do without."""
+    return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
+
+
 def is_higher_order(target: Any) -> bool:
     """Is this a call that is given graphs (``checkpoint``, ``autograd.Function``, ``nested_compile_region``, ``cond``)?"""
     from torch._ops import HigherOrderOperator
