@@ -1,7 +1,7 @@
 # Assumes python3, pip and make, and a package index that pip can reach; nothing else. Everything goes into .venv.
 #   make demo    install the package and fuse a real feature-network model: report, launches, speed, differences
 #   make test    install what the tests need, then lint, types, tests
-#   make bench   the figures of README.md
+#   make bench   the figures of README.md, and a part of the grid (GRID="--whole --minutes 600" for all of it: results in .bench/)
 #   make zoo     models of other packages: launches before and after, right or wrong, speed (ZOO="--no-time --why subject ...")
 #   make stress  a gigabyte of weights, 100,000 calls, a failure in every function: an hour, 4 GB of memory; not in CI
 #   make zoo-test   the same as tests, without the table
@@ -22,6 +22,9 @@ PIP := $(BIN)/python $(INSTALL) -c $(PINS) "$(TORCH)"
 ZOO_VENV := .venv-zoo
 ZOO_PYTHON := $(ZOO_VENV)/bin/python
 
+# What is checked or measured here reads no plans that were kept before.
+export FXFUSE_CACHE := 0
+
 .PHONY: demo test lint types bench zoo zoo-test mutants census fuzz stress clean
 
 demo: $(VENV)/.installed-bench
@@ -41,6 +44,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/feature_networks.py
 	$(BIN)/python benchmarks/pass_cost.py
 	$(BIN)/python benchmarks/guard_cost.py
+	$(BIN)/python benchmarks/grid.py $(GRID)
 
 stress: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -s -m stress
@@ -84,5 +88,5 @@ $(ZOO_VENV)/.installed: $(ZOO_VENV)/.made tests/zoo/constraints.txt tests/zoo/no
 	touch $@
 
 clean:
-	rm -rf .mutants $(VENV) $(VENV)-maker $(ZOO_VENV) $(ZOO_VENV)-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .mutants .bench $(VENV) $(VENV)-maker $(ZOO_VENV) $(ZOO_VENV)-maker build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -126,8 +126,8 @@ def measure(lanes: int, hidden: int, batch: int, seconds: float) -> dict[str, di
     x, y = torch.randn(batch, lanes), torch.randn(batch, lanes)
     models: dict[str, nn.Module] = {
         "loop": model,
-        "fxfuse, mode='infer'": fxfuse.optimize(model, x, mode="infer"),
-        "fxfuse, mode='train'": fxfuse.optimize(model, x, mode="train"),
+        "fxfuse, mode='infer'": fxfuse.optimize(model, x, mode="infer", cache=False),
+        "fxfuse, mode='train'": fxfuse.optimize(model, x, mode="train", cache=False),
         "vmap + stack_module_state": Stacked(model),
         **{name: ByHand(model, last) for name, last in HAND.items()},
     }

@@ -5,6 +5,7 @@
 The graph is replaced by a function that returns at once, so that nothing but the overhead is timed: medians, in turn, of many calls.
 
 * `check`: the guard alone, on inputs and weights that are at hand. The promise: under 5 us.
+* `around`: the comparison of what forward reads beside its arguments (configurations, globals, classes), part of `call`.
 * `program`: arguments taken apart, weights fetched, the guard, the result put together.
 * `call`: the whole call of the fused module, less the call of an empty `torch.nn.Module` with the same arguments.
 * `graph`: the real program's graph run directly, for scale.
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.feature_networks import FeatureNetworks
 
 CALLS = 100  # of each function in a row
+SCALE = 0.5
 
 
 class Towers(nn.Module):
@@ -77,6 +80,26 @@ class Frozen(nn.Module):
         return out + sum(scale.sum() for scale in self.scales)
 
 
+class Configured(nn.Module):
+    """Reads a configuration of 40 attributes by names that are spelled, and globals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(1, 4) for _ in range(8))
+        self.config = SimpleNamespace(scale=2.0, shift=1.0, act="relu", **{f"option_{n}": n for n in range(37)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+        return (out.relu() if self.config.act == "relu" else out.tanh()) * self.config.scale * SCALE + self.config.shift
+
+
+class AllConfigured(Configured):
+    """The same by names that are computed: all 40 are compared."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * getattr(self.config, "option_" + "3")
+
+
 class Empty(nn.Module):
     """Takes anything, does nothing."""
 
@@ -96,6 +119,8 @@ def cases() -> dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any], str]]
         "dict of 3, keywords": (Named(3), (few,), {"mask": torch.ones(8, 3), "scale": 0.5}, ""),
         "dict of 26": (Named(26), (many,), {}, ""),
         "2 programs, the second": (TwoForms(), (x,), {}, "inner"),
+        "a configuration and a global": (Configured(), (torch.randn(8, 8),), {}, ""),
+        "all of a configuration": (AllConfigured(), (torch.randn(8, 8),), {}, ""),
         "40 weights beside the packs": (Frozen(), (torch.randn(8, 8),), {}, ""),
     }
 
@@ -141,6 +166,7 @@ def measure(model: nn.Module, args: Any, kwargs: Any, path: str, training: bool,
         found = medians(
             {
                 "check": lambda: guard(*checked[0]),
+                "around": lambda: state.around is not None and state.around.changed(),
                 "program": lambda: program.run(args, kwargs),
                 "call": lambda: region(*args, **kwargs),
                 "empty": lambda: empty(*args, **kwargs),
@@ -168,9 +194,9 @@ def main() -> None:
     if options.json:
         print(json.dumps({"torch": torch.__version__, "microseconds": table}))
         return
-    print(f"{'microseconds, one thread':<44}{'check':>8}{'program':>9}{'call':>8}{'graph':>10}")
+    print(f"{'microseconds, one thread':<44}{'check':>8}{'around':>8}{'program':>9}{'call':>8}{'graph':>10}")
     for name, found in table.items():
-        print(f"{name:<44}{found['check']:>8.2f}{found['program']:>9.2f}{found['call']:>8.2f}{found['graph']:>10.1f}")
+        print(f"{name:<44}{found['check']:>8.2f}{found['around']:>8.2f}{found['program']:>9.2f}{found['call']:>8.2f}{found['graph']:>10.1f}")
 
 
 if __name__ == "__main__":

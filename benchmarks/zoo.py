@@ -51,7 +51,7 @@ def ratios(subject: Subject, seconds: float) -> dict[str, float]:
     found: dict[str, float] = {}
     model, args, kwargs = subject.build()
     for name, mode, training in (("inference", "infer", False), ("training", "train", True)):
-        fused = fxfuse.optimize(model, args, example_kwargs=kwargs, mode=mode)
+        fused = fxfuse.optimize(model, args, example_kwargs=kwargs, mode=mode, cache=False)
 
         def call(each: torch.nn.Module, training: bool = training) -> Callable[[], object]:
             def run() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
 from fxfuse.recipes import lane_view, pack, unpack
+from fxfuse.unregistered import Held
 
 _binding = threading.RLock()
 
@@ -54,6 +55,7 @@ class AliasPack:
     # The buffer, and where the members lay in memory when they were packed: one value, which other threads read whole.
     bound: tuple[Tensor, list[Any]] | None = None
     written: bool = False  # a program updates it: running statistics
+    held: Held | None = None  # the plain lists and dicts in which owners are
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "bound": None}  # a copy's members lie apart: packed at its first call
@@ -66,6 +68,8 @@ class AliasPack:
     @property
     def tensor(self) -> Tensor:
         """The packed tensor, of the current values. Raises ``StaleAlias`` where the members do not fit together."""
+        if self.held is not None and self.held.changed():
+            raise StaleAlias(f"a module was replaced, added or removed in the plain {next(iter(self.held.attributes))}")
         members = self.members()
         if torch.compiler.is_compiling():  # a traced graph cannot look at addresses: it packs at every call
             if self.written:

@@ -14,6 +14,7 @@ import torch
 import torch.fx
 from torch import nn
 
+from .choice import Choice
 from .determinism import preserved_state
 from .entries import FORWARD, INSIDE, Entry
 from .errors import ArgumentError
@@ -26,9 +27,12 @@ from .passes.lifted import Lifted
 from .passes.packs import Packs
 from .passes.program import fits, make_program, resolve_packed
 from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
-from .plan import Choice, Planner
+from .plan import Planner
+from .progress import Progress
+from .ran import Ran, ran_in
 from .regions import Region, RegionFinder
 from .report import Report
+from .surroundings import Outside, Spelled, outside
 from .trace import Frame, Ref, Trace
 from .tracer import hooks_silent
 from .weights import unpackable
@@ -57,6 +61,7 @@ class Chosen:
     choice: Choice
     prefer: str
     packs: Packs  # before anything is packed
+    key: str = ""  # of the plan in the cache
 
 
 @dataclass
@@ -95,6 +100,7 @@ class Builder:
 
     def __init__(self, model: nn.Module, work: nn.Module, options: Options, report: Report) -> None:
         self.model, self.work, self.options, self.report = model, work, options, report
+        self.progress = Progress(options.progress)
         self.chosen: dict[str, Chosen] = {}  # by region path
         self.followers: dict[str, list[tuple[Region, Recorded]]] = {}  # further ways in to the same region
 
@@ -175,23 +181,20 @@ class Builder:
         blocked, kinds = unpackable(self.model, path)
         packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module))
         _set_training(way.root, way.observations[0].flags)
-        planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared, way))
+        planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared, way), self.progress)
         with hooks_silent(self.work):
             choice = planner.plan()
         for refusal in [*prepared.refusals, *planner.left, *([choice.refusal] if choice.refusal is not None else [])]:
             refuse(self.report, refusal, way.entry)
         if choice.refusal is not None or choice.vectorized is None:
             return None
-        if self.options.tune:
-            with hooks_silent(self.work):
-                planner.measure_memory(choice)
         if prepared.lifted.specialised:
             place = f" ({prepared.lifted.place})" if prepared.lifted.place else ""
             where = path or "the model"
             self.report.facts.append(f"{where} is fused for the recorded sizes only: {prepared.lifted.specialised}{place}")
         prepared = prepared.with_widths(choice.together)
         region = Region(frame, prepared.without(choice.skipped) if choice.skipped else prepared)
-        self.chosen[path] = Chosen(region, way, choice, planner.prefer, packs)
+        self.chosen[path] = Chosen(region, way, choice, planner.prefer, packs, planner.key or "")
         return self._started(self.chosen[path])
 
     def _started(self, chosen: Chosen) -> _Built:
@@ -209,6 +212,7 @@ class Builder:
             loop, fused = choice.launches
             plan.launches, plan.heavy = (loop.total, fused.total), (loop.heavy, fused.heavy)
         plan.seconds, plan.peak_bytes, plan.tried = choice.seconds, choice.peak, choice.tried
+        plan.cached, plan.key = choice.cached, chosen.key
         if lifted.random:
             plan.notes.append("dropout and other random ops draw other numbers than the loop did, from the same distribution")
         built = _Built(plan, choice.vectorized.packs, chosen)
@@ -272,10 +276,21 @@ class Builder:
                 known = [*([plan.programs[key]] if method == FORWARD else []), *modes.get(key, ())]
                 if not any(_alike(program, other) for other in known):
                     plan.methods.setdefault(method, modes)[key] = (*modes.get(key, ()), program)
+        self._look_around(built)
         used = {str(n.target) for p in plan.all_programs() for n in p.graph.nodes if n.op == "get_attr"}
         plan.recipes = [r for r in packs.recipes.values() if r.name in used]
         plan.constants = {name: tensor for name, tensor in packs.constants.items() if name in used}
         return plan
+
+    def _look_around(self, built: _Built) -> None:
+        """What the code that ran in the region could read, besides its arguments and tensors."""
+        ran: Ran = {}
+        for _, observation, lifted, _, _ in built.graphs:
+            ran.update(ran_in(observation.trace, lifted.frame))
+        spelled = Spelled.of(ran)
+        spelled.computed = spelled.computed or not all(observation.trace.ran_known for _, observation, _, _, _ in built.graphs)
+        built.plan.spelled = spelled
+        built.plan.outside = Outside(outside(self.work.get_submodule(built.plan.path).modules(), ran, spelled))
 
     def _cases(self, frame: Frame, prepared: Prepared, way: Recorded) -> list[Case]:
         """The inputs of the region at the sizes of ``tune_for``: its call is caught while the model runs on them."""

@@ -25,3 +25,11 @@ class FallbackError(FxfuseError):
 
 class StateDictError(FxfuseError, RuntimeError):
     """A state dict does not fit; the message names keys by the original's names."""
+
+
+class ConvertError(FxfuseError):
+    """A file cannot be read or written as asked; the message is one line that says what to do."""
+
+
+class MissingPackageError(ConvertError):
+    """A package that this needs is not installed; the message says which, and how to install it."""

@@ -51,8 +51,9 @@ class Recipe:
     ``style == "cat"`` the first two dims are flattened into one (``[G, s0, ...] -> [G*s0, ...]``). Zero-dimensional members
     stack to ``[G]``. Where lanes spell one map in different shapes (a Linear's ``[M, K]``, a pointwise convolution's ``[M, K, 1]``),
     ``own_shapes`` says each member's own, and members are reshaped to ``shape`` first. ``style == "rows"`` concatenates members whose
-    dim 0 differs (embedding tables), as they are; ``shape`` is then the first one's. ``style == "padded"`` stacks members of unequal
-    sizes, each with zeros behind it up to ``shape``; nothing reads or trains the zeros. All names are relative to the region.
+    dim 0 differs (embedding tables), rows of unequal widths with zeros behind them up to ``shape[1:]``. ``style == "padded"`` stacks
+    members of unequal sizes, each with zeros behind it up to ``shape``. Nothing reads or trains the zeros. All names are relative to
+    the region.
     """
 
     name: str  # of the packed tensor: "packed.nets.0.weight"
@@ -103,6 +104,7 @@ class Guard:
     equality of the same type). ``same[i]`` is the index of the first leaf that is the same tensor object as leaf i.
     ``generic_dtype``: no dtype is spelled out in the program, so that any floating dtype is right as long as all floating inputs
     and the region's floating parameters share it; else the input dtypes must equal the recorded ones. ``generic_device`` likewise.
+    ``in_rows``: forward reads how its tensors lie in memory (strides): all inputs have to be contiguous, from their storage's start.
     ``autocast``: the caller's autocast, a kind of device and a dtype. Its casts are spelled out in the program, which runs without it.
     """
 
@@ -114,6 +116,7 @@ class Guard:
     generic_dtype: bool = False
     generic_device: bool = False
     autocast: tuple[str, torch.dtype] | None = None
+    in_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,12 +193,16 @@ class RegionPlan:
     seconds: tuple[float, float] | None = None  # median before, after, in the mode asked for
     peak_bytes: tuple[int, int] | None = None  # before, after
     tried: list[tuple[str, float]] = field(default_factory=list)  # lowering and its median seconds
+    cached: bool = False  # the choice was read from the cache of plans, its figures too
+    key: str = ""  # of the plan in that cache
     sets: frozenset[tuple[str, str]] = frozenset()  # (module, name) of the attributes that forward sets, and no program reads before
     keeps_parameters: bool = False  # the members stay Parameters whose data are views of the pack: somebody else holds them too
     # Programs over the same packs: of other methods by name, and further signatures of "forward".
     methods: dict[str, dict[tuple[bool, ...], tuple[Program, ...]]] = field(default_factory=dict)
     method_ops: dict[str, list[FusedOp]] = field(default_factory=dict)
     making: Making | None = None  # None: no further programs can be made
+    spelled: Any = None  # ``surroundings.Spelled``: the names in the code that ran in the region
+    outside: list[Any] = field(default_factory=list)  # ``surroundings.Piece``s: globals and the like that it could read
 
     def all_programs(self) -> list[Program]:
         """The programs of all methods, signatures and modes."""

@@ -138,6 +138,8 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
     each.extend(f"s{a}[{m}] != s{b}[{n}]" for (a, m), (b, n) in guard.equal_dims)
     inputs = [i for i, leaf in enumerate(guard.leaves) if isinstance(leaf, TensorGuard)]
     others.extend(f"x{i} is not x{guard.same[i]}" for i in inputs if guard.same[i] != i)
+    if guard.in_rows:
+        others.extend(f"not x{i}.is_contiguous() or x{i}.storage_offset()" for i in inputs)
     distinct = [i for i in inputs if guard.same[i] == i]
     if len(distinct) > 4:
         others.append("len({" + ", ".join(f"id(x{i})" for i in distinct) + f"}}) != {len(distinct)}")
@@ -247,6 +249,9 @@ def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (
             if guard.same[i] == i:
                 return f"inputs {first} and {i} are the same tensor, recorded as two"
             return f"inputs {guard.same[i]} and {i} are two tensors, recorded as the same"
+    crooked = next((i for i in indices if guard.in_rows and (not leaves[i].is_contiguous() or leaves[i].storage_offset())), None)
+    if crooked is not None:
+        return f"input {crooked} does not lie in rows, and forward reads how it lies in memory"
     if torch.get_default_dtype() is not guard.default_dtype:
         return f"the default dtype is {torch.get_default_dtype()}, recorded {guard.default_dtype}"
     where = device[1].type if device is not None else "cpu"

@@ -26,7 +26,9 @@ from fxfuse.private import recurrent
 from fxfuse.private.tensor_hooks import has_gradient_hooks
 from fxfuse.recipes import check, pack
 from fxfuse.runtime import source, walk
+from fxfuse.surroundings import inside
 from fxfuse.undo import Undo
+from fxfuse.unregistered import Held, unregistered
 
 from .region import STATE, RegionMixin, RegionState, hooks_of
 
@@ -97,6 +99,17 @@ def _packing(plan: RegionPlan, packing: Literal["packed", "alias"]) -> Literal["
     return "alias" if plan.keeps_parameters else packing
 
 
+def held_unregistered(model: nn.Module, plan: RegionPlan) -> str | None:
+    """The first member that belongs to a module which the model does not register; None where all are registered."""
+    region = walk(model, plan.path)
+    modules = set(region.modules())
+    for recipe in plan.recipes:
+        for member in recipe.members:
+            if walk(region, member.rpartition(".")[0]) not in modules:
+                return member
+    return None
+
+
 def misfit(model: nn.Module, plan: RegionPlan, packing: Literal["packed", "alias"] = "packed") -> FxfuseError | None:
     """Why ``plan`` alone cannot be installed in ``model``; None where it can. Changes nothing."""
     try:
@@ -146,8 +159,9 @@ def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
         _agree(recipe, members)
         tensors.append(members)
         stores.append(kinds.pop())
-    for path, module in _unregistered(model, modules):
-        hidden.setdefault(module, path)
+    for path, module in unregistered(model, [(path, module) for module, path in modules.items()]):
+        if LANE not in module.__dict__:
+            hidden.setdefault(module, path)
 
     holders = {name.partition(".")[0] for name in (*(r.name for r in plan.recipes if packing == "packed"), *plan.constants)}
     if len(holders) > 1:
@@ -158,30 +172,6 @@ def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
     surgery = _Surgery(plan, region, modules, hidden, tensors, names, stores, holder)
     _check_other_names(model, surgery, packing)
     return surgery
-
-
-def _unregistered(model: nn.Module, modules: dict[nn.Module, str]) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in plain lists and dicts of the region's modules, which nobody registers: their flags and attributes are read too."""
-    known = set(model.modules())
-    for owner, path in modules.items():
-        for name, value in owner.__dict__.items():
-            if name in ("_parameters", "_buffers", "_modules"):
-                continue
-            for inner, found in _modules_in(value, 3):
-                for below, module in found.named_modules():
-                    if module not in known and LANE not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule):
-                        known.add(module)
-                        yield ".".join(part for part in (path, name, inner, below) if part), module
-
-
-def _modules_in(value: Any, depth: int) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in nested containers, each with the way to it."""
-    if isinstance(value, nn.Module):
-        yield "", value
-    elif depth and isinstance(value, list | tuple | dict):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            for way, module in _modules_in(item, depth - 1):
-                yield f"{key}.{way}" if way else str(key), module
 
 
 def _member_name(plan: RegionPlan, place: tuple[int, int]) -> str:
@@ -284,7 +274,7 @@ def _operate(
     undo.keep(everyone)
     state = RegionState(plan=plan, strict=strict, packing=packing, modules=list(surgery.modules), hidden=list(surgery.hidden))
     state.hidden_flags = tuple(module.training for module in state.hidden)
-    state.hooks = hooks_of(state.modules)
+    state.hooks = hooks_of([*state.modules, *state.hidden])
     state.objects = objects_in(model, plan.all_programs())
     state.sets = plan.sets
     state.holder = surgery.holder
@@ -312,7 +302,9 @@ def _operate(
         updates = any(node.meta.get("update") for program in plan.programs.values() for node in program.graph.nodes)
         for recipe in plan.recipes:
             places = [(cast(nn.Module, walk(region, m.rpartition(".")[0])), m.rpartition(".")[2]) for m in recipe.members]
-            state.aliases[recipe.name] = AliasPack(recipe, places, written=updates and recipe.kind == "buffer")
+            unseen = [surgery.hidden[owner] for owner, _ in places if owner in surgery.hidden]
+            held = Held.on_the_way(region, unseen) if unseen else None
+            state.aliases[recipe.name] = AliasPack(recipe, places, written=updates and recipe.kind == "buffer", held=held)
             members = state.aliases[recipe.name].members()
             if moved is not None and recipe.kind == "parameter":
                 state.aliases[recipe.name].lies_in(moved.pack(plan.path, recipe, members))
@@ -336,6 +328,8 @@ def _operate(
                     state.facts[node.target] = Facts.of(node.target, tensor)
                 except AttributeError as error:
                     raise FxfuseError(f"the program reads {node.target}, which {plan.path or 'the region'} does not have") from error
+    if plan.spelled is not None:
+        state.inside = inside([(path, module) for module, path in everyone.items()], plan.spelled, plan.sets)
     state.prepare()
 
 

@@ -24,7 +24,7 @@ from fxfuse.private.pytree import tree_map_only
 
 from . import fused as fused_modules
 from . import install as installer
-from . import large
+from . import large, plan_cache
 from .attributes import attributes_kept
 from .build import Builder, Recorded, refuse
 from .casts import without_autocast
@@ -37,6 +37,7 @@ from .difference import Validation
 from .entries import FORWARD, Entry, make_entries
 from .errors import ArgumentError, FxfuseError, HeldElsewhereError
 from .exclusive import alone
+from .fingerprint import combined, sizes_of
 from .graph import Refusal, RegionPlan
 from .inputs import resample
 from .large import Moved, sample, twin, weight_bytes, without_history
@@ -49,6 +50,7 @@ from .plan import LEAST_GAIN
 from .quiet import quiet
 from .regions import Region, RegionFinder
 from .report import Report
+from .staying import times_faster
 from .store import get_report, set_report
 from .timing import medians
 from .tracer import hooks_silent
@@ -81,6 +83,8 @@ def optimize(
     strict: bool = False,
     min_lanes: int = 2,
     inplace: bool = False,
+    cache: bool = True,
+    progress: bool = True,
 ) -> nn.Module:
     """A model that computes the same as ``model``, its loops over small networks fused.
 
@@ -96,13 +100,16 @@ def optimize(
         mode: what is timed: "train" forward and backward, "infer" the forward. The result is right in both.
         objective: "time" fuses what measures faster; "launches" fuses everything that is legal, whatever its time.
         lowering: "auto" chooses by measurement; "grouped_conv" and "bmm" force that form where it exists.
-        tune: measure candidates; False takes the rules' first choice.
+        tune: measure candidates; False takes what a static model of costs calls fastest, the loop where that is it, and runs nothing.
         tune_for: a batch size, or example inputs, to time at instead of ``example_inputs``; a list of them must all gain.
         max_memory: bytes that a fused region may allocate at its peak; one that needs more is computed in chunks of lanes, or stays a loop.
         validate: prove outputs, input gradients and every parameter gradient equal, in float64, on data and batch sizes not seen before.
         strict: a call that does not fit what was recorded raises ``FallbackError``; otherwise it runs the original forward.
         min_lanes: the fewest lanes worth fusing.
         inplace: rewrite ``model`` itself.
+        cache: keep what was measured in the user's cache directory, and use it for an equal model on an equal machine, which is then
+            compared but not timed. ``FXFUSE_CACHE_DIR`` names another directory; ``FXFUSE_CACHE=0`` turns it off for a whole process.
+        progress: show a bar on standard error while candidates are timed, where that is a terminal and takes over a second.
 
     Returns an instance of ``model``'s class. Raises ``ArgumentError`` for wrong arguments; a model that cannot be recorded, or has no loop,
     comes back working, with the reason in ``fxfuse.report``.
@@ -123,7 +130,8 @@ def optimize(
     try:
         options = make_options(
             model, mode=mode, objective=objective, lowering=lowering, tune=tune, tune_for=tune_for, max_memory=max_memory,
-            validate=validate, strict=strict, min_lanes=min_lanes, inplace=inplace, packing="packed",
+            validate=validate, strict=strict, min_lanes=min_lanes, inplace=inplace, cache=cache, progress=progress,
+            packing="packed",
         )  # fmt: skip
         inputs = make_inputs(example_inputs, example_kwargs)
         entries = make_entries(model, inputs, methods)
@@ -318,9 +326,9 @@ class _Pipeline:
         if self.large:  # measured once its weights have moved, not before: a candidate would hold them all again
             self.builder.options = replace(self.options, tune=False, large=True)
         elif self.options.objective == "time" and self.options.tune and self.options.lowering == "auto" and len(recorded) == 1:
-            with self.stage("plan"):
+            with self.builder.progress, self.stage("plan"):
                 plans.extend(self.builder.single_layers(finders[0], recorded[0]))
-        with preserved_state(self.work), self.stage("plan"):
+        with self.builder.progress, preserved_state(self.work), self.stage("plan"):
             plans.extend(self.builder.plans(recorded))
         result = self.model if inplace else self.spare()
         self.base = result
@@ -342,9 +350,10 @@ class _Pipeline:
                 if trial is self.model:
                     return self._unchanged(True)
                 plans = self._validated(self.model, trial, self._install(trial, plans))
+                plans = self._where_views_gain(self.model, trial, plans)
             plans = self._install(result, plans)
         if plans and self.options.validate and not inplace and not self.large:
-            kept = self._validated(self.model, result, plans)
+            kept = self._where_views_gain(self.model, result, self._validated(self.model, result, plans))
             if [id(plan) for plan in kept] != [id(plan) for plan in plans]:
                 result = self.spare()
                 plans = self._install(result, kept)
@@ -414,6 +423,11 @@ class _Pipeline:
         """Rewrite ``model`` by the plans that fit it, and return those; what cannot be installed becomes a refusal. ``dry``: only look."""
         kept = list(plans)
         undo = self.undo if model is self.model else None
+        for plan in kept:
+            unseen = None if plan.keeps_parameters else installer.held_unregistered(model, plan)
+            if unseen is not None:
+                plan.keeps_parameters = True
+                plan.notes.append(f"the Parameters stay, as views of the pack: no module registers {unseen}, whoever trains it holds it")
         while kept:
             try:
                 if dry:
@@ -435,6 +449,19 @@ class _Pipeline:
     def _installed(self, plans: list[RegionPlan]) -> nn.Module:
         made = self.spare() if self.moved is None else twin(self.base)
         return installer.install(made, plans, packing=self.options.packing, moved=self.moved)
+
+    def _where_views_gain(self, original: nn.Module, fused: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
+        """The plans, without those whose Parameters stay where the model is no faster for them."""
+        staying = [plan for plan in plans if plan.keeps_parameters]
+        if not staying or not self.options.tune or self.options.objective != "time":
+            return plans
+        with self.stage("plan"):
+            gain = times_faster(original, fused, self.entries[0], self.options.mode == "train")
+        if gain >= LEAST_GAIN:
+            return plans
+        said = f"left as a loop: {gain:.2f}x with Parameters that stay, as views of the pack"
+        self.report.refused.extend(Refusal(said, plan.place, plan.path) for plan in staying)
+        return [plan for plan in plans if not plan.keeps_parameters]
 
     # -- a model whose weights should not be there twice --------------------------------------------------------------------------
 
@@ -564,9 +591,29 @@ class _Pipeline:
                 if alone is not None:
                     alone.launches, alone.heavy = self.report.launches, self.report.heavy
             if self.options.tune and self.options.objective == "time":
-                calls = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(self.work), entry.root(result))]
-                before, after = medians(calls, budget=0.3)
-                self.report.timings["forward"] = (before, after)
+                self.report.timings["forward"] = self._known_times() or self._times(result)
+
+    def _known_times(self) -> tuple[float, float] | None:
+        """Of an equal model that was fused by the same plans, all of which came from the cache."""
+        known = plan_cache.load(self._times_key()) if all(plan.cached for plan in self.report.fused) and self.options.cache else None
+        try:
+            return None if known is None else (float(known["forward"][0]), float(known["forward"][1]))
+        except (KeyError, TypeError, ValueError, IndexError):
+            return None
+
+    def _times(self, result: nn.Module) -> tuple[float, float]:
+        entry = self.entries[0]
+        calls = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(self.work), entry.root(result))]
+        before, after = medians(calls, budget=0.3)
+        if self.options.cache and all(plan.key for plan in self.report.fused):
+            plan_cache.store(self._times_key(), {"forward": [before, after]})
+        return before, after
+
+    def _times_key(self) -> str:
+        modules = [f"{type(module).__module__}.{type(module).__qualname__}" for module in self.work.modules()]
+        weights = [str(tuple(parameter.shape)) for parameter in self.work.parameters()]
+        inputs = [repr(sizes_of((entry.name, entry.args, entry.kwargs))) for entry in self.entries]
+        return combined(["model", *(f"{plan.path} {plan.key}" for plan in self.report.fused), *modules, *weights, *inputs])
 
 
 def _inside(path: str, other: str) -> bool:

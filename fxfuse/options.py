@@ -28,6 +28,8 @@ class Options:
     strict: bool = False
     min_lanes: int = 2
     packing: Literal["packed", "alias"] = "packed"
+    cache: bool = True  # read and keep plans on disk
+    progress: bool = True  # a bar in a terminal while candidates are timed
     large: bool = False  # a candidate, run, would hold all weights once more
 
 
@@ -41,7 +43,8 @@ def make_options(model: Any, **given: Any) -> Options:
     for name, choices in _CHOICES.items():
         if given[name] not in choices:
             raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}; {given[name]!r} came")
-    for name in ("tune", "validate", "strict", "inplace"):
+    given = {"cache": True, "progress": True, **given}
+    for name in ("tune", "validate", "strict", "inplace", "cache", "progress"):
         if not isinstance(given[name], bool):
             raise ArgumentError(f"{name} must be True or False, {given[name]!r} came")
     if not isinstance(given["min_lanes"], int) or isinstance(given["min_lanes"], bool) or given["min_lanes"] < 2:

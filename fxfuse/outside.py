@@ -195,7 +195,7 @@ class Globals:
             for space, name, owner, place in _named(kind):  # type: ignore[arg-type]  # classes are hashable
                 value = space.get(name)
                 container = isinstance(value, (list, dict, set, deque))
-                at = id(space.cell) if isinstance(space, _Cell) else id(space)
+                at = id(space.cell) if isinstance(space, Cell) else id(space)
                 if (at, name) in seen or not (container or isinstance(value, _PLAIN)) or (container and len(value) > _MOST_ITEMS):
                     continue
                 seen.add((at, name))
@@ -214,7 +214,7 @@ class Globals:
                 continue
             if isinstance(held.space, dict):
                 held.space[held.name] = held.value
-            elif isinstance(held.space, _Cell):
+            elif isinstance(held.space, Cell):
                 held.space.cell.cell_contents = held.value
             else:
                 setattr(held.owner, held.name, held.value)
@@ -229,20 +229,24 @@ class Globals:
 def _said(held: _Held) -> str:
     if isinstance(held.space, dict):
         return f"the global {held.name}"
-    return f"{held.name} of an outer function" if isinstance(held.space, _Cell) else f"{held.owner.__name__}.{held.name}"
+    return f"{held.name} of an outer function" if isinstance(held.space, Cell) else f"{held.owner.__name__}.{held.name}"
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
     """A variable of an outer function, looked up as in a dict."""
 
     cell: Any
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str, default: Any = None) -> Any:
+        """Its value, or ``default`` where it is not bound."""
         try:
             return self.cell.cell_contents
-        except ValueError:  # not bound yet
-            return self
+        except ValueError:
+            return default
+
+    def __getitem__(self, name: str) -> Any:
+        return self.cell.cell_contents
 
 
 def line_of_attribute(module: nn.Module, name: str) -> Place | None:
@@ -250,7 +254,7 @@ def line_of_attribute(module: nn.Module, name: str) -> Place | None:
     for base in type(module).__mro__:
         if base.__module__.partition(".")[0] in _NOT_THE_USERS:
             continue
-        codes = [function.__code__ for value in vars(base).values() if (function := _function(value)) is not None]
+        codes = [function.__code__ for value in vars(base).values() if (function := function_of(value)) is not None]
         codes.sort(key=lambda code: code.co_name in ("__init__", "reset_parameters"))
         while codes:
             code = codes.pop(0)
@@ -268,7 +272,7 @@ def _named(kind: type) -> tuple[tuple[Any, str, type, Place], ...]:
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in _NOT_THE_USERS:
             continue
-        functions = [function for value in vars(base).values() if (function := _function(value)) is not None]
+        functions = [function for value in vars(base).values() if (function := function_of(value)) is not None]
         done: set[CodeType] = set()
         while functions:
             function = functions.pop()
@@ -276,7 +280,7 @@ def _named(kind: type) -> tuple[tuple[Any, str, type, Place], ...]:
             codes = [function.__code__]
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
                 line = dict(_lines(function.__code__)).get(name, function.__code__.co_firstlineno)
-                found.setdefault((id(cell), name), (_Cell(cell), name, base, Place(function.__code__.co_filename, line)))
+                found.setdefault((id(cell), name), (Cell(cell), name, base, Place(function.__code__.co_filename, line)))
             while codes:
                 code = codes.pop()
                 if code in done or len(done) > 200:
@@ -285,7 +289,7 @@ def _named(kind: type) -> tuple[tuple[Any, str, type, Place], ...]:
                 codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
                 for name, line in _lines(code):
                     place = Place(code.co_filename, line)
-                    inner = _function(space.get(name))
+                    inner = function_of(space.get(name))
                     if inner is not None and inner.__globals__ is space:
                         functions.append(inner)
                     if name in space:
@@ -295,7 +299,8 @@ def _named(kind: type) -> tuple[tuple[Any, str, type, Place], ...]:
     return tuple(found.values())
 
 
-def _function(value: Any) -> FunctionType | None:
+def function_of(value: Any) -> FunctionType | None:
+    """The function of a method, a property or a static method; None for anything else."""
     value = getattr(value, "__func__", getattr(value, "fget", value))
     return value if isinstance(value, FunctionType) else None
 

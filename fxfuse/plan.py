@@ -2,20 +2,26 @@
 
 Comes in: a region with its prepared graph, and the options. Goes out: the rewritten program with the lowering of every bundle chosen, or a
 ``Refusal`` where the loop is faster. Candidates are timed against the region's own forward, in turn and by medians, on the recorded
-inputs or those of ``tune_for``; ``objective="launches"`` fuses all that is legal, ``tune=False`` takes the first lowering that the
-rules name. Large lane sets are computed in chunks of lanes, as many as are fastest, or as ``max_memory`` asks for.
+inputs or those of ``tune_for``; ``objective="launches"`` fuses all that is legal, ``tune=False`` takes what the static model (``cost``)
+calls fastest, which also spares timing what is hopeless. Large lane sets are computed in chunks of lanes, as many as are fastest, or as
+``max_memory`` asks for. What was timed is kept on disk (``plan_cache``) and read for an equal region on an equal machine.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from . import plan_cache
+from .choice import Choice, from_data, to_data
 from .determinism import preserved_state
+from .estimate import Estimator
+from .fingerprint import fingerprint
 from .graph import Refusal
 from .launches import Launches, count
 from .memory import peak_bytes
@@ -24,6 +30,7 @@ from .passes.chunk import fitting_chunks, widest
 from .passes.packs import Packs
 from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
 from .private.profiler import is_profiling
+from .progress import Progress
 from .timing import medians, ratio
 from .workbench import Case, Workbench
 
@@ -34,6 +41,10 @@ CLEARLY = 0.97
 # Candidates within this factor of the best are timed once more, together, at the end.
 CLOSE = 1.15
 MOST_FINALISTS = 4
+# A candidate that the static model puts this far behind another is not timed: the model ranks forms, it is rarely this wrong.
+HOPELESS = 4.0
+# Graphs of more nodes are not searched by the static model: each candidate of them takes long to write.
+MOST_MODELLED = 20_000
 # A form this much slower than another, before its lowerings are searched, is dropped: of unequal widths each has lowerings of its own.
 FAR_BEHIND = 1.5
 # Lane sets whose widest result has fewer bytes than this fit the cache with room to spare: other numbers of chunks are not tried.
@@ -41,39 +52,61 @@ WORTH_CHUNKING = 1 << 19
 # A layer of its own that becomes a region pays for the guard at every call.
 GUARD_SECONDS = 6e-6
 
+# Forms that want, or give, the lanes behind the batch: tried together.
+BEHIND = frozenset({"addcmul_behind", "dot_behind", "folded"})
+
 Steps = list[Callable[[], object]]  # one step of a candidate per case
-
-
-@dataclass
-class Choice:
-    """The outcome for one region. ``seconds`` are medians (loop, fused), ``peak`` bytes (loop, fused); None where not measured."""
-
-    vectorized: Vectorized | None
-    lowering: dict[Any, str]
-    chunks: int = 1
-    together: bool = False  # lanes of unequal widths in one bundle, rather than bundled by width
-    skipped: frozenset[LaneSet] = frozenset()  # lane sets that stay as they are
-    refusal: Refusal | None = None
-    seconds: tuple[float, float] | None = None
-    peak: tuple[int, int] | None = None
-    launches: tuple[Launches, Launches] | None = None  # (loop, fused), of one forward
-    tried: list[tuple[str, float]] = field(default_factory=list)
 
 
 class Planner:
     """Plans one region: ``prepared`` is its graph in the mode that is timed, ``cases`` are inputs to time it on (default: as recorded)."""
 
-    def __init__(self, prepared: Prepared, region: nn.Module, packs: Packs, options: Options, cases: Sequence[Case] = ()) -> None:
+    def __init__(
+        self, prepared: Prepared, region: nn.Module, packs: Packs, options: Options, cases: Sequence[Case] = (),
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
         self.prepared, self.region, self.packs, self.options = prepared, region, packs, options
         frame = prepared.lifted.frame
         self.train = options.mode == "train"
         cases = list(cases) or [frame.raw or ((), {})]
         self.benches = [Workbench(region, case, self.train, frame.parent >= 0) for case in cases]
         self.prefer = _preferred(options)
+        self.progress = progress or Progress(False)
         self.left: list[Refusal] = []  # of lane sets that do not pay
+        timed = options.tune and options.objective == "time"  # what is counted, rather than timed, is soon counted again
+        self.key = fingerprint(prepared, region, packs, options, cases) if timed and options.cache else None
 
     def plan(self) -> Choice:
-        """Search, measure, decide."""
+        """Search, measure, decide; or what was decided before for an equal region."""
+        known = self._known()
+        if known is not None:
+            return known
+        choice = self._searched()
+        if self.options.tune and choice.refusal is None:
+            self._measure_memory(choice)
+        if self.key is not None and (choice.tried or choice.seconds is not None):
+            plan_cache.store(self.key, to_data(choice))
+        return choice
+
+    def _known(self) -> Choice | None:
+        """The choice from the cache, its program made anew; None where there is none, or it does not fit what the rules offer today."""
+        data = plan_cache.load(self.key) if self.key is not None else None
+        found = from_data(data) if data is not None else None
+        if found is None:
+            return None
+        choice, reason = found
+        before = self.prepared
+        self.prepared = before.with_widths(choice.together)
+        choice.vectorized = self.emit(choice.lowering, choice.chunks)
+        offered = choice.vectorized.choices if choice.vectorized is not None else {}
+        if choice.vectorized is None or any(option not in offered.get(key, (option,)) for key, option in choice.lowering.items()):
+            self.prepared = before
+            return None
+        choice.cached = True
+        choice.refusal = None if reason is None else self._refusal(reason)
+        return choice
+
+    def _searched(self) -> Choice:
         if self.train and self.options.tune and not all(bench.trains() for bench in self.benches):
             self.train = False  # a model that can only be run forward is timed so
             for bench in self.benches:
@@ -88,6 +121,8 @@ class Planner:
         forms = self._forms() if base is None or self.options.tune else [self.prepared]
         if self.options.objective == "time" and self.options.tune:
             return self._fastest(forms)
+        if self.options.objective == "time":
+            return self._modelled(self._forms())
         found: list[Choice] = []
         for self.prepared in forms:
             base = self.emit({})
@@ -129,13 +164,23 @@ class Planner:
         """One change at a time to ``choice``, which may change meanwhile: coordinate descent over lowerings, then the number of chunks."""
         assert choice.vectorized is not None
         if self.options.lowering == "auto":
-            for key, options in choice.vectorized.choices.items():
+            offered = choice.vectorized.choices
+            for key, options in offered.items():
                 for option in options:
-                    if option != choice.lowering[key]:
+                    if option != choice.lowering.get(key):
                         yield from self._candidate({**choice.lowering, key: option}, choice.chunks)
+            behind = {key: option for key, options in offered.items() for option in options if option in BEHIND}
+            if len(behind) > 1 and any(choice.lowering.get(key) != option for key, option in behind.items()):
+                yield from self._candidate({**choice.lowering, **behind}, choice.chunks)  # one of them alone pays for turning its results
         if self.options.objective == "time":
             for chunks in self._chunk_counts(choice.chunks):
                 yield from self._candidate(choice.lowering, chunks)
+
+    def _how_many(self, choice: Choice) -> int:
+        """About how many candidates ``_others`` gives."""
+        assert choice.vectorized is not None
+        options = choice.vectorized.choices.values() if self.options.lowering == "auto" else ()
+        return sum(len(each) - 1 for each in options) + len(self._chunk_counts(choice.chunks))
 
     def _candidate(self, lowering: dict[Any, str], chunks: int) -> Iterator[Choice]:
         made = self.emit(lowering, chunks)
@@ -154,7 +199,8 @@ class Planner:
     def _fewest_launches(self, base: Vectorized) -> Choice:
         """The lowerings that launch least, counted on one run each; refused only where the loop launches no more."""
         bench = self.benches[0]
-        with preserved_state(self.region):
+        # Without grad in "infer" mode: there torch computes a whole nn.MultiheadAttention or TransformerEncoderLayer in one launch.
+        with preserved_state(self.region), torch.set_grad_enabled(self.options.mode == "train"):
             loop, least = _launches(bench.forward()), _launches(bench.program(base))
             choice = Choice(base, self._first(base), together=self.prepared.together)
             if self.options.tune:
@@ -169,6 +215,8 @@ class Planner:
         more, saved = least.total - loop.total, loop.heavy - least.heavy
         if choice.refusal is None and more > max(saved, 0):  # it is no lane set: around them each write in place became a copy
             what = f"left as a loop: the writes around the lanes launch {more} ops more, to save {saved} that carry parameters"
+            if saved <= 0:
+                what = f"left as a loop: packed launches {least.total} ops, the loop {loop.total}"
             choice.refusal = self._refusal(what)
         if choice.refusal is None and least.total >= loop.total and least.heavy >= loop.heavy:
             said = f"left as a loop: packed launches {least.total} ops, the loop {loop.total}"
@@ -196,6 +244,45 @@ class Planner:
             if least.total <= loop.total:
                 break
         return least
+
+    # -- the static model ---------------------------------------------------------------------------------------------------------
+
+    def _modelled(self, forms: list[Prepared]) -> Choice:
+        """What the static model calls fastest; refused where it calls the loop faster. Nothing runs."""
+        best: tuple[float, Choice] | None = None
+        for self.prepared in forms:
+            base = self.emit({})
+            if base is None:
+                continue
+            choice = self._start(base)
+            seconds = self._estimated(choice)
+            if len(self.prepared.lifted.graph.nodes) <= MOST_MODELLED:
+                for other in self._others(choice):
+                    estimated = self._estimated(other)
+                    if estimated < seconds * CLEARLY:
+                        choice.vectorized, choice.lowering, choice.chunks = other.vectorized, other.lowering, other.chunks
+                        seconds = estimated
+            if best is None or seconds < best[0]:
+                best = (seconds, choice)
+        if best is None:
+            return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
+        seconds, choice = best
+        self.prepared = self.prepared.with_widths(choice.together)
+        loop = self._estimator().loop(self.prepared)
+        if seconds * LEAST_GAIN > loop and not self.options.large:  # large weights are timed once they have moved
+            said = f"left as a loop: packed is estimated at {loop / seconds:.2f}x, from its shapes ({self._timed_what()})"
+            choice.refusal = self._refusal(f"{said}; tune=True measures it")
+        return choice
+
+    def _estimated(self, choice: Choice) -> float:
+        assert choice.vectorized is not None
+        return self._estimator().program(self.prepared, choice.vectorized)
+
+    def _estimator(self) -> Estimator:
+        return Estimator(self.benches[0].device, self.train, self.benches[0].inner)
+
+    def _timed_what(self) -> str:
+        return "forward and backward" if self.train else "inference"
 
     # -- time ---------------------------------------------------------------------------------------------------------------------
 
@@ -234,10 +321,18 @@ class Planner:
         """Change ``choice`` for the better as long as that is faster; what is timed of it."""
         steps = self._steps(choice)
         close: list[tuple[Choice, Steps]] = []
+        self.progress.expect(self._how_many(choice))
+        least = self._estimated(choice)
         for other in self._others(choice):
+            estimated = self._estimated(other)
+            if estimated > HOPELESS * least:
+                self.progress.step("")
+                continue
+            least = min(least, estimated)
             others = self._steps(other)
             slower, seconds = self._compare(steps, others)
             choice.tried.append((_describe(other), seconds))
+            self.progress.step(choice.tried[-1][0])
             if slower < CLEARLY:
                 close.append((replace(choice), steps))
                 choice.vectorized, choice.lowering, choice.chunks, steps = other.vectorized, other.lowering, other.chunks, others
@@ -272,8 +367,8 @@ class Planner:
             choice.seconds = choice.seconds or (loop, fused)
             if fused * LEAST_GAIN > loop and choice.refusal is None:
                 batch = f" at batch {bench.batch}" if bench.batch is not None else ""
-                what = "forward and backward" if self.train else "inference"
-                choice.refusal = self._refusal(f"left as a loop: packed runs {loop / fused:.2f}x{batch} on {bench.device} ({what})")
+                said = f"left as a loop: packed runs {loop / fused:.2f}x{batch} on {bench.device} ({self._timed_what()})"
+                choice.refusal = self._refusal(said)
         assert choice.vectorized is not None
         if single and choice.lowering == self._first(choice.vectorized):
             choice.refusal = self._refusal("no other spelling of the layer is faster")
@@ -305,7 +400,7 @@ class Planner:
         with preserved_state(self.region):
             return max(peak_bytes(step) for step in self._steps(choice))
 
-    def measure_memory(self, choice: Choice) -> None:
+    def _measure_memory(self, choice: Choice) -> None:
         """Peak bytes of the loop and of the chosen form, in the mode that was asked for."""
         if choice.vectorized is not None and not is_profiling():  # PyTorch runs one profiler at a time: here it is the user's
             with preserved_state(self.region):

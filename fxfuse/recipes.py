@@ -59,8 +59,8 @@ def check(recipe: Recipe) -> None:
             raise FxfuseError(f"the recipe of {recipe.name} pads its members: it needs each one's shape, none larger than {recipe.shape}")
     if recipe.style == "rows":
         own = recipe.own_shapes
-        if own is None or len(own) != len(recipe.members) or any(shape[1:] != recipe.shape[1:] for shape in own):
-            raise FxfuseError(f"the recipe of {recipe.name} concatenates rows: it needs each member's shape, equal but for dim 0")
+        if own is None or len(own) != len(recipe.members) or any(not _within(shape[1:], recipe.shape[1:]) for shape in own):
+            raise FxfuseError(f"the recipe of {recipe.name} concatenates rows: it needs each member's shape, no row larger")
         if recipe.order != tuple(range(len(recipe.shape))):
             raise FxfuseError(f"the recipe of {recipe.name} concatenates rows: its members cannot be permuted")
 
@@ -91,7 +91,7 @@ def pack(recipe: Recipe, tensors: Sequence[Tensor]) -> Tensor:
         if tuple(tensor.shape) != recipe.member_shape(index):
             raise FxfuseError(f"{name} has shape {tuple(tensor.shape)}, its recipe says {recipe.member_shape(index)}")
     if recipe.style == "rows":
-        return torch.cat(list(tensors))
+        return torch.cat([_filled(tensor, (tensor.shape[0], *recipe.shape[1:])) for tensor in tensors])
     if recipe.style == "padded":
         tensors = [_filled(tensor, recipe.shape) for tensor in tensors]
     elif recipe.own_shapes is not None:
@@ -105,7 +105,9 @@ def lane_view(recipe: Recipe, packed: Tensor, index: int) -> Tensor:
     """Member ``index`` as a view of the packed tensor, in the original's shape; differentiable. Of a sparse tensor (a gradient) a copy."""
     if recipe.style == "rows" or (packed.is_sparse and recipe.style == "cat"):
         start, stop = recipe.row_starts()[index : index + 2]
-        return torch.narrow_copy(packed, 0, start, stop - start) if packed.is_sparse else packed.narrow(0, start, stop - start)
+        if packed.is_sparse:
+            return torch.narrow_copy(packed, 0, start, stop - start)
+        return _narrowed(packed.narrow(0, start, stop - start), recipe.member_shape(index))
     if recipe.style == "cat":
         rows = recipe.shape[recipe.order[0]]
         stored = packed.narrow(0, index * rows, rows)
@@ -122,7 +124,12 @@ def _own(recipe: Recipe, member: Tensor, index: int) -> Tensor:
     own = recipe.own_shapes[index]
     if recipe.style != "padded":
         return member.reshape(own)  # only dims of size 1 come and go: a view
-    for dim, size in enumerate(own):
+    return _narrowed(member, own)
+
+
+def _narrowed(member: Tensor, shape: Sequence[int]) -> Tensor:
+    """What was filled up, without the zeros: a view."""
+    for dim, size in enumerate(shape):
         member = member if member.shape[dim] == size else member.narrow(dim, 0, size)
     return member
 
@@ -131,7 +138,8 @@ def lane_views(recipe: Recipe, packed: Tensor) -> tuple[Tensor, ...]:
     """All members as views made by one ``unbind``: its backward is one ``stack``, where n ``select`` would each fill and add
     a zero tensor of the size of the whole pack."""
     if recipe.style == "rows":
-        return torch.split(packed, [recipe.member_shape(index)[0] for index in range(len(recipe.members))])
+        parts = torch.split(packed, [recipe.member_shape(index)[0] for index in range(len(recipe.members))])
+        return tuple(_narrowed(part, recipe.member_shape(index)) for index, part in enumerate(parts))
     # splitting a dim never copies, whatever the strides: view and unflatten agree
     lanes = packed.view(len(recipe.members), recipe.shape[recipe.order[0]], *packed.shape[1:]) if recipe.style == "cat" else packed
     stored = lanes.unbind(0)

@@ -31,6 +31,7 @@ from fxfuse.private.module_hooks import CALL_HOOKS, hooks_for_all
 from fxfuse.recipes import pack, packed_shape, unpack
 from fxfuse.runtime import MISS, Compiled, Source, compile_program, source
 from fxfuse.serialize import program_from_data, program_to_data
+from fxfuse.surroundings import Around, Piece
 
 STATE = "_fxfuse"  # the key in a region's __dict__ under which its RegionState lies
 _HOOKS_FOR_ALL = "a hook for all modules is registered"
@@ -41,7 +42,7 @@ def _unsaved() -> dict[str, Any]:
     """What a state has before its first call: never copied or saved."""
     return {
         "ready": None, "current": None, "compiled": {}, "methods": {}, "others": {}, "loading": None, "holders": None,
-        "adapted": {}, "unfit": {},
+        "adapted": {}, "unfit": {}, "around": None,
     }
 
 
@@ -71,6 +72,8 @@ class RegionState(Watch):
     adapted: dict[tuple[str, tuple[bool, ...]], list[Compiled]] = field(default_factory=dict)  # made at calls under autocast; never saved
     unfit: dict[Any, list[str]] = field(default_factory=dict)  # of the calls that none was made for, why; never copied or saved
     extra: dict[str, Tensor] = field(default_factory=dict)  # index tensors that those made later read
+    inside: list[Piece] = field(default_factory=list)  # what lies in objects that the modules hold, at installation
+    around: Around | None = None  # compares that, and ``plan.outside``, at every call; None: there is nothing
     holders: list[dict[str, Any]] | None = None  # the ``_parameters`` of all modules, for as long as none comes or goes
 
     @property
@@ -123,6 +126,8 @@ class RegionState(Watch):
     def prepare(self) -> Compiled | str:
         """The compiled program for the modules as they are now, or why there is none. Sets ``ready``."""
         self.ready = self.current = self.holders = None
+        if self.around is None and (self.inside or self.plan.outside):
+            self.around = Around([*self.inside, *self.plan.outside])
         reason = self._stale()
         if reason is not None:
             return reason
@@ -146,9 +151,17 @@ class RegionState(Watch):
 
     def compile(self, program: Program, facts: dict[str, Facts] | None = None) -> Compiled:
         """The program as a function over the tensors of this region. ``facts``: what is assumed of them (default: as installed)."""
+        return compile_program(self.resolved(program), self.region, self.facts if facts is None else facts, self.sources())
+
+    def sources(self) -> dict[str, Source]:
+        """Where the tensors of programs are found that do not lie at their path in the region."""
         elsewhere = {name: Source(alias, None, "tensor") for name, alias in self.aliases.items()}
         elsewhere.update((name, Source(self, "extra", name)) for name in self.extra)
-        return compile_program(resolved(program, self.objects), self.region, self.facts if facts is None else facts, elsewhere)
+        return elsewhere
+
+    def resolved(self, program: Program) -> Program:
+        """The program with the objects that its guard asks for, as they are in this model."""
+        return resolved(program, self.objects)
 
     def _compiled_others(self, name: str, flags: tuple[bool, ...]) -> list[Compiled]:
         key = (name, flags)
@@ -185,7 +198,7 @@ class RegionState(Watch):
             module = next((m for m in self.members() if (info := lane_info(m)) is not None and info.path == path), None)
             if module is not None and not _unchanged(module, name, existed, before):
                 return f"attribute {f'{path}.{name}' if path else name} was set after fusing"
-        if hooks_of(self.modules) != self.hooks:
+        if hooks_of([*self.modules, *self.hidden]) != self.hooks:
             return "a hook was registered on a submodule"
         if tuple(module.training for module in self.hidden) != self.hidden_flags:
             return "an unregistered submodule changed its training flag"
@@ -279,6 +292,8 @@ class RegionMixin(LaneMixin):
             run, reason = (None, prepared) if isinstance(prepared, str) else (state.ready, "")
         if hooks_for_all():
             run, reason = None, _HOOKS_FOR_ALL
+        if run is not None and state.around is not None and (changed := state.around.changed()):
+            run, reason = None, changed
         if run is not None:
             try:
                 out = run(args, kwargs)
@@ -308,6 +323,8 @@ class RegionMixin(LaneMixin):
             reason = prepared if isinstance(prepared, str) else ""
         if hooks_for_all():
             reason = _HOOKS_FOR_ALL
+        elif state.ready is not None and state.around is not None and (changed := state.around.changed()):
+            reason = changed
         elif state.ready is not None:
             programs = state.methods[name]
             mode = {True: "train", False: "eval"}.get(self.training)

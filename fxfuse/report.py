@@ -137,6 +137,8 @@ def _region(plan: RegionPlan) -> list[str]:
         shown = "; ".join(f"{name} {_seconds(s)}" for name, s in fastest[:3])
         more = f"; and {len(fastest) - 3} slower" if len(fastest) > 3 else ""
         lines += _wrap(f"also timed: {shown}{more}", "  ", "    ")
+    if plan.cached:
+        lines += _wrap("plan and figures from the cache: an equal loop was measured on this machine before", "  ", "    ")
     for note in plan.notes:
         lines += _wrap(f"note: {note}", "  ", "    ")
     return lines
@@ -303,6 +305,7 @@ def _plan(plan: RegionPlan) -> dict[str, Any]:
         "seconds": plan.seconds,
         "peak_bytes": plan.peak_bytes,
         "tried": plan.tried,
+        "cached": plan.cached,
         "notes": plan.notes,
         "methods": {
             name: [{"op": op.op, "lanes": op.lanes, "lowering": op.lowering} for op in ops] for name, ops in plan.method_ops.items()

@@ -23,6 +23,7 @@ from fxfuse.lane import by_original_name
 from fxfuse.packing import original_gradients, original_named_parameters
 from fxfuse.private.pytree import tree_leaves
 from fxfuse.private.versions import version
+from fxfuse.unregistered import hidden_parameters
 
 
 @dataclass
@@ -74,7 +75,8 @@ def run(
     named = [*named_leaves(args, "input"), *named_leaves(kwargs, "input")]
     inputs = {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
     versions = {name: version(leaf) for name, leaf in inputs.items()}
-    saved = {p: p.grad for p in model.parameters()}
+    hidden = hidden_parameters(model)
+    saved = {p: p.grad for p in [*model.parameters(), *hidden.values()]}
     before, missed = _fallbacks(model), _missed(model)
     held = [vars(model.get_submodule(path)).get(name) for path, name in attributes]
     random = Derandomized()
@@ -103,7 +105,8 @@ def run(
             result.inputs = {n: (version(leaf) != versions[n], leaf.detach()) for n, leaf in inputs.items()}
             if gradients:
                 result.input_gradients = {n: leaf.grad for n, leaf in inputs.items() if leaf.requires_grad and leaf.is_leaf}
-                result.parameter_gradients = dict(original_gradients(model))  # owned by this run: ``grad`` was None before
+                gradients_now = {**original_gradients(model), **{name: p.grad for name, p in hidden.items()}}
+                result.parameter_gradients = gradients_now  # owned by this run: ``grad`` was None before
             if buffers:
                 result.buffers = _buffers(model)
                 result.unsaved = {n: _kept(b) for n, b in model.named_buffers() if n not in result.buffers}

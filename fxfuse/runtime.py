@@ -192,13 +192,14 @@ def compile_program(
         read = [names.index(name) for name in views.reads]
         made = [f"v{i}" for i in range(len(views.names))]
         scope.update(make_views=_function(views.graph), is_grad_enabled=torch.is_grad_enabled, is_compiling=torch.compiler.is_compiling)
+        scope["is_tracing"] = torch.jit.is_tracing  # type: ignore[attr-defined]  # its graphs would hold the views as constants
         # Read as one tuple: another thread may be about to hold others. ``.data =`` keeps the object, and maybe the address.
         kept = [name for i in read for name in (f"held{i}", f"address{i}", f"stride{i}", f"conj{i}")]
         lines.append(f"    {', '.join([*kept, *made])}, = held")
         changed = [f"t{i} is not held{i}" for i in read] + [f"t{i}.data_ptr() != address{i}" for i in read]
         changed += [f"t{i}.stride() != stride{i}" for i in read if facts[i].shape]
         changed += [f"t{i}.is_conj() is not conj{i}" for i in read if facts[i].dtype.is_complex]
-        lines.append(f"    if is_grad_enabled() or is_compiling() or {' or '.join(changed)}:")
+        lines.append(f"    if is_grad_enabled() or is_compiling() or is_tracing() or {' or '.join(changed)}:")
         lines.append(f"        {', '.join(made)}, = make_views(None, {', '.join(f't{i}' for i in read)})")
         hold = _holder(scope, [places[i][1] for i in read], len(made))
         hold(True)
@@ -215,6 +216,14 @@ def compile_program(
     lines.append(f"    return {_result(program.out_spec)}")
     exec("\n".join(lines), scope)
     return Compiled(scope["run"], program, places, facts, hold)
+
+
+def compile_graph(
+    program: Program, root: nn.Module, override: dict[str, Source]
+) -> tuple[Callable[..., Any], list[tuple[str, Source]], list[nn.Module]]:
+    """A program's graph without its guard: ``function(None, *leaves, *tensors, *modules)``, the tensors' sources, the modules."""
+    flat, places, modules = _flat_graph(program.graph, root, override, program.guard.autocast)
+    return _function(flat), places, modules
 
 
 def _function(graph: torch.fx.Graph) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ class Trace:
     comparisons: list[tuple[Comparison, int, Place | None]]  # with the frame and the line in which it was made
     reads_dtype: bool = False
     draws: bool = False  # Python's or numpy's random numbers were drawn
+    unregistered: frozenset[str] = frozenset()  # names of Parameters that no module registers: its lists and dicts hold them
     moves: bool = False  # a module was moved to the device on which it is
     autocast: tuple[str, torch.dtype] | None = None  # the caller's: kind of device, dtype
     casts: bool = False  # some call was made under autocast, the caller's or forward's own
@@ -115,3 +117,6 @@ class Trace:
     changed: set[Key] = field(default_factory=set)  # attributes that the run changed
     reached: tuple[set[int] | None] | None = None  # passes.updating: from which memory gradients can come, found once
     updates: dict[int, Any] | None = None  # passes.updates: which events update buffers, found once
+    ran: dict[int, dict[CodeType, dict[str, Any]]] = field(default_factory=dict)  # by frame: the code that ran there, and its globals
+    strides: set[int] = field(default_factory=set)  # frames that read how a tensor lies in memory
+    ran_known: bool = True  # False: somebody's profiler was on, and ``ran`` is empty

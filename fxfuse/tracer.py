@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.private.autocast import any_autocast_enabled, autocast_on
-from fxfuse.private.module_hooks import HOOK_DICTS
+from fxfuse.private.module_hooks import HOOK_DICTS, has_hooks
 from fxfuse.private.pytree import tree_flatten
 from fxfuse.private.tensor_hooks import hook_stores
 from fxfuse.private.torch_function import DisableTorchFunction
+from fxfuse.private.transforms import transforming
 from fxfuse.private.versions import version
 
 from .attributes import settle, watching
@@ -41,9 +42,11 @@ from .idle_draws import idle_draws_unseen
 from .moves import moves_noted
 from .outside import Change, Generators, Globals, drawing, draws_itself, is_generator, line_of_attribute
 from .passes.functional import autocast_to
+from .ran import code_noted
 from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
 from .trace import MOST_NUMBERS, Event, Frame, Key, Ref, Touch, Trace, Value
+from .unregistered import hidden_parameters, unregistered
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -53,12 +56,14 @@ _INTERNAL: dict[str, bool] = {}  # file -> is it torch's, or ours?
 _ACTIONS: dict[str, str] = {
     # Facts which the guard checks at every call, or that say nothing of the data.
     **dict.fromkeys(
-        "dim ndim ndimension device layout is_cuda is_cpu requires_grad is_contiguous is_leaf is_sparse "
+        "dim ndim ndimension device layout is_cuda is_cpu is_sparse "
         "is_quantized is_mkldnn is_meta is_mps is_mtia is_xpu is_signed is_nested is_inference is_conj is_neg get_device names has_names "
-        "_backward_hooks grad_fn is_sparse_csr _is_view is_ipu is_maia is_vulkan is_xla is_hpu is_distributed is_shared is_pinned "
-        "__len__ stride storage_offset set_grad_enabled".split(),
+        "_backward_hooks is_sparse_csr is_ipu is_maia is_vulkan is_xla is_hpu is_distributed is_shared is_pinned "
+        "__len__ set_grad_enabled".split(),
         "fact",
     ),
+    **dict.fromkeys("requires_grad is_leaf grad_fn _is_view".split(), "gradient"),
+    **dict.fromkeys("is_contiguous stride storage_offset".split(), "layout"),
     **dict.fromkeys("dtype type element_size itemsize nbytes is_floating_point is_complex finfo".split(), "dtype"),
     **dict.fromkeys(
         "__bool__ item tolist numpy __array__ __float__ __int__ __index__ __contains__ __complex__ equal allclose is_nonzero "
@@ -105,18 +110,22 @@ _DATA_SHAPED: dict[str, Callable[[Any, Any], bool]] = {
 _FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "new_tensor"))
 _UNTRACKED = "runs without gradient tracking (no_grad, or a custom autograd Function)"
 _AUTOCAST = "switches autocast"
+_TRANSFORM = "runs inside a transform of torch.func (vmap, grad and their like)"
 # Types of arguments that stand for themselves in the record.
 _PLAIN = frozenset((int, float, bool, str, type(None), type(Ellipsis), complex, torch.dtype, torch.device))
 _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
 _TENSOR = tree_flatten(torch.empty(0))[1]
 
 
-def is_internal(file: str) -> bool:
+def _is_internal(file: str) -> bool:
     """Is this file torch's or ours, or no file at all?"""
     known = _INTERNAL.get(file)
     if known is None:
         known = _INTERNAL[file] = os.path.abspath(file).startswith((_TORCH, _HERE)) or file.startswith("<")
     return known
+
+
+is_internal = _is_internal  # for graphs whose nodes say which lines they came from
 
 
 def _no_hook(*args: Any, **kwargs: Any) -> None:
@@ -227,7 +236,7 @@ class Recorder(TorchFunctionMode):
             action = _PROPERTIES.get(name)
             if action == "shape":
                 return torch.Size(self.sizes_of(args[0]))
-            if action not in ("fact", "dtype"):
+            if action not in ("fact", "dtype", "gradient"):
                 return self.call(func, args, kwargs or {}, name)
         kwargs = kwargs or {}
         if action == "size":
@@ -240,6 +249,10 @@ class Recorder(TorchFunctionMode):
                 return open_function(*args, **kwargs)
         if action == "numel":
             return self.numel(args[0])
+        if action == "layout":
+            return self.layout(func, args, kwargs, name)
+        if action == "gradient" and not _is_internal(sys._getframe(1).f_code.co_filename):
+            self.mark(f"asks whether a tensor tracks gradients ({name})", sys._getframe(1))
         if action == "read":
             self.event(func, args, kwargs, f"reads tensor data into Python ({name.strip('_')})")
             found = func(*args, **kwargs)
@@ -282,6 +295,8 @@ class Recorder(TorchFunctionMode):
             else:
                 described.append(self.describe(arg, tensors))
         described_kwargs = self.describe(kwargs, tensors) if kwargs else {}
+        if transforming():
+            self.mark(_TRANSFORM, sys._getframe(1))
         if name[-1] == "_" or name in _MAYBE_IN_PLACE or kwargs:
             self._before_write(name, args, kwargs, tensors)
         before = _versions(tensors)
@@ -311,6 +326,10 @@ class Recorder(TorchFunctionMode):
                 poison = f"takes a Python value out of {func.__name__}"
         if name in _FROM_DATA and type(out) is Tensor and not tensors[1:]:
             func, described, described_kwargs, poison = self._spelled_out(func, described, args, described_kwargs, out, poison)
+        if name in ("as_strided", "as_strided_"):
+            self.trace.strides.update(self.stack[-1:])
+            if tensors and self.trace.values[known[id(tensors[0])].value].origin == "made":
+                poison = poison or "reads memory by strides of a tensor that it computes (as_strided)"
         if name in _DATA_SHAPED and not poison and _DATA_SHAPED[name](args, kwargs):
             poison = f"makes a tensor whose size depends on the data ({name.strip('_')})"
         frame = self.stack[-1] if self.stack else -1
@@ -379,6 +398,30 @@ class Recorder(TorchFunctionMode):
             return func, described, kwargs, f"makes a tensor of a numpy array of {out.numel():,} numbers"
         return torch.tensor, [out.tolist()], {"dtype": out.dtype, "device": out.device}, poison
 
+    def mark(self, reason: str, frame: FrameType) -> None:
+        """The call that runs now does what no graph repeats, beside its operations."""
+        if self.stack and not self.trace.frames[self.stack[-1]].poison:
+            found = self.trace.frames[self.stack[-1]]
+            found.poison, found.place = reason, self.place(frame) or found.place
+
+    def layout(self, func: Any, args: Any, kwargs: Any, name: str) -> Any:
+        """How a tensor lies in memory. Where inputs lie in rows, sizes say it all."""
+        frame, tensor = sys._getframe(2), args[0]
+        if not _is_internal(frame.f_code.co_filename):
+            self.trace.strides.update(self.stack[-1:])
+            if name == "stride" and tensor.is_contiguous():
+                sizes = self.sizes_of(tensor)
+                steps: list[int] = []
+                step: int = 1
+                for size in reversed(sizes):
+                    steps.insert(0, step)
+                    step = size * step
+                dim = args[1] if len(args) > 1 else kwargs.get("dim")
+                return tuple(steps) if dim is None else steps[dim]
+            if name == "stride":
+                self.mark("reads the strides of a tensor that does not lie in rows", frame)
+        return func(*args, **kwargs)
+
     def event(self, func: Any, args: Any, kwargs: Any, poison: str) -> None:
         """A call that is no operation, about to be made."""
         frame = self.stack[-1] if self.stack else -1
@@ -393,7 +436,7 @@ class Recorder(TorchFunctionMode):
                 return self.trace.frames[self.stack[-1]].place if self.stack else None
             file = code.co_filename
             internal = _INTERNAL.get(file)
-            if not (is_internal(file) if internal is None else internal):
+            if not (_is_internal(file) if internal is None else internal):
                 line = (file, frame.f_lineno)
                 return self.places.get(line) or self.places.setdefault(line, Place(*line))
             if code is _RUN_CODE:
@@ -465,6 +508,9 @@ class Recorder(TorchFunctionMode):
             given = Contents((*args, *kwargs.values()))
             flat, spec = tree_flatten((args, kwargs))
             leaves = [self.describe(leaf) for leaf in flat]
+        if transforming():
+            self.mark(_TRANSFORM, sys._getframe(1))
+            poison = poison or _TRANSFORM
         index = len(trace.frames)
         parent = stack[-1] if stack else -1
         if self.sizes:
@@ -687,7 +733,13 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
     attributes: dict[int, str] = {}
     generators: list[Any] = []
     watched = [_Watched(path, module, attributes, generators) for path, module in model.named_modules()]
+    hidden: dict[str, nn.Parameter] = {}
+    if not any(has_hooks(module) for _, module in unregistered(model)):  # they run while recording, and a fused forward does not call them
+        hidden = hidden_parameters(model)
+        for path, parameter in hidden.items():
+            attributes.setdefault(id(parameter), path)
     recorder = Recorder(attributes)
+    recorder.trace.unregistered = frozenset(hidden)
     recorder.generators = Generators(generators)
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     recorder.kept = _Kept(leaves, watched)
@@ -804,12 +856,12 @@ def _draws(model: nn.Module, args: Any, kwargs: Any, generators: Generators) -> 
             model(*args, **kwargs)
 
     with _undisturbed(model, args, kwargs), generators.preserved():
-        return drawing(generators, lambda file: is_internal(file) or draws_itself(file), again)
+        return drawing(generators, lambda file: _is_internal(file) or draws_itself(file), again)
 
 
 def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) -> None:
     before = foreign_random_state()
-    with moves_noted(recorder.trace), recorder:
+    with moves_noted(recorder.trace), code_noted(recorder.trace, recorder.stack, _is_internal), recorder:
         model(*args, **kwargs)
     recorder.trace.draws = foreign_random_state() != before
 

@@ -14,6 +14,7 @@ import torch
 
 from .attributes import touches_in
 from .graph import Place
+from .private.transforms import of_a_transform
 from .sizes import SizeOf, SizeOp
 from .trace import MOST_NUMBERS, Event, Frame, Ref, Trace
 
@@ -39,6 +40,8 @@ def _both_empty(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
     """``torch.FloatTensor([0.5])``, made anew in every run: as good as the numbers in it, where these do not change."""
     if type(one) is not torch.Tensor or type(other) is not torch.Tensor or one.numel() > MOST_NUMBERS or one.requires_grad:
+        return False
+    if of_a_transform(one) or of_a_transform(other):
         return False
     plain = one.layout is torch.strided and one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
     return plain and not one.is_complex() and torch.equal(one, other)

@@ -27,6 +27,7 @@ from fxfuse.errors import ArgumentError
 from fxfuse.other_weights import vary_weights
 from fxfuse.packing import load_original_state_dict, original_state_dict
 from fxfuse.runs import Run, coarsest, run
+from fxfuse.unregistered import unregistered
 
 __all__ = ["Difference", "Rounding", "Spread", "Validation", "validate", "verify"]
 
@@ -235,7 +236,8 @@ class _Check:
         try:
             one, two = copy.deepcopy(self.original), copy.deepcopy(self.fused)
             for model in (one, two):
-                model._apply(_double)  # type: ignore[no-untyped-call]
+                for each in [model, *(module for _, module in unregistered(model))]:
+                    each._apply(_double)  # type: ignore[no-untyped-call]
             # Factories make float64 during this comparison, in both models: the recorded dtypes are followed, not required.
             fused_modules.accept_any_dtype(two)
         except Exception as error:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fxfuse.private.tensor_hooks import has_gradient_hooks, hook_stores
+from fxfuse.unregistered import unregistered
 
 
 def unpackable(model: nn.Module, path: str) -> tuple[dict[str, str], dict[str, Literal["parameter", "buffer"]]]:
@@ -20,7 +21,7 @@ def unpackable(model: nn.Module, path: str) -> tuple[dict[str, str], dict[str, L
     owners: dict[int, list[str]] = {}
     memory: dict[int, dict[int, str]] = {}  # address -> the tensors that begin there, each with a name
     found: dict[str, tuple[torch.Tensor, Literal["parameter", "buffer", "attribute"], nn.Module]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in [*model.named_modules(remove_duplicate=False), *unregistered(model)]:
         stem = f"{name}." if name else ""
         stores: tuple[tuple[Literal["parameter", "buffer", "attribute"], dict[str, object]], ...] = (
             ("parameter", dict(module._parameters)),

@@ -20,7 +20,7 @@ from .containers import opened
 from .inputs import clone_inputs
 from .passes.packs import Packs
 from .passes.vectorize import Vectorized
-from .runtime import graph_module
+from .runtime import graph_module, walk
 
 Case = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -92,9 +92,10 @@ class Workbench:
         for recipe in packs.recipes.values():
             if recipe.name == target:
                 with torch.no_grad():
-                    packed = recipes.pack(recipe, [_walk(self.region, member) for member in recipe.members])
+                    packed = recipes.pack(recipe, [walk(self.region, member) for member in recipe.members])
                 return nn.Parameter(packed, requires_grad=recipe.requires_grad and (packed.is_floating_point() or packed.is_complex()))
-        return _walk(self.region, target)
+        found: torch.Tensor = walk(self.region, target)
+        return found
 
     def _stepped(self, forward: Callable[[], Any], parameters: list[torch.Tensor]) -> Callable[[], object]:
         if not self.train:
@@ -122,11 +123,3 @@ class Workbench:
         except RuntimeError:
             return False
         return True
-
-
-def _walk(root: nn.Module, target: str) -> torch.Tensor:
-    at: Any = root
-    for part in target.split("."):
-        at = getattr(at, part)
-    assert isinstance(at, torch.Tensor)
-    return at

@@ -222,7 +222,7 @@ def dataflow_of(classes: list[Bundle]) -> nx.DiGraph:
 def _local(arg: Any) -> Any:
     """An argument without where it comes from: shapes, and whether it is a weight of a module."""
     if isinstance(arg, Node):
-        facts = tuple(arg.meta.get(name) for name in ("requires_grad", "shape", "dyn", "dtype"))
+        facts = tuple(arg.meta.get(name) for name in ("requires_grad", "registered", "shape", "dyn", "dtype"))
         return ("tensor", arg.op == "get_attr", *facts)
     if isinstance(arg, (list, tuple)):
         return tuple([_local(a) for a in arg])
@@ -245,7 +245,7 @@ def _key(node: Node, of: dict[Node, int], loose: set[Node], considered: tuple[st
     if node.op == "placeholder":
         return ("input", *facts)
     if node.op == "get_attr":
-        return ("attribute", *facts, meta.get("requires_grad"))
+        return ("attribute", *facts, meta.get("requires_grad"), meta.get("registered"))
     if node.op != "call_function" or not isinstance(node.target, Op) or meta.get("alone"):
         return ("alone", id(node))
     erased = POSITIONS.get(node.target.name, ())
@@ -255,7 +255,7 @@ def _key(node: Node, of: dict[Node, int], loose: set[Node], considered: tuple[st
         None if name in erased else _freeze(arg, of) for name, arg in zip(node.target.names, node.args, strict=True)
     )  # fmt: skip
     if node.target.name in TABLES:
-        args = _look_up(node, args)
+        args = _look_up(node, args, widths="shape" in considered)
     key = (node.target, args, facts, _freeze(node.kwargs, of), meta.get("place") if node in loose else None)
     try:
         hash(key)
@@ -264,10 +264,10 @@ def _key(node: Node, of: dict[Node, int], loose: set[Node], considered: tuple[st
     return key
 
 
-def _look_up(node: Node, keys: tuple[Any, ...]) -> tuple[Any, ...]:
+def _look_up(node: Node, keys: tuple[Any, ...], widths: bool = True) -> tuple[Any, ...]:
     """The keys of a look-up's arguments, but for what lanes need not agree in: the rows of a table that is held, and its padding row.
 
-    Nor, where offsets say which of them are a bag, in how many indices they are given.
+    Nor, where offsets say which of them are a bag, in how many indices they are given; nor in ``widths``, where sizes are left out.
     """
     assert isinstance(node.target, Op)
     found: list[Any] = []
@@ -275,7 +275,8 @@ def _look_up(node: Node, keys: tuple[Any, ...]) -> tuple[Any, ...]:
     for name, arg, key in zip(node.target.names, node.args, keys, strict=True):
         if name == "weight" and isinstance(arg, Node) and arg.op == "get_attr":
             meta = arg.meta
-            key = ("table", meta["shape"][1:], meta["dtype"], meta["device"], meta.get("requires_grad"))
+            facts = tuple(meta.get(fact) for fact in ("dtype", "device", "requires_grad", "registered"))
+            key = ("table", meta["shape"][1:] if widths else None, *facts)
         if name == "input" and offsets is not None and isinstance(arg, Node) and arg.op == "placeholder":
             key = ("indices", arg.meta["dtype"], arg.meta["device"])
         found.append(None if name == "padding_idx" else key)

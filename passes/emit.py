@@ -24,7 +24,7 @@ from .bundle import Bundle, Bundles
 from .functional import drop_unused, numbers_like, slice_along
 from .lifted import Lifted
 from .ops import Op
-from .outputs import treatment
+from .outputs import copies_by_size, treatment
 from .packs import Packs
 from .tidy import tidy
 from .weights import WeightReader
@@ -56,6 +56,7 @@ class Emitter(WeightReader):
         self.gathers: dict[tuple[Node, ...], Node] = {}  # what was joined for one bundle serves others
         self.choices: dict[Any, tuple[str, ...]] = {}
         self.ops: list[FusedOp] = []
+        self.op_of: dict[int, int] = {}  # where in ``ops`` a bundle is
         self.notes: list[str] = []  # what a person should know of how the packed form computes
 
     # -- operands ------------------------------------------------------------------------------------------------------------------------
@@ -117,6 +118,10 @@ class Emitter(WeightReader):
 
     def _gathered(self, nodes: list[Node]) -> Node:
         """Values from several places, one per lane, lanes in front: runs of lanes that are packed already are taken as they are."""
+        shapes = dict.fromkeys(node.meta["shape"] for node in nodes)
+        if len(shapes) > 1:
+            a, b = (list(shape) for shape in list(shapes)[:2])
+            raise CannotVectorize(f"lanes of unequal sizes, {a} against {b}: only what is elementwise or reduces other dims takes those")
         parts: list[tuple[Node, bool]] = []  # (value, it has a lane axis in front)
         run: list[Node] = []
         for node, following in zip(nodes, [*nodes[1:], None], strict=True):
@@ -189,11 +194,17 @@ class Emitter(WeightReader):
     def _stretch(self, bundle: Bundle, first: int, count: int) -> Packed:
         """Lanes of one width that lie one behind the other among others: a view."""
         assert bundle.apart is not None
-        whole, shape = self.values[bundle.index].node, bundle.members[first].meta["shape"]
-        start = sum(member.meta["shape"][bundle.apart] for member in bundle.members[:first])
+        shape = bundle.members[first].meta["shape"]
         dim, width = len(shape) + bundle.apart, int(shape[bundle.apart])
-        part = self.call(slice_along, whole, dim, start, start + count * width, 1)
-        return Packed(self.call(torch.unflatten, part, dim, (count, width)), dim)
+        return Packed(self.call(torch.unflatten, self.stretch(bundle, first, count), dim, (count, width)), dim)
+
+    def stretch(self, bundle: Bundle, first: int, count: int) -> Node:
+        """Lanes that lie one behind the other, as they lie: a view."""
+        assert bundle.apart is not None
+        whole, rank = self.values[bundle.index].node, len(bundle.members[first].meta["shape"])
+        widths = [int(member.meta["shape"][bundle.apart]) for member in bundle.members]
+        start, stop = sum(widths[:first]), sum(widths[: first + count])
+        return whole if count == len(widths) else self.call(slice_along, whole, rank + bundle.apart, start, stop, 1)
 
     def _stretches(self, bundle: Bundle, split: Callable[..., Any]) -> Node:
         """The lanes' parts of what lies end to end."""
@@ -220,9 +231,11 @@ class Emitter(WeightReader):
         """``meta["val"]`` of a copied node: as recorded, unless an operand now has other strides, which this op may pass on."""
         is_size = isinstance(node.target, Op) and node.target.name.startswith("size")
         recorded = node.meta.get("shape") is not None
-        if recorded and not any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes):
-            made.meta["val"] = self._meta(node)
-        elif is_size or (recorded and isinstance(node.target, Op)):
+        several = any(isinstance(user.target, Op) and user.target.name == "item" for user in node.users)  # values and indices
+        if not any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes) and not is_size:
+            if recorded:
+                made.meta["val"] = self._meta(node)
+        elif is_size or ((recorded or several) and isinstance(node.target, Op)):
             function: Any = node.target
             try:
                 values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
@@ -322,6 +335,7 @@ class Emitter(WeightReader):
             operands = [n.meta.get("shape") for n in bundle.members[0].all_input_nodes[:2]]
             shapes = " x ".join(str(list(shape)) for shape in operands if shape is not None)
             lanes, lowering = len(bundle.members), lowering if bundle.chunks == 1 else f"{lowering}, {bundle.chunks} chunks"
+            self.op_of[bundle.index] = len(self.ops)
             self.ops.append(FusedOp(bundle.name, bundle.whole or lanes, lowering, bundle.members[0].meta.get("place"), shapes))
         self.source = None
 
@@ -406,7 +420,8 @@ class Emitter(WeightReader):
             return node
         how = treatment(leaf, node)
         one_row = any(value.shape[d] == 1 for d in leaf.meta.get("dyn") or ())  # of which the strides of more rows cannot be told
-        if not how and not one_row and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
+        open_ends = one_row or (bool(leaf.meta.get("dyn")) and copies_by_size(node))
+        if not how and not open_ends and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
             return node
 
         def copied(node: Node) -> Node:
@@ -429,6 +444,12 @@ class Emitter(WeightReader):
             return str(chosen)
         return self.prefer if self.prefer in options else options[0]
 
+    def choose_by(self, key: tuple[Any, ...], options: tuple[str, ...]) -> str:
+        """The form of something that is no bundle of its own, told by ``key``: its name, its lanes, and the shapes that it reads."""
+        self.choices[key] = options
+        chosen = self.lowering.get(key, self.prefer)
+        return chosen if chosen in options else options[0]
+
     def choose_single(self, node: Node, options: tuple[str, ...]) -> str:
         """The spelling of a node that is in no bundle."""
         key = ("single", node.target.name, tuple(n.meta.get("shape") for n in node.all_input_nodes))  # type: ignore[union-attr]
@@ -445,4 +466,6 @@ def signature(bundle: Bundle) -> tuple[Any, ...]:
 def _restrided(before: Node, after: Any) -> bool:
     """``before``, in the recording, and ``after``: a value that a pass has made has no strides of its own yet."""
     value = after.meta.get("val") if isinstance(after, Node) else None
+    if isinstance(value, tuple):  # several results, which have a value only where they had to be found anew
+        return True
     return isinstance(value, torch.Tensor) and value.stride() != before.meta.get("stride")

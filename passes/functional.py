@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -215,28 +216,30 @@ def bag_offsets(offsets: torch.Tensor, indices: torch.Tensor, lane: torch.Tensor
     if not offsets.is_meta and offsets.shape[1]:
         inside = (offsets.clamp(0, length) == offsets).all()
         assert_async(inside > offsets[:, 0].any(), f"the bags of a lane have to begin at 0 and within its {length} indices")
-    return (offsets + lane * length).flatten()
+    return torch.add(offsets, lane, alpha=length).flatten()
 
 
-def ragged_bags(
-    indices: list[torch.Tensor], offsets: torch.Tensor, starts: torch.Tensor, last: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def ragged_bags(indices: list[torch.Tensor], offsets: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Lanes with unequal numbers of indices, laid end to end: the rows that they mean in one table, and where all bags begin.
 
-    Lane i's rows are ``starts[i]`` to ``last[i]``; an index outside becomes -1, which every look-up refuses. ``offsets``: ``[G, B]``.
+    ``rows``: ``[2, G]``, each lane's first row and its last; an index outside becomes -1, which every look-up refuses. ``offsets``:
+    ``[G, B]``.
 
-    >>> ragged_bags([torch.tensor([0, 1]), torch.tensor([2])], torch.tensor([[0, 1], [0, 1]]), torch.tensor([0, 5]), torch.tensor([4, 9]))
+    >>> ragged_bags([torch.tensor([0, 1]), torch.tensor([2])], torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0, 5], [4, 9]]))
     (tensor([0, 1, 7]), tensor([0, 1, 2, 3]))
     """
-    lengths = torch.tensor([index.shape[0] for index in indices], device=offsets.device)
-    total = sum(index.shape[0] for index in indices)
-    first, limit = (torch.repeat_interleave(each, lengths, output_size=total) for each in (starts, last))
-    rows = torch.cat(indices) + first
+    counts = [index.shape[0] for index in indices]
+    first, last = torch.cat([rows[:, lane : lane + 1].expand(2, count) for lane, count in enumerate(counts)], 1).unbind()
+    found = torch.cat(indices) + first
     if not offsets.is_meta and offsets.shape[1]:
-        inside = ((offsets >= 0) & (offsets <= lengths.unsqueeze(1))).all()
-        assert_async(inside > offsets[:, 0].any(), "the bags of a lane have to begin at 0 and within the indices of the lane")
-    begins = offsets + (lengths.cumsum(0) - lengths).unsqueeze(1)
-    return rows.masked_fill(rows != rows.clamp(first, limit), -1), begins.flatten()
+        limit = offsets.new_tensor([[0] * len(counts), counts])
+        most = torch.cat([limit[0].unsqueeze(1), limit[1].unsqueeze(1).expand(-1, offsets.shape[1] - 1)], 1)
+        inside = (offsets.clamp(limit[0, 0], most) == offsets).all()
+        assert_async(inside, "the bags of a lane have to begin at 0 and within the indices of the lane")
+    begins = offsets + offsets.new_tensor([0, *itertools.accumulate(counts)][:-1]).unsqueeze(1)
+    return found.masked_fill(found != found.clamp(first, last), -1), begins.flatten()
+
+
 _WRAPPED: dict[Callable[..., Any], Op] = {}
 
 

@@ -125,6 +125,8 @@ def _collect(graph: torch.fx.Graph, node: Node) -> None:
         return
     if len(terms) + len(less) == 2 and kept == [argument(node, "input"), argument(node, "other")]:
         return
+    if "out_stride" in node.meta and len(kept) < 2 and not less:  # a result of its own, laid out in its own way
+        return
     with graph.inserting_before(node):
         result = _one(graph, node, chain, kept or terms[:1])
         if less:

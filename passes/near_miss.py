@@ -46,7 +46,8 @@ def near_misses(bundles: Bundles, is_heavy: Callable[[Bundle], bool], region: st
             nearest = max(beside, key=lambda other: (_alike(bundle, other), len(other.members)))
             difference, at = "", place
             if lanes:
-                facts = ("dtype", "device", "requires_grad") if nearest.unequal else ()  # lanes of any width: widths do not keep it out
+                # lanes of any width: widths do not keep it out
+                facts = ("dtype", "device", "requires_grad", "registered") if nearest.unequal else ()
                 difference = _difference(bundle.members[0], nearest.members[0], facts) if facts else ""
                 difference = difference or _difference(bundle.members[0], nearest.members[0])
             if not difference:
@@ -102,7 +103,7 @@ def _alike(one: Bundle, other: Bundle) -> int:
     return count
 
 
-def _difference(one: Node, other: Node, facts: tuple[str, ...] = ("shape", "dtype", "device", "requires_grad")) -> str:
+def _difference(one: Node, other: Node, facts: tuple[str, ...] = ("shape", "dtype", "device", "requires_grad", "registered")) -> str:
     """The first argument in which two calls of one op differ, in words."""
     for name, a, b in zip(one.target.names, one.args, other.args, strict=True):  # type: ignore[union-attr]
         if isinstance(a, Node) and isinstance(b, Node):

@@ -263,7 +263,8 @@ def _match(
             overload_name,
             tuple(names),
             defaults,
-            frozenset(n for n, a in zip(names, arguments, strict=True) if a.kwarg_only),
+            # Tensor.to takes it by name only, whatever its schema says.
+            frozenset(n for n, a in zip(names, arguments, strict=True) if a.kwarg_only or n == "memory_format"),
             torch.Tag.pointwise in tags,
             torch.Tag.nondeterministic_seeded in tags,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 import torch.fx
 
 from .ops import Op
@@ -41,6 +42,16 @@ def chain(node: Node) -> list[Node]:
     while _name(found[-1]) in _VIEWS and found[-1].all_input_nodes and not _is_piece(found[-1]):
         found.append(found[-1].all_input_nodes[0])
     return found
+
+
+def copies_by_size(node: Node) -> bool:
+    """Is there a reshape on the way that has copied, and may be a view of other strides at another size?"""
+    for each in chain(node):
+        if _name(each) in ("reshape", "flatten", "ravel", "view_as", "reshape_as") and each.all_input_nodes:
+            value = each.all_input_nodes[0].meta.get("val")
+            if isinstance(value, torch.Tensor) and not value.is_contiguous():
+                return True
+    return False
 
 
 def _is_piece(node: Node) -> bool:

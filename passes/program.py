@@ -49,8 +49,15 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     generic = not (lifted.factories or trace.reads_dtype or trace.casts or _spells_dtype(graph)) and _one_dtype(leaves, graph)
     rows = _some_rows(leaves) if any(node.meta.get("some_rows") for node in graph.nodes) else []
     checks, anywhere = _strongest([*lifted.size_checks, *rows]), not (lifted.factories or trace.moves or trace.casts)
-    guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, anywhere, trace.autocast)
+    in_rows = bool(trace.strides) and any(_inside(trace, index, frame.index) for index in trace.strides)
+    guard = Guard(tuple(leaves), tuple(same), checks, equal, torch.get_default_dtype(), generic, anywhere, trace.autocast, in_rows)
     return Program(graph, guard, frame.in_spec, frame.out_spec, tuple(lifted.stores))
+
+
+def _inside(trace: Trace, at: int, outer: int) -> bool:
+    while at >= 0 and at != outer:
+        at = trace.frames[at].parent
+    return at == outer
 
 
 def _some_rows(leaves: list[object]) -> list[SizeCheck]:
@@ -119,7 +126,7 @@ def member_of(graph: torch.fx.Graph, made: torch.fx.Node, recipe: Recipe, lane: 
     """Member ``lane`` of the packed tensor ``made``, as a view in the original's shape."""
     if recipe.style == "rows":
         start, stop = recipe.row_starts()[lane : lane + 2]
-        return graph.call_function(slice_along, (made, 0, start, stop, 1))
+        return _narrowed(graph, graph.call_function(slice_along, (made, 0, start, stop, 1)), recipe, lane, 1)
     if recipe.style == "cat":
         made = graph.call_function(torch.unflatten, (made, 0, (len(recipe.members), -1)))
     made = graph.call_function(torch.select, (made, 0, lane))
@@ -127,7 +134,12 @@ def member_of(graph: torch.fx.Graph, made: torch.fx.Node, recipe: Recipe, lane: 
     if inverse != tuple(range(len(inverse))):
         made = graph.call_function(torch.permute, (made, inverse))
     if recipe.style == "padded":
-        for dim, size in enumerate(recipe.member_shape(lane)):
-            made = made if size == recipe.shape[dim] else graph.call_function(slice_along, (made, dim, 0, size, 1))
-        return made
+        return _narrowed(graph, made, recipe, lane, 0)
     return made if recipe.own_shapes is None else graph.call_function(torch.reshape, (made, recipe.own_shapes[lane]))
+
+
+def _narrowed(graph: torch.fx.Graph, made: torch.fx.Node, recipe: Recipe, lane: int, first: int) -> torch.fx.Node:
+    """A member without the zeros that fill it up, from its dim ``first`` on."""
+    for dim, size in list(enumerate(recipe.member_shape(lane)))[first:]:
+        made = made if size == recipe.shape[dim] else graph.call_function(slice_along, (made, dim, 0, size, 1))
+    return made

@@ -1,7 +1,7 @@
 """Fewer views and less memory: what the rules write step by step, in one step.
 
-Comes in: an emitted graph with meta tensors. Goes out: the same graph, in place, with the fewest views, and with ReLU and writes in the
-memory of what they read.
+Comes in: an emitted graph with meta tensors. Goes out: the same graph, in place, with the fewest views, and with activations and
+writes in the memory of what they read.
 """
 
 from __future__ import annotations
@@ -16,14 +16,22 @@ from .functional import drop_unused, index_write, index_write_
 from .views import shorten_views
 
 # What these return is new memory, and not needed for their backward.
-_FRESH = (torch.addcmul, torch.baddbmm, torch.bmm, torch.matmul, torch.add, F.linear, torch.conv1d, torch.conv2d, torch.conv3d)
+_FRESH = frozenset(
+    {torch.addcmul, torch.baddbmm, torch.bmm, torch.addmm, torch.mm, torch.matmul, torch.add, torch.sub, torch.mul, F.linear, torch.conv1d,
+     torch.conv2d, torch.conv3d, F.layer_norm, F.batch_norm, "add", "sub", "mul", "matmul", "bmm"}
+)  # fmt: skip
+# What autograd computes the gradient of from the result alone: the same numbers, written over the argument.
+_FROM_RESULT = {
+    F.relu: torch.relu_, torch.relu: torch.relu_, torch.tanh: torch.tanh_, F.tanh: torch.tanh_, torch.sigmoid: torch.sigmoid_,
+    F.sigmoid: torch.sigmoid_, torch.exp: torch.exp_, "relu": "relu_", "tanh": "tanh_", "sigmoid": "sigmoid_", "exp": "exp_",
+}  # fmt: skip
 # What these return is new memory that no backward needs either, and may be written.
 _WRITABLE = (torch.zeros, torch.ones, torch.full, torch.empty, index_write, index_write_)
 _SPLITTING = (torch.unflatten, torch.unsqueeze, torch.flatten, torch.squeeze)
 
 
 def tidy(graph: torch.fx.Graph) -> None:
-    """Shorten chains of views, and write ReLU in place."""
+    """Shorten chains of views, and write activations in place."""
     shorten_views(graph)
     _drop_round_trips(graph)
     for node in list(graph.nodes):
@@ -59,13 +67,17 @@ def _drop_round_trips(graph: torch.fx.Graph) -> None:
 
 
 def _reuse_memory(graph: torch.fx.Graph) -> None:
-    """ReLU in the memory of a product that nothing else reads: autograd keeps ReLU's result, and no product keeps its own."""
+    """ReLU, tanh and the like in the memory of what nothing else reads: autograd keeps their result, and no product keeps its own."""
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in (F.relu, torch.relu) or node.kwargs or len(node.args) != 1:
+        if node.op not in ("call_function", "call_method") or node.target not in _FROM_RESULT or node.kwargs or len(node.args) != 1:
             continue
         (source,) = node.args
-        if isinstance(source, torch.fx.Node) and source.op == "call_function" and source.target in _FRESH and len(source.users) == 1:
-            node.target = torch.relu_
+        if not isinstance(source, torch.fx.Node) or source.op not in ("call_function", "call_method") or len(source.users) != 1:
+            continue
+        value, result = source.meta.get("val"), node.meta.get("val")
+        same = isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor) and value.dtype is result.dtype
+        if same and source.target in _FRESH:
+            node.target = _FROM_RESULT[node.target]
 
 
 def _write_in_place(graph: torch.fx.Graph) -> None:

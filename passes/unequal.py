@@ -5,6 +5,7 @@ Comes in: a graph. Goes out: groups of nodes that can be computed as one althoug
 - linear layers with weights of their own that take unequal widths, give unequal widths, or both: one product of weights filled up with
   zeros, where that does not multiply the work by more than ``MOST_WASTE``;
 - linear layers and convolutions on one shared input that give unequal widths: one wide layer, nothing filled up;
+- look-ups in tables of unequal widths: one table whose rows are filled up with zeros, where that does not make it too much larger;
 - elementwise ops of one tensor on what those give.
 
 Nodes are compared by value numbers that leave sizes out: members of a group have equal histories but for sizes, so they sit at the same
@@ -34,6 +35,8 @@ MOST_WASTE = 4.0
 CONVOLUTIONS = {"conv1d": -2, "conv2d": -3, "conv3d": -4}
 
 
+# Of one tensor, over other dims than its last: each feature by itself (means of sequences of embeddings).
+REDUCTIONS = frozenset({"sum", "mean", "amax", "amin"})
 # Random, but element by element: each draws its own.
 DROPOUTS = frozenset({"dropout", "alpha_dropout"})
 
@@ -67,7 +70,9 @@ def _groups(members: list[Node], of: dict[Node, Group]) -> list[Group]:
     assert isinstance(op, Op)
     if op.name == "linear" or op.name in CONVOLUTIONS:
         return _layers(members, op)
-    if (op.pointwise and not op.random) or op.name in DROPOUTS:
+    if op.name == "embedding":
+        return _look_ups(members, op)
+    if (op.pointwise and not op.random) or op.name in DROPOUTS or (op.name in REDUCTIONS and _keeps_features(members)):
         return _elementwise(members, of)
     return []
 
@@ -110,6 +115,36 @@ def _group(members: list[Node], dim: int) -> list[Group]:
     return [Group(tuple(members), dim if len(widths) > 1 else None)]
 
 
+def _look_ups(members: list[Node], op: Op) -> list[Group]:
+    """Look-ups in tables of their own, with equally many indices."""
+    alike: dict[Any, list[Node]] = {}
+    for node in members:
+        given = dict(zip(op.names, node.args, strict=True))
+        index, weight = given["input" if "input" in op.names else "indices"], given["weight"]
+        plain = not given["sparse"] and not given["scale_grad_by_freq"] and given.get("max_norm") is None
+        if plain and _is_weight(weight) and isinstance(index, Node):
+            alike.setdefault((index.meta["shape"], index.meta["dyn"]), []).append(node)
+    found: list[Group] = []
+    for group in alike.values():
+        column = op.names.index("weight")
+        parts: list[list[Node]] = []
+        rows = own = 0
+        for member in sorted(group, key=lambda node: int(node.args[column].meta["shape"][1])):  # type: ignore[union-attr]
+            count, width = member.args[column].meta["shape"]  # type: ignore[union-attr]
+            if parts and (rows + count) * width <= MOST_WASTE * (own + count * width):
+                parts[-1].append(member)
+                rows, own = rows + count, own + count * width
+            else:
+                parts.append([member])
+                rows, own = count, count * width
+        for part in parts:
+            tables = [member.args[column] for member in part]
+            widths = {table.meta["shape"][1] for table in tables}  # type: ignore[union-attr]
+            if len(set(tables)) == len(tables) and len(widths) > 1:
+                found.append(Group(tuple(node for node in group if node in part), -1))
+    return found
+
+
 def uncast(arg: Any) -> Any:
     """What autocast casts before the call, or ``arg`` itself: lanes are told apart, laid out and packed before they are cast."""
     return arg.args[0] if isinstance(arg, Node) and isinstance(arg.target, Op) and arg.target.name == "autocast_to" else arg
@@ -141,15 +176,34 @@ def _of_like_size(members: list[Node]) -> list[list[Node]]:
     return [sorted(part, key=order.__getitem__) for part in parts]
 
 
+def _keeps_features(members: list[Node]) -> bool:
+    """Are other dims than the last reduced, in every member?"""
+    assert isinstance(members[0].target, Op)
+    for member in members:
+        given = dict(zip(members[0].target.names, member.args, strict=True))
+        dims: Any = given.get("dim")
+        listed = list(dims) if isinstance(dims, (list, tuple)) else [dims]
+        rank = len(member.all_input_nodes[0].meta["shape"])
+        if not listed or any(type(d) is not int or d % rank == rank - 1 for d in listed):
+            return False
+    return True
+
+
 def _elementwise(members: list[Node], of: dict[Node, Group]) -> list[Group]:
-    """Ops of one tensor, each on another member of one group whose results are unequal: all of them, once each."""
+    """Ops of one tensor that keep its features, each on another member of one group whose results are unequal: all of them, once each."""
     if any(len(node.all_input_nodes) != 1 for node in members):
         return []
     sources = [node.all_input_nodes[0] for node in members]
     group = of.get(sources[0])
     if group is None or group.dim is None or set(sources) != set(group.members) or len(sources) != len(group.members):
         return []
-    if any(node.meta["shape"] != source.meta["shape"] for node, source in zip(members, sources, strict=True)):
+    reduces = members[0].target.name in REDUCTIONS  # type: ignore[union-attr]
+    if reduces and group.dim != -1:
+        return []
+    pairs = list(zip(members, sources, strict=True))
+    if any(not node.meta["shape"] or node.meta["shape"][-1] != source.meta["shape"][-1] for node, source in pairs):
+        return []
+    if not reduces and any(node.meta["shape"] != source.meta["shape"] for node, source in pairs):
         return []
     by_source = dict(zip(sources, members, strict=True))
     return [Group(tuple(by_source[source] for source in group.members), group.dim)]

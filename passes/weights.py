@@ -76,7 +76,7 @@ class WeightReader(Writer):
     def table(self, nodes: list[Node]) -> tuple[Node, list[int]] | str:
         """The lanes' own tables as rows of one, ``[V0 + V1 + ..., *rest]``, and where each lane's rows begin; else why they cannot be.
 
-        Tables may differ in their number of rows, and one may serve several lanes.
+        Tables may differ in their number of rows, and one may serve several lanes. Rows of unequal widths are filled up with zeros.
         """
         targets = [str(node.target) for node in nodes]
         distinct = list(dict(zip(targets, nodes, strict=True)).values())
@@ -92,8 +92,9 @@ class WeightReader(Writer):
         if held is None and not any(name in self.packs.where for name in names):
             shapes = tuple(tuple(node.meta["shape"]) for node in distinct)
             equal = len(set(shapes)) == 1
+            row = tuple(max(sizes) for sizes in zip(*(shape[1:] for shape in shapes), strict=True))
             recipe = Recipe(
-                self.packs.name(names), names, shapes[0], tuple(range(len(shapes[0]))), "cat" if equal else "rows",
+                self.packs.name(names), names, (shapes[0][0], *row), tuple(range(len(shapes[0]))), "cat" if equal else "rows",
                 self.packs.kinds.get(names[0], "parameter"), bool(nodes[0].meta.get("requires_grad")), None if equal else shapes,
             )  # fmt: skip
             self.packs.recipes[names] = recipe

@@ -135,6 +135,7 @@ class Writes(Indexing):
         node = self.graph.get_attr(target)
         self._describe(node, value)
         node.meta["requires_grad"] = seen.tensor.requires_grad
+        node.meta["registered"] = seen.name not in self.trace.unregistered
         self.env[value] = node
         return node
 

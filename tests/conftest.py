@@ -1,6 +1,27 @@
 """Settings of every test run."""
 
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import shutil
+import tempfile
+
+import pytest
 import torch
 
 # The tests' tensors are tiny: a second thread costs more than it does, and two test processes share two cores.
 torch.set_num_threads(1)
+
+# Plans of the user's are not for tests to read or write; nor those of another test.
+_plans = tempfile.mkdtemp(prefix="fxfuse-plans-")
+atexit.register(shutil.rmtree, _plans, ignore_errors=True)
+_numbers = itertools.count()
+os.environ.pop("FXFUSE_CACHE", None)
+os.environ["FXFUSE_CACHE_DIR"] = os.path.join(_plans, "shared")
+
+
+@pytest.fixture(autouse=True)
+def _plans_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", os.path.join(_plans, str(next(_numbers))))

@@ -192,24 +192,31 @@ SAMPLES: dict[str, list[Sample]] = {
     **{name: _convolution(name) for name in "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()},
     "prelu": [call(F.prelu, (3, 2, 4), (2,)), call(F.prelu, (3, 2), (1,)), call(F.prelu, (4,), (1,))],
     "layer_norm": [
-        call(lambda x, w, b: F.layer_norm(x, (4,), w, b), (2, 3, 4), (4,), (4,)), call(lambda x: F.layer_norm(x, (3, 4)), (2, 3, 4)),
-        call(lambda x, w: F.layer_norm(x, (4,), w), (3, 4), (4,)), of_module(lambda: nn.LayerNorm(4), (3, 4)),
+        call(lambda x, w, b: F.layer_norm(x, (4,), w, b), (2, 3, 4), (4,), (4,)),
+        call(lambda x: F.layer_norm(x, (3, 4), eps=0.3), (2, 3, 4)),
+        call(lambda x, w: F.layer_norm(x, (4,), w), (3, 4), (4,)), of_module(lambda: nn.LayerNorm(4, 0.3), (3, 4)),
     ],
     "batch_norm": [
         of_module(lambda: nn.BatchNorm1d(3, track_running_stats=False), (5, 3)),
-        of_module(lambda: nn.BatchNorm2d(3, track_running_stats=False), (4, 3, 2, 2)),
+        of_module(lambda: nn.BatchNorm2d(3, eps=0.3, track_running_stats=False), (4, 3, 2, 2)),
+        of_module(lambda: nn.BatchNorm1d(3).eval(), (5, 3)), of_module(lambda: nn.BatchNorm1d(3, momentum=None).eval(), (5, 3)),
+        of_module(lambda: nn.BatchNorm2d(3, 0.3, 0.3, affine=False).eval(), (4, 3, 2, 2)),
         call(lambda x: F.batch_norm(x, None, None, training=True), (5, 3)),  # weights as slices: torch's own gradient is wrong there
     ],
     **{name: [
-        of_module(lambda: nn.BatchNorm1d(3), (5, 3)), of_module(lambda: nn.BatchNorm2d(3, affine=False, momentum=0.3), (4, 3, 2, 2)),
+        of_module(lambda: nn.BatchNorm1d(3), (5, 3)), of_module(lambda: nn.BatchNorm2d(3, 0.3, 0.3, affine=False), (4, 3, 2, 2)),
     ] for name in ("batch_norm_update", "add_")},
-    "cumulative_batch_norm": [of_module(lambda: nn.BatchNorm1d(3, momentum=None), (5, 3), oracle=False)],
+    "cumulative_batch_norm": [of_module(lambda: nn.BatchNorm1d(3, 0.3, None), (5, 3), oracle=False)],
     "instance_norm_update": [
-        of_module(lambda a=a: nn.InstanceNorm1d(3, affine=a, track_running_stats=True), (2, 3, 4)) for a in (True, False)
+        of_module(lambda a=a: nn.InstanceNorm1d(3, 0.3, 0.4, affine=a, track_running_stats=True), (2, 3, 4)) for a in (True, False)
     ],
-    "instance_norm": [of_module(lambda: nn.InstanceNorm1d(3, affine=True), (2, 3, 4)), call(lambda x: F.instance_norm(x), (2, 3, 4))],
-    "group_norm": [of_module(lambda: nn.GroupNorm(2, 4), (3, 4, 2)), call(lambda x: F.group_norm(x, 2), (3, 4))],
-    "rms_norm": [call(lambda x, w: F.rms_norm(x, (4,), w, 1e-6), (3, 4), (4,)), call(lambda x: F.rms_norm(x, (4,)), (2, 3, 4))],
+    "instance_norm": [
+        of_module(lambda: nn.InstanceNorm1d(3, 0.3, affine=True), (2, 3, 4)),
+        of_module(lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True).eval(), (2, 3, 4)),
+        call(lambda x: F.instance_norm(x, eps=0.3), (2, 3, 4)),
+    ],
+    "group_norm": [of_module(lambda: nn.GroupNorm(2, 4, 0.3), (3, 4, 2)), call(lambda x: F.group_norm(x, 2, eps=0.3), (3, 4))],
+    "rms_norm": [call(lambda x, w: F.rms_norm(x, (4,), w, 0.3), (3, 4), (4,)), call(lambda x: F.rms_norm(x, (4,)), (2, 3, 4))],
     "local_response_norm": [call(lambda x: F.local_response_norm(x, 2), (2, 4, 3))],
     "embedding": [call(F.embedding, below(5, 3), (5, 4)), call(lambda w: F.embedding(torch.tensor([[1, 0], [3, 3]]), w), (5, 4))],
     "embedding_bag": [call(lambda i, w: F.embedding_bag(i, w, mode="mean"), below(5, 3, 2), (5, 4), oracle=False)],

@@ -150,8 +150,9 @@ def test_a_plain_list_of_modules_does_not_appear_in_parameters():
             return self.last(torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1))
 
     model = Hidden().double()
-    fused = refused(model, "uses a trainable tensor that no module of the model holds")
+    fused = handled(model, 4)
     assert [name for name, _ in fused.named_parameters()] == ["last.weight", "last.bias"]
+    assert list(fused.state_dict()) == ["last.weight", "last.bias"]
 
 
 # -- hooks on modules -------------------------------------------------------------------------------------------------------------

@@ -324,3 +324,27 @@ def test_functional_dropout_with_the_flag_of_the_module() -> None:
             return torch.cat(outs, 1)
 
     handled(randomized(Model()), 3)
+
+
+TRANSFORMS = {
+    "vmap beside the loop": lambda s, x: s.loop(x) + torch.vmap(lambda i: torch.where(i > 1, 1.0, torch.tensor(0.5)))(torch.arange(4)),
+    "vmap of vmap": lambda s, x: s.loop(x) @ torch.vmap(torch.vmap(lambda a, b: (a >= b) & torch.tensor(True), (None, 0)), (0, None))(
+        torch.arange(4), torch.arange(4)).double(),
+    "vmap of the loop": lambda s, x: torch.vmap(lambda row: s.loop(row[None])[0])(x),
+    "grad": lambda s, x: s.loop(x) + torch.func.grad(lambda y: (y**2).sum())(x),
+    "jvp of the loop": lambda s, x: torch.func.jvp(s.loop, (x,), (torch.ones_like(x),))[1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TRANSFORMS)
+def test_transforms_inside_of_forward(what: str) -> None:
+    """Tensors of a transform are dead after it: nothing of what it runs is looked at later, and the call that runs it stays."""
+    class Transformed(Nets):
+        def loop(self, x):
+            return super().forward(x)
+
+        def forward(self, x):
+            return TRANSFORMS[what](self, x)
+
+    model = randomized(Transformed())
+    refused(model, "runs inside a transform of torch.func (vmap, grad and their like)")

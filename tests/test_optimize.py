@@ -62,6 +62,8 @@ def reasons(fused: nn.Module) -> str:
         ({"validate": None}, "validate must be True or False, None came"),
         ({"strict": "yes"}, "strict must be True or False, 'yes' came"),
         ({"inplace": 1}, "inplace must be True or False, 1 came"),
+        ({"progress": None}, "progress must be True or False, None came"),
+        ({"cache": "no"}, "cache must be True or False, 'no' came"),
         ({"min_lanes": 1}, "min_lanes must be a whole number of at least 2, 1 came"),
         ({"min_lanes": 2.5}, "min_lanes must be a whole number of at least 2, 2.5 came"),
         ({"max_memory": -1}, "max_memory must be a positive number of bytes or None, -1 came"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.private import (
+    aotinductor,
     asserts,
     autocast,
     custom_pass,
@@ -27,6 +28,7 @@ from fxfuse.private import (
     module_hooks,
     parse_to,
     profiler,
+    pt2_archives,
     pytree,
     recurrent,
     schemas,
@@ -288,6 +290,10 @@ def test_transforms() -> None:
     look(torch.zeros(3))
     assert inside == [True, True, False]
     assert not transforms.transforming()
+    kept: list[Tensor] = []
+    torch.vmap(lambda x: kept.append(x) or x.sum())(torch.zeros(2, 3))  # type: ignore[func-returns-value]
+    assert transforms.of_a_transform(kept[0])
+    assert not transforms.of_a_transform(torch.zeros(3))
 
 
 def test_vmap_fallback() -> None:
@@ -578,3 +584,26 @@ def test_tensor_guards_with_strides() -> None:
     assert tensor_guards.alike([square])(square.t())
     assert not tensor_guards.alike([square], strides=True)(square.t())
     assert tensor_guards.alike([square], strides=True)(torch.ones(2, 2))
+
+
+def test_pt2_archives(tmp_path) -> None:
+    """The records of a file that torch.export wrote, and its folders."""
+    path = tmp_path / "net.pt2"
+    torch.export.save(torch.export.export(nn.Linear(2, 3), (torch.zeros(4, 2),)), path)
+    records = pt2_archives.Records(path)
+    assert records.read(pt2_archives.FORMAT) == b"pt2"
+    folders = (pt2_archives.WEIGHTS, pt2_archives.CONSTANTS, pt2_archives.SAMPLES, pt2_archives.MODELS)
+    for folder in folders:
+        assert [name for name in records.names if name.startswith(folder)], folder
+    assert records.size(f"{pt2_archives.WEIGHTS}weight_0") in (12, 24)
+    assert pt2_archives.AOTINDUCTOR == "data/aotinductor/"
+    with pytest.raises(RuntimeError):
+        pt2_archives.Records(tmp_path / "none.pt2")
+
+
+def test_aotinductor() -> None:
+    """Compiling is tested where packages are written; here, that the functions are there."""
+    assert callable(torch._inductor.aoti_compile_and_package)
+    assert callable(torch._inductor.aoti_load_package)
+    with pytest.raises(Exception, match="zip archive"):
+        aotinductor.load_package("none.pt2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import checks
 import fxfuse
+from fxfuse import launches
 
 LANES = 3
 
@@ -387,6 +389,19 @@ def test_encoders(options: dict[str, Any]) -> None:
     model.eval(), fused.eval()
     with torch.no_grad():  # where torch itself takes its fast path
         checks.assert_close(fused(checks.randn(3, 5, LANES, 8)), model(checks.randn(3, 5, LANES, 8)), "fast path")
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize(("mode", "fuses"), [("train", True), ("infer", False)])
+def test_for_inference_torchs_one_launch_per_layer_is_fewer(mode: Any, fuses: bool) -> None:
+    model, x = checks.randomized(Encoders(0, batch_first=True)), checks.randn(4, 5, LANES, 8)
+    fused = fxfuse.optimize(model, x, objective="launches", mode=mode, validate=False)
+    assert bool(fxfuse.report(fused).fused) is fuses, fxfuse.report(fused)
+    with torch.no_grad():
+        before, after = (launches.count(lambda m=m: m.eval()(x)) for m in (model, fused))
+    if not fuses:
+        assert after.total == before.total
+        assert re.search(r"packed launches \d+ ops, the loop \d+", str(fxfuse.report(fused).refused[-1]))
 
 
 def test_encoders_with_dropout() -> None:

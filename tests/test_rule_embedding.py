@@ -378,6 +378,17 @@ def test_bags_by_offsets_of_unequal_numbers_of_indices() -> None:
             each([*x[0][:3], torch.tensor([0, 2, 3, 99]), *x[0][4:]], x[1])
 
 
+def test_eight_lanes_are_enough_for_bags_of_unequal_numbers() -> None:
+    """What joins and checks them launches no more than it saves."""
+    model = checks.randomized(DLRM(mode="mean"))
+    x = [torch.tensor([0, 2, 2 + k % 3, 5]) for k in range(8)], [torch.arange(7 + k) % size for k, size in enumerate(ROWS)]
+    fused = fxfuse.optimize(model, x, objective="launches")
+    assert not fxfuse.report(fused).refused
+    checks.assert_equal_models(model, fused, [(x, {}), (([*x[0][1:], x[0][0]], [index.flip(0) for index in x[1]]), {})])
+    checks.assert_heavy(fused, x, 1)
+    assert not fxfuse.report(fused).fallbacks
+
+
 @pytest.mark.parametrize("offsets", [[0, 7], [1, 2], [0, -1]])
 def test_offsets_that_leave_the_lane_raise(offsets: list[int]) -> None:
     model = checks.randomized(DLRM(mode="sum"))
@@ -518,9 +529,9 @@ def test_they_stay_alone() -> None:
             self.nets = nn.ModuleList(nn.Linear(5, 3) for _ in range(3))
 
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return *[table(x[:, i]) for i, table in enumerate(self.tables)], *[net(y).tanh() for net in self.nets]
+            return *[table(x[:, i, : 1 + i // 2]) for i, table in enumerate(self.tables)], *[net(y).tanh() for net in self.nets]
 
-    model, x = Pairs().double(), (torch.randint(0, 2, (6, 8)), torch.randn(6, 5, dtype=torch.float64))
+    model, x = Pairs().double(), (torch.randint(0, 2, (6, 8, 4)), torch.randn(6, 5, dtype=torch.float64))
     fused = fxfuse.optimize(model, x, objective="launches", tune=False)
     report = fxfuse.report(fused)
     assert "linear" in [op.op for op in report.fused[0].ops]
@@ -544,9 +555,9 @@ def test_they_stay_alone_in_chunks_too() -> None:
             self.nets = nn.ModuleList(nn.Linear(5, 64) for _ in range(3))
 
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return *[table(x[:, i]) for i, table in enumerate(self.tables)], *[net(y).tanh() for net in self.nets]
+            return *[table(x[:, i, : 1 + i // 2]) for i, table in enumerate(self.tables)], *[net(y).tanh() for net in self.nets]
 
-    model, x = Wide().double(), (torch.randint(0, 2, (512, 8)), torch.randn(512, 5, dtype=torch.float64))
+    model, x = Wide().double(), (torch.randint(0, 2, (512, 8, 4)), torch.randn(512, 5, dtype=torch.float64))
     options = {"objective": "launches", "tune": False, "mode": "infer"}
     whole = fxfuse.optimize(model, x, **options)
     (left,) = {each.reason for each in fxfuse.report(whole).refused}

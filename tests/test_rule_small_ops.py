@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_ops import LAYOUTS, Ops, assert_ops_fuse
-from torch import nn
+from torch import Tensor, nn
 
 import fxfuse
+from checks import QUICK, assert_equal_models, assert_fused_equals, mlp, model_of, randn, randomized
 
 SCANS = "cumsum cumprod logcumsumexp argsort softmax log_softmax".split()
 
@@ -180,3 +181,44 @@ def test_numbers_of_another_dtype_in_plain_attributes_promote_as_in_the_loop(nam
     got, want = fused(x), model(x)
     assert got.dtype is want.dtype
     torch.testing.assert_close(got, want, equal_nan=True)
+
+
+CASTS = {
+    "dtype": lambda y: y.to(torch.float64, memory_format=torch.contiguous_format),
+    "all by place": lambda y: y.to(torch.float64, False, True, memory_format=torch.preserve_format),
+    "all by name": lambda y: y.to(dtype=torch.float64, memory_format=torch.contiguous_format),
+    "device and dtype": lambda y: y.to("cpu", torch.float64, memory_format=torch.contiguous_format),
+    "as another tensor": lambda y: y.to(y, memory_format=torch.contiguous_format),
+    "clone": lambda y: y.clone(memory_format=torch.contiguous_format),
+    "contiguous": lambda y: y.contiguous(memory_format=torch.contiguous_format),
+}
+
+
+@pytest.mark.parametrize("spelling", CASTS)
+def test_memory_formats(spelling: str) -> None:
+    """``Tensor.to`` takes it by name only, other than its schema says; in lanes and between two loops."""
+    cast = CASTS[spelling]
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = torch.cat([net(cast(x[:, i : i + 1])) for i, net in enumerate(self.first)], 1)
+        return torch.cat([net(cast(x)[:, i : i + 1]) for i, net in enumerate(self.second)], 1)
+
+    model = model_of(forward, first=nn.ModuleList(mlp() for _ in range(4)), second=nn.ModuleList(mlp() for _ in range(4)))
+    assert_fused_equals(randomized(model), randn(5, 4), heavy=4, **QUICK)
+
+
+@pytest.mark.parametrize("how", ["to", "contiguous"])
+def test_channels_last_in_lanes(how: str) -> None:
+    """Fused or left as it is: in any case without a failure, and with equal numbers."""
+    def forward(self: Any, x: Tensor) -> Tensor:
+        def given(y: Tensor) -> Tensor:
+            last = torch.channels_last
+            return y.to(torch.float64, memory_format=last) if how == "to" else y.contiguous(memory_format=last)
+
+        return torch.cat([net(given(x[:, 2 * i : 2 * i + 2])) for i, net in enumerate(self.nets)], 1)
+
+    model = randomized(model_of(forward, nets=nn.ModuleList(nn.Conv2d(2, 3, 3) for _ in range(3))))
+    x = randn(2, 6, 5, 5)
+    fused = fxfuse.optimize(model, x, objective="launches", **QUICK)
+    assert "fxfuse failed" not in str(fxfuse.report(fused))
+    assert_equal_models(model, fused, [(x, {}), (randn(3, 6, 7, 7, seed=2), {})])

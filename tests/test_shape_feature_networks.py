@@ -325,7 +325,7 @@ class LoopInWhile(LoopOverRange):
     LoopOverRange, LoopOverShape, LoopOverZip, LoopOverEnumerate, LoopOverDict, LoopWithHelper, LoopByAttributeName, LoopInWhile,
 ])
 def test_every_loop(loop):
-    assert_fused_equals(randomized(loop()), randn(6, 4), heavy=2)
+    assert_fused_equals(randomized(loop()), randn(6, 4), most_heavy=2)
 
 
 class InsideABiggerModel(nn.Module):

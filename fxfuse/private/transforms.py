@@ -1,6 +1,7 @@
 """Is this code run by a transform of ``torch.func`` (vmap, grad, functional_call inside one)?
 
-Private: ``torch._C._are_functorch_transforms_active``. Tensors made inside a transform are dead outside of it; nothing public tells.
+Private: ``torch._C._are_functorch_transforms_active``, ``torch._C._functorch.is_functorch_wrapped_tensor``. Tensors made inside a transform
+are dead outside of it; nothing public tells.
 """
 
 from __future__ import annotations
@@ -15,3 +16,12 @@ def transforming() -> bool:
     False
     """
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def of_a_transform(tensor: torch.Tensor) -> bool:
+    """Was this tensor made inside a transform, which may be over by now? Its numbers cannot be read then.
+
+    >>> of_a_transform(torch.zeros(2))
+    False
+    """
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))

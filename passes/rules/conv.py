@@ -1,7 +1,7 @@
 """Convolutions, 1d to 3d and transposed.
 
 - own inputs, own weights: one grouped convolution, lanes merged with the channels (``[N, G * C, ...]``, ``groups * G``); for kernels of
-  size 1 also ``bmm``, the same map as a Linear.
+  size 1 also ``bmm``, the same map as a Linear; for others, of one group, ``unfold``: windows and one batched product.
 - one shared weight: the same convolution, lanes folded into the batch.
 - one shared input: with ``groups == 1`` one convolution with the output channels of all lanes; with more groups the output
   channels of the lanes would interleave, so the input is repeated per lane and the groups multiplied.
@@ -20,6 +20,7 @@ from ..writer import CannotVectorize, Packed
 from .base import rank, rule
 from .fold import fold, unfold
 from .linear import bias_of
+from .windows import geometry, windows
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "conv1d": torch.conv1d, "conv2d": torch.conv2d, "conv3d": torch.conv3d,
@@ -40,6 +41,8 @@ def _conv(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
         value, lowering = _shared_weight(emitter, bundle, x, bias), "fold into batch"
     elif _is_pointwise(bundle) and emitter.choose(bundle, _options(bundle, x)) == "bmm":
         value, lowering = _matrix(emitter, bundle, x, weight_nodes, bias), "bmm"
+    elif _as_windows(emitter, bundle, x):
+        value, lowering = _matrix(emitter, bundle, x, weight_nodes, bias, geometry(bundle)), "unfold"
     else:
         value, lowering = _own_weights(emitter, bundle, x, weight_nodes, bias), "grouped_conv" if x.dim is not None else "wide_conv"
     if not batched:
@@ -47,6 +50,12 @@ def _conv(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
         lane = None if value.dim is None else value.dim - (at < value.dim)
         value = Packed(emitter.call(torch.squeeze, value.node, at), lane)
     return value, lowering
+
+
+def _as_windows(emitter: Emitter, bundle: Bundle, x: Packed) -> bool:
+    if x.dim is None or _is_pointwise(bundle) or geometry(bundle) is None:
+        return False
+    return emitter.choose(bundle, ("grouped_conv", "unfold")) == "unfold"
 
 
 def _options(bundle: Bundle, x: Packed) -> tuple[str, ...]:
@@ -116,12 +125,15 @@ def _all(value: Any, number: int) -> bool:
     return all(v == number for v in value) if isinstance(value, (tuple, list)) else value == number
 
 
-def _matrix(emitter: Emitter, bundle: Bundle, x: Packed, weight_nodes: list[Node], bias: Packed | None) -> Packed:
-    """``[G, N, C, *S]`` as rows ``[G, N * S, C]`` times ``[G, C, M]``."""
+def _matrix(
+    emitter: Emitter, bundle: Bundle, x: Packed, weight_nodes: list[Node], bias: Packed | None,
+    dims: list[tuple[int, int, int, int, int]] | None = None,
+) -> Packed:  # fmt: skip
+    """``[G, N, C, *S]`` as rows ``[G, N * S, C]`` times ``[G, C, M]``; with ``dims``, each row a window."""
     lanes = len(bundle.members)
     front = emitter.front(x, lanes)
     spatial = len(front.meta["val"].shape) - 3
-    moved = emitter.call(torch.movedim, front, 2, -1)  # [G, N, *S, C]
+    moved = emitter.call(torch.movedim, front, 2, -1) if dims is None else windows(emitter, front, dims)  # [G, N, *S, C]
     rows = emitter.call(torch.flatten, moved, 1, spatial + 1)
     stored = emitter.weights(weight_nodes, None, "cat")  # as a convolution stores it: the recipe keeps the member's own dims
     if stored is None:

@@ -23,12 +23,13 @@ from ..emit import Emitter
 from ..functional import bag_offsets, ragged_bags
 from ..ops import Op
 from ..writer import CannotVectorize, Packed
-from .base import rule
+from .base import rank, rule
 from .fold import fold, unfold
 
 
 @rule("embedding", heavy=True)
-def _embedding(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
+def embedding(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
+    """One look-up for all lanes, in rows as wide as the widest table's. Those of unequal tables come side by side: ``[..., G, D]``."""
     op = bundle.op
     assert op is not None
     index_name = "input" if "input" in op.names else "indices"  # F.embedding, torch.embedding
@@ -48,6 +49,9 @@ def _embedding(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
         table = emitter.single(nodes[0])
         return Packed(emitter.call(F.embedding, index.node, table, padding[0], None, 2.0, frequency, sparse), index.dim), "one table"
     table, starts = _own_tables(emitter, bundle, nodes, frequency, sparse)
+    if bundle.unequal:  # where they are to lie end to end: the indices are moved, and not the rows
+        last = rank(_lane_indices(bundle, index_name)[0])
+        index = Packed(emitter.at(Packed(emitter.front(index, len(bundle.members)), 0), last), last)
     rows = own_rows(emitter, index, _lane_indices(bundle, index_name), starts, [int(node.meta["shape"][0]) for node in nodes])
     looked_up = emitter.call(F.embedding, rows.node, table, None, None, 2.0, frequency, sparse)
     if any(p is not None for p in padding) and nodes[0].meta.get("requires_grad"):
@@ -124,9 +128,8 @@ def _ragged(emitter: Emitter, bundle: Bundle, offsets: Packed, starts: list[int]
     device = emitter.device(bundle.members)
     last = [start + size - 1 for start, size in zip(starts, sizes, strict=True)]
     indices = [emitter.single(node) for node in _lane_indices(bundle, "input")]
-    both = emitter.call(
-        ragged_bags, indices, emitter.front(offsets, len(bundle.members)), emitter.constant(starts, device), emitter.constant(last, device)
-    )
+    rows = emitter.call(torch.unflatten, emitter.constant([*starts, *last], device), 0, (2, len(starts)))
+    both = emitter.call(ragged_bags, indices, emitter.front(offsets, len(bundle.members)), rows)
     return emitter.call(operator.getitem, both, 0), emitter.call(operator.getitem, both, 1)
 
 

@@ -18,18 +18,26 @@ from ..emit import Emitter
 from ..joins import is_op, is_plain_add
 from ..writer import CannotVectorize, Packed
 from .base import rank, rule
+from .folded import folded
 
 KIND = "joins"  # in the README's table
 
 
-def _lane_runs(emitter: Emitter, nodes: list[Node]) -> list[tuple[Bundle | None, list[Node]]]:
-    """Consecutive operands that are lanes of one packed value; others one by one."""
+def _lane_runs(emitter: Emitter, nodes: list[Node], dim: int | None) -> list[tuple[Bundle | None, list[Node]]]:
+    """Consecutive operands that are lanes of one packed value, or lie end to end in the dim in which they are joined; others one by one."""
     runs: list[tuple[Bundle | None, list[Node]]] = []
     for node in nodes:
-        bundle = emitter.bundles.bundle(node)
-        if bundle is not None and (bundle.index not in emitter.values or emitter.values[bundle.index].dim is None):
+        bundle = emitter.bundles.end_to_end(node)
+        if bundle is not None and bundle.index not in emitter.values:
             bundle = None
-        if bundle is not None and runs and runs[-1][0] is bundle:
+        elif bundle is not None and bundle.apart is not None:
+            bundle = bundle if dim == rank(node) + bundle.apart else None
+        elif bundle is not None and emitter.values[bundle.index].dim is None:
+            bundle = None
+        follows = bundle is not None and runs and runs[-1][0] is bundle
+        if follows and bundle is not None and bundle.apart is not None:
+            follows = emitter.bundles.position[node] == emitter.bundles.position[runs[-1][1][-1]] + 1
+        if follows:
             runs[-1][1].append(node)
         else:
             runs.append((bundle, [node]))
@@ -45,16 +53,18 @@ def join(emitter: Emitter, node: Node) -> Any:
     """The packed form of a single ``cat``, ``stack``, chain or addition of lanes; None where it joins no lanes."""
     for name in _CHAINS:
         if is_op(node, name):
-            return _chain(emitter, name, list(node.args[0]))  # type: ignore[arg-type]
+            return _chain(emitter, name, list(node.args[0]), node)  # type: ignore[arg-type]
     if is_plain_add(node):
-        return _chain(emitter, "sum_of", [node.args[0], node.args[1]])  # type: ignore[list-item]
+        return _chain(emitter, "sum_of", [node.args[0], node.args[1]], node)  # type: ignore[list-item]
+    if is_op(node, "sum") or is_op(node, "mean"):
+        return _sum_of_join(emitter, node)
     if is_op(node, "cat") or is_op(node, "stack"):
         tensors, dim = node.args
-        runs = _lane_runs(emitter, list(tensors))  # type: ignore[arg-type]
-        if all(bundle is None for bundle, _ in runs):
-            return None
         dim = int(dim)  # type: ignore[arg-type]
         stack = is_op(node, "stack")
+        runs = _lane_runs(emitter, list(tensors), None if stack else dim)  # type: ignore[arg-type]
+        if all(bundle is None for bundle, _ in runs):
+            return None
         parts = [_part(emitter, bundle, members, dim, stack) for bundle, members in runs]
         return parts[0] if len(parts) == 1 else emitter.call(torch.cat, parts, dim)
     return None
@@ -64,6 +74,8 @@ def _part(emitter: Emitter, bundle: Bundle | None, members: list[Node], dim: int
     if bundle is None:
         single = emitter.single(members[0])
         return emitter.call(torch.unsqueeze, single, dim) if stack else single
+    if bundle.apart is not None:
+        return emitter.stretch(bundle, emitter.bundles.position[members[0]], len(members))
     moved = emitter.at(_lanes(emitter, bundle, members), dim)
     return moved if stack else emitter.call(torch.flatten, moved, dim, dim + 1)
 
@@ -91,7 +103,39 @@ def _over_lanes(emitter: Emitter, name: str, value: Node, dim: int) -> Node:
     return emitter.call(_CHAINS[name][0], value, dim) if exact else emitter.call(_CHAINS[name][0], value, dim, dtype=dtype)
 
 
-def _chain(emitter: Emitter, name: str, nodes: list[Node]) -> Any:
+def _sum_of_join(emitter: Emitter, node: Node) -> Any:
+    """``stack(lanes, d).sum(d)``, or the mean, where it folds into the lanes' last layer; else None: it is a sum over the packed lanes."""
+    given: dict[str, Any] = dict(zip(node.target.names, node.args, strict=True))  # type: ignore[union-attr]
+    source: Any = given["input"]
+    dims = given.get("dim")
+    stack = is_op(source, "stack")
+    if not (stack or is_op(source, "cat")) or set(source.users) != {node} or given.get("dtype") is not None:
+        return None
+    tensors, dim, dtype = list(source.args[0]), int(source.args[1]), source.meta["dtype"]
+    if (list(dims) if isinstance(dims, (list, tuple)) else [dims]) not in ([dim], [dim - len(source.meta["shape"])]):
+        return None
+    if not (dtype.is_floating_point or dtype.is_complex) or any(t.meta["dtype"] is not dtype for t in tensors):
+        return None
+    if not stack and any(t.meta["shape"][dim] != 1 or dim in t.meta["dyn"] for t in tensors):
+        return None
+    groups: dict[int, list[Node]] = {}
+    for tensor in tensors:
+        bundle = emitter.bundles.bundle(tensor)
+        if bundle is None:
+            return None
+        groups.setdefault(bundle.index, []).append(tensor)
+    parts = [folded(emitter, members, source) for members in groups.values()]
+    if any(part is None for part in parts):
+        return None
+    total = functools.reduce(lambda a, b: emitter.call(torch.add, a, b), parts)
+    if is_op(node, "mean"):
+        total = emitter.call(torch.div, total, float(len(tensors)))
+    if stack and given.get("keepdim"):
+        return emitter.call(torch.unsqueeze, total, dim)
+    return total if stack or given.get("keepdim") else emitter.call(torch.squeeze, total, dim)
+
+
+def _chain(emitter: Emitter, name: str, nodes: list[Node], reader: Node) -> Any:
     """One op for all lanes of a bundle among ``nodes``, combined with what else there is; None where there are none."""
     if _as_written(name, len(nodes)):
         return None
@@ -111,6 +155,10 @@ def _chain(emitter: Emitter, name: str, nodes: list[Node]) -> Any:
             alone.extend(members)
             continue
         members.sort(key=lambda n: emitter.bundles.position[n])
+        whole = folded(emitter, members, reader) if name == "sum_of" and len(set(nodes)) == len(nodes) else None
+        if whole is not None:
+            terms.append(whole)
+            continue
         value = _lanes(emitter, emitter.bundles.classes[index], members)
         assert value.dim is not None
         terms.append(_over_lanes(emitter, name, value.node, value.dim))

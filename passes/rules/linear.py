@@ -2,7 +2,8 @@
 
 - own inputs, own weights: ``baddbmm`` (weights stored ``[G, K, M]``); for K = 1 ``addcmul`` (an outer product), for M = 1 a product and
   a sum (``dot``) or the product ``from_left``; ``bmm_transposed`` (weights stored ``[G, M, K]``); ``grouped_conv``,
-  the literal rewrite of the forum threads, batch on the length axis.
+  the literal rewrite of the forum threads, batch on the length axis. For K = 1 and M = 1 also with the lanes behind the batch,
+  ``[N, G, ...]``: ``addcmul_behind`` and ``dot_behind``, where what comes in or goes out is laid out so.
 - one shared input: one wide Linear, ``[N, K] x [K, G * M]``.
 - one shared weight: the same Linear on the packed input, which folds the lanes into its batch.
 """
@@ -77,11 +78,15 @@ def _own(emitter: Emitter, bundle: Bundle, x: Packed, weight_nodes: list[Node]) 
         options.append("from_left")
     if in_features == 1:
         options.insert(0, "addcmul")
+    distinct = _shared_by_calls(emitter, bundle, weight_nodes)
+    if x.dim is not None and distinct is None and 1 in (out_features, in_features):
+        options.extend(name for name, width in (("addcmul_behind", in_features), ("dot_behind", out_features)) if width == 1)
     lowering = emitter.choose(bundle, tuple(options))
     bias = bias_of(emitter, bundle)
+    if lowering.endswith("_behind"):
+        return _behind(emitter, bundle, x, weight_nodes, bias, lowering), lowering
     x_front = emitter.front(x, lanes)  # [G, ..., K]
     bias_front = None if bias is None else emitter.front(bias, lanes)  # [G, M]
-    distinct = _shared_by_calls(emitter, bundle, weight_nodes)
 
     def product(rows: Node) -> Node:
         if distinct is None:
@@ -95,6 +100,20 @@ def _own(emitter: Emitter, bundle: Bundle, x: Packed, weight_nodes: list[Node]) 
         return emitter.call(torch.flatten, emitter.call(torch.unflatten, out, 1, (calls, -1)), 0, 1)
 
     return Packed(by_rows(emitter, bundle, x_front, product), 0), lowering
+
+
+def _behind(emitter: Emitter, bundle: Bundle, x: Packed, weights: list[Node], bias: Packed | None, lowering: str) -> Packed:
+    """Lanes behind all other dims but the last: weights and biases broadcast over what is in front, ``[..., G, K] -> [..., G, M]``."""
+    dim = rank(bundle.members[0].args[0]) - 1
+    rows = emitter.at(x, dim)
+    bias_front = None if bias is None else emitter.front(bias, len(weights))  # [G, M]
+    if lowering == "addcmul_behind":
+        weight = emitter.call(torch.squeeze, _weight(emitter, bundle, weights, (1, 0)), 1)  # [G, M]
+        made = emitter.call(torch.mul, rows, weight) if bias_front is None else emitter.call(torch.addcmul, bias_front, rows, weight)
+        return Packed(made, dim)
+    weight = emitter.call(torch.squeeze, _weight(emitter, bundle, weights, (0, 1)), 1)  # [G, K]
+    total = emitter.call(torch.sum, emitter.call(torch.mul, rows, weight), -1, True)
+    return Packed(total if bias_front is None else emitter.call(torch.add, total, bias_front), dim)
 
 
 def by_rows(emitter: Emitter, bundle: Bundle, x: Node, product: Callable[[Node], Node]) -> Node:

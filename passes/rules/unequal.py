@@ -3,6 +3,7 @@
 - linear layers with inputs of their own: inputs and weights filled up with zeros to the widest, one batched product. The inputs are laid
   end to end with one zero behind them, from which one gather takes each lane's row; weights are stored filled up.
 - linear layers and convolutions on one shared input: one wide layer, weights stored row by row.
+- look-ups: one table, its rows filled up with zeros (``rules.embedding``), and one gather that leaves out what filled them up;
 - elementwise ops of what those give: the op on all of it.
 
 Results of unequal widths lie end to end in one tensor; an op that needs them one by one gets them by one split.
@@ -24,6 +25,7 @@ from ..ops import Op
 from ..unequal import CONVOLUTIONS, uncast
 from ..writer import CannotVectorize, Packed
 from .base import Rule, rank
+from .embedding import embedding
 from .linear import by_rows
 
 
@@ -31,6 +33,8 @@ def rule_of_widths(bundle: Bundle) -> Rule:
     """The rule for a bundle of unequal widths."""
     if bundle.name in CONVOLUTIONS:
         return _WIDE_CONVOLUTION
+    if bundle.name == "embedding":
+        return _LOOK_UP
     return _LINEAR if bundle.name == "linear" else _ELEMENTWISE
 
 
@@ -144,6 +148,13 @@ def _end_to_end(emitter: Emitter, bundle: Bundle, out: Node, most: int) -> Node:
     return emitter.call(torch.index_select, row, last - 1, emitter.constant(columns, emitter.device(bundle.members)))
 
 
+def _look_up(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
+    found, lowering = embedding(emitter, bundle)
+    assert isinstance(found, Packed)
+    out = emitter.front(found, len(bundle.members))
+    return Packed(_end_to_end(emitter, bundle, out, int(out.meta["val"].shape[-1])), None), f"{lowering}, rows filled up"
+
+
 def _elementwise(emitter: Emitter, bundle: Bundle) -> Packed:
     op = bundle.op
     source = emitter.bundles.end_to_end(_inputs(bundle)[0])
@@ -157,4 +168,5 @@ def _elementwise(emitter: Emitter, bundle: Bundle) -> Packed:
 
 _LINEAR = Rule(("linear",), _linear, heavy=True)
 _WIDE_CONVOLUTION = Rule(tuple(CONVOLUTIONS), _convolution, heavy=True)
+_LOOK_UP = Rule(("embedding",), _look_up, heavy=True)
 _ELEMENTWISE = Rule(("*",), _elementwise, lowering="pointwise, end to end")

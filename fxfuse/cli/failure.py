@@ -1,0 +1,80 @@
+"""What a command says when it cannot go on: one line on stderr that says what to do, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from types import TracebackType
+
+import torch
+
+from . import codes
+
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_MOST = 300  # characters of somebody else's message
+
+
+class CommandError(Exception):
+    """Ends a command with one line and an exit code."""
+
+    def __init__(self, message: str, code: int = codes.INPUT) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def one_line(text: object) -> str:
+    """Any message as one line of moderate length.
+
+    >>> one_line("a\\n  b"), len(one_line("long " * 1000)) < 400
+    ('a b', True)
+    """
+    line = " ".join(str(text).split())
+    return line if len(line) <= _MOST else line[: _MOST - 3] + "..."
+
+
+def said(error: BaseException) -> str:
+    """An exception of somebody else's code as a phrase: its kind, its message, the last line of theirs that it passed.
+
+    >>> try:
+    ...     [][1]
+    ... except IndexError as error:
+    ...     said(error).startswith("IndexError: list index out of range")
+    True
+    """
+    if isinstance(error, SystemExit):
+        text = f"SystemExit({error.code!r})"
+    else:
+        text = f"{type(error).__name__}: {one_line(error)}" if str(error).strip() else type(error).__name__
+    place = _place(error.__traceback__)
+    return f"{text} ({place})" if place else text
+
+
+def _place(trace: TracebackType | None) -> str:
+    for frame in reversed(traceback.extract_tb(trace)):
+        if frame.filename.startswith((_HERE, _TORCH, "<")) or f"{os.sep}importlib{os.sep}" in frame.filename:
+            continue
+        return f"{os.path.basename(frame.filename)}:{frame.lineno}"
+    return ""
+
+
+def explained(error: BaseException) -> tuple[str, int]:
+    """``(line, exit code)`` for whatever ended a command."""
+    from fxfuse.errors import ConvertError, FxfuseError, MissingPackageError
+
+    if isinstance(error, CommandError):
+        return one_line(error), error.code
+    if isinstance(error, MissingPackageError):
+        return one_line(error), codes.PACKAGE
+    if isinstance(error, (ConvertError, FxfuseError)):
+        return one_line(error), codes.INPUT
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return "out of memory: give smaller inputs, or a machine with more", codes.INPUT
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was written", codes.INTERRUPTED
+    if isinstance(error, OSError):
+        return one_line(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"), codes.OUTPUT
+    if os.environ.get("FXFUSE_TRACEBACK"):
+        traceback.print_exception(error, file=sys.stderr)
+    return f"a mistake of fxfuse's, please report it ({said(error)}; FXFUSE_TRACEBACK=1 shows where)", codes.INTERNAL

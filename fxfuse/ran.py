@@ -1,0 +1,112 @@
+"""Which code ran in which call of a module, and whether it asked a clock.
+
+Comes in: a run under watch. Goes out: on its trace, ``ran``: by frame, the code that ran there, torch's and ours aside, with its globals.
+A call that asks for the time, or for a setting of torch's that no guard knows, is marked: two recordings may well be given the same answer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import BuiltinFunctionType, CodeType, FrameType
+from typing import Any, NamedTuple
+
+import torch
+
+from .graph import Place
+from .trace import Frame, Trace
+
+Ran = dict[CodeType, dict[str, Any]]  # and the globals that the code names
+
+_STDLIB = os.path.abspath(sysconfig.get_paths()["stdlib"]) + os.sep
+_PACKAGES = tuple({os.path.abspath(sysconfig.get_paths()[kind]) + os.sep for kind in ("purelib", "platlib")})
+_libraries: dict[str, bool] = {}
+
+_CLOCKS = frozenset(
+    getattr(time, f"{name}{unit}") for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time") for unit in ("", "_ns")
+)
+_OF_DATES = frozenset(("now", "utcnow", "today"))
+_SETTINGS = frozenset({torch.get_num_threads, torch.get_num_interop_threads, torch.is_anomaly_enabled})
+_SETTINGS_IN_PYTHON = {each.__code__: each.__name__ for each in (torch.initial_seed, torch.are_deterministic_algorithms_enabled)}
+_NAMES = frozenset(function.__name__ for function in _CLOCKS | _SETTINGS) | _OF_DATES
+
+
+def of_library(file: str) -> bool:
+    """Is this source of Python's own library, or of numpy's?"""
+    known = _libraries.get(file)
+    if known is None:
+        path = os.path.abspath(file)
+        own = path.startswith(_STDLIB) and not path.startswith(_PACKAGES) and f"{os.sep}site-packages{os.sep}" not in path
+        known = _libraries[file] = own or f"{os.sep}numpy{os.sep}" in path
+    return known
+
+
+@contextmanager
+def code_noted(trace: Trace, stack: list[int], internal: Callable[[str], bool]) -> Iterator[None]:
+    """Within, on this thread, what runs is noted on ``trace`` for the innermost frame of ``stack``, but for ``internal`` files."""
+    ran, asked = trace.ran, []
+
+    # An exception in here would come out of whatever runs, ``__exit__`` too: nothing is called that might raise.
+    def note(frame: FrameType, event: str, arg: Any) -> None:
+        if not stack:
+            return
+        if event == "call":
+            code, back = frame.f_code, frame.f_back
+            if code not in _SETTINGS_IN_PYTHON:
+                ran.setdefault(stack[-1], {})[code] = frame.f_globals
+            elif back is not None:
+                asked.append(_Asked(stack[-1], back.f_code.co_filename, back.f_lineno, _SETTINGS_IN_PYTHON[code], True))
+        elif event == "c_call" and type(arg) is BuiltinFunctionType and arg.__name__ in _NAMES:
+            asked.append(_Asked(stack[-1], frame.f_code.co_filename, frame.f_lineno, arg, arg in _SETTINGS))
+
+    # Somebody's profiler stays: a debugger's hook tells of calls as well, but for those to builtins. Both taken: nothing is known.
+    hook = sys.setprofile if sys.getprofile() is None else sys.settrace if sys.gettrace() is None else None
+    if hook is None:
+        trace.ran_known = False
+        yield
+        return
+    hook(note)
+    try:
+        yield
+    finally:
+        hook(None)
+        for codes in ran.values():
+            for code in [code for code in codes if internal(code.co_filename)]:
+                del codes[code]
+        for each in asked:
+            _mark(trace, each, internal)
+
+
+class _Asked(NamedTuple):
+    """A call of what may answer otherwise next time: in which frame of the trace, from which line."""
+
+    frame: int
+    file: str
+    line: int
+    what: Any
+    setting: bool
+
+
+def _mark(trace: Trace, asked: _Asked, internal: Callable[[str], bool]) -> None:
+    found, name = trace.frames[asked.frame], getattr(asked.what, "__name__", asked.what)
+    if name in _OF_DATES and not (isinstance(owner := asked.what.__self__, type) and issubclass(owner, datetime.date)):
+        return
+    if not found.poison and not internal(asked.file) and not of_library(asked.file):
+        found.poison = f"asks torch for a setting that is not guarded ({name})" if asked.setting else f"asks for the time ({name})"
+        found.place = Place(asked.file, asked.line)
+
+
+def ran_in(trace: Trace, frame: Frame) -> Ran:
+    """What ran in a call, and in the calls inside of it."""
+    found: Ran = {}
+    pending = [frame.index]
+    while pending:
+        index = pending.pop()
+        found.update(trace.ran.get(index, {}))
+        pending.extend(trace.frames[index].children)
+    return found

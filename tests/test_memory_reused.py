@@ -1,0 +1,73 @@
+"""Activations written over what they read, where autograd allows it; nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxfuse
+from checks import assert_fused_equals, model_of, randn, randomized
+
+ACTIVATIONS = {
+    "relu": torch.relu, "F.relu": F.relu, "tanh": torch.tanh, "F.tanh": F.tanh, "sigmoid": torch.sigmoid, "exp": torch.exp,
+    "method": lambda y: y.tanh(),
+}  # fmt: skip
+PRODUCERS = {
+    "linear": lambda y, other: y, "sum": lambda y, other: y + other, "product": lambda y, other: y * other,
+    "difference": lambda y, other: y - other, "norm": lambda y, other: F.layer_norm(y, (3,)),
+    "matmul": lambda y, other: y @ other.mT @ other,
+}  # fmt: skip
+
+
+def lanes(lane: Any) -> nn.Module:
+    """Four networks of two layers with ``lane(first layer's result, the input)`` between them."""
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([second(lane(first(x), x)) for first, second in zip(self.first, self.second, strict=True)])
+
+    layers = lambda: nn.ModuleList(nn.Linear(3, 3) for _ in range(4))  # noqa: E731
+    return randomized(model_of(forward, first=layers(), second=layers()))
+
+
+def called(fused: nn.Module) -> list[str]:
+    (graph,) = fxfuse.graph(fused).values()
+    return [str(getattr(node.target, "__name__", node.target)) for node in graph.graph.nodes]
+
+
+@pytest.mark.parametrize("producer", PRODUCERS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_in_the_memory_of_what_nothing_else_reads(activation, producer):
+    model = lanes(lambda y, x: ACTIVATIONS[activation](PRODUCERS[producer](y, x)))
+    fused = assert_fused_equals(model, randn(5, 3), batches=(4,), tune=False)
+    assert any(name in ("relu_", "tanh_", "sigmoid_", "exp_") for name in called(fused)), called(fused)
+
+
+@pytest.mark.parametrize(
+    "lane",
+    [
+        lambda y, x: torch.tanh(y) + y,  # the argument is read again
+        lambda y, x: torch.tanh(torch.sin(y)),  # a backward of cos(y), whose own result is free: no product, left alone
+        lambda y, x: torch.tanh(torch.softmax(y, -1)),  # softmax needs its result
+        lambda y, x: torch.tanh(torch.sigmoid(torch.exp(y)).sqrt()),  # so does sqrt
+        lambda y, x: torch.tanh((y > 0).mul(2)).to(y.dtype) * y,  # whole numbers: the result is of another dtype
+    ],
+    ids=["read again", "no product", "softmax", "sqrt", "dtype"],
+)
+def test_not_where_it_is_needed(lane):
+    fused = assert_fused_equals(lanes(lane), randn(5, 3), batches=(4,), tune=False)
+    assert "tanh_" not in called(fused)
+
+
+def test_second_derivatives():
+    model = lanes(lambda y, x: torch.tanh(y))
+    fused = fxfuse.optimize(model, randn(5, 3), objective="launches", tune=False)
+    assert "tanh_" in called(fused)
+    found = []
+    for each in (model, fused):
+        x = randn(4, 3, seed=3).requires_grad_()
+        (slope,) = torch.autograd.grad(each(x).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.pow(2).sum(), x)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
