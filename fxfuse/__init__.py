@@ -5,6 +5,7 @@
 True
 """
 
+from .backend import backend, inductor_pass
 from .errors import ArgumentError, FallbackError, FxfuseError, StateDictError, ValidationError
 from .fused import graphs as graph
 from .fused import unfuse
@@ -24,8 +25,10 @@ __all__ = [
     "StateDictError",
     "Validation",
     "ValidationError",
+    "backend",
     "explain",
     "graph",
+    "inductor_pass",
     "load_original_state_dict",
     "optimize",
     "original_named_parameters",

@@ -87,15 +87,16 @@ class RegionFinder:
                 found.append(Region(frame, prepared))
         return found
 
-    def prepared(self, frame: Frame) -> Prepared | Refusal:
+    def prepared(self, frame: Frame, kept: int = 0) -> Prepared | Refusal:
         """The graph of ``frame``, with its lanes found. A free size that keeps lanes apart is given up: the recorded one is guarded.
+        So many sizes, from the first, are ``kept``.
 
         This is the one place that gives up a size that counts lanes: a loop over it takes the same steps at every larger size.
         """
         sizes = self.observation.sizes
         best = self._prepared(frame, sizes)
         index = len(sizes) - 1
-        while isinstance(best, Prepared) and index >= 0 and len(sizes) > 1:
+        while isinstance(best, Prepared) and index >= kept and len(sizes) > 1:
             fewer = sizes[:index] + sizes[index + 1 :]
             other = self._prepared(frame, fewer)
             if isinstance(other, Prepared) and other.launches() < best.launches():

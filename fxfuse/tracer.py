@@ -118,10 +118,14 @@ _TENSOR = tree_flatten(torch.empty(0))[1]
 
 
 def _is_internal(file: str) -> bool:
+    """Is this file torch's or ours, or no file at all?"""
     known = _INTERNAL.get(file)
     if known is None:
         known = _INTERNAL[file] = os.path.abspath(file).startswith((_TORCH, _HERE)) or file.startswith("<")
     return known
+
+
+is_internal = _is_internal  # for graphs whose nodes say which lines they came from
 
 
 def _no_hook(*args: Any, **kwargs: Any) -> None:

@@ -27,10 +27,15 @@ def widened(graph: torch.fx.Graph) -> torch.fx.Graph:
     torch.float64
     """
     made = copy.deepcopy(graph)
-    for node in made.nodes:
+    widen(made)
+    return made
+
+
+def widen(graph: torch.fx.Graph) -> None:
+    """``widened``, in place."""
+    for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _exact(node):
             node.args, node.kwargs = _double(tuple(node.args)), _double(dict(node.kwargs))
-    return made
 
 
 def _exact(node: torch.fx.Node) -> bool:

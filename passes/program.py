@@ -117,12 +117,13 @@ def resolve_packed(graph: torch.fx.Graph, packs: Packs) -> None:
             continue
         recipe, lane = packs.where[str(node.target)]
         with graph.inserting_before(node):
-            node.replace_all_uses_with(_member(graph, recipe, lane))
+            # create_node: get_attr() looks for it in a module that a trial run has left behind
+            node.replace_all_uses_with(member_of(graph, graph.create_node("get_attr", recipe.name), recipe, lane))
         graph.erase_node(node)
 
 
-def _member(graph: torch.fx.Graph, recipe: Recipe, lane: int) -> torch.fx.Node:
-    made = graph.create_node("get_attr", recipe.name)  # get_attr() looks for it in a module that a trial run has left behind
+def member_of(graph: torch.fx.Graph, made: torch.fx.Node, recipe: Recipe, lane: int) -> torch.fx.Node:
+    """Member ``lane`` of the packed tensor ``made``, as a view in the original's shape."""
     if recipe.style == "rows":
         start, stop = recipe.row_starts()[lane : lane + 2]
         return _narrowed(graph, graph.call_function(slice_along, (made, 0, start, stop, 1)), recipe, lane, 1)

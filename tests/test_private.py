@@ -21,7 +21,9 @@ from fxfuse.private import (
     aotinductor,
     asserts,
     autocast,
+    custom_pass,
     dispatch,
+    dynamo,
     fake_tensors,
     module_hooks,
     parse_to,
@@ -489,6 +491,99 @@ def test_parse_to() -> None:
     assert parse_to.parse_to(memory_format=torch.channels_last)[3] is torch.channels_last
     with pytest.raises(TypeError):
         parse_to.parse_to("no such device", 3)
+
+
+def test_dynamo() -> None:
+    """What the backend relies on of torch.compile: names, settings, and what a graph's placeholders carry."""
+    assert dynamo.backend_named("eager") is dynamo.backend_named("eager")
+    assert dynamo.mode_settings("reduce-overhead") == {"triton.cudagraphs": True}
+    assert dynamo.is_setting("max_autotune")
+    assert dynamo.is_setting("max-autotune")
+    assert not dynamo.is_setting("min_lanes")
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(5, 3)
+    model.eval()
+    seen: list[bool] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        nodes = graph.graph.find_nodes(op="placeholder")
+        assert [dynamo.is_weight(node) for node in nodes] == [not (isinstance(i, Tensor) and i.shape == (5, 3)) for i in inputs]
+        assert all(dynamo.example_of(node) is given for node, given in zip(nodes, inputs, strict=True))
+        assert len({id(given) for given in inputs} & {id(t) for t in (*model.parameters(), *model.buffers())}) == 6
+        made = dynamo.stand_in(torch.ones(2, 7), inputs)
+        assert type(made) is fake_tensors.FakeTensor
+        assert made.shape == (2, 7)
+        fresh = torch.fx.Graph()
+        copied = fresh.node_copy(nodes[0])
+        dynamo.keep_source(copied, nodes[0])
+        assert copied._dynamo_source is nodes[0]._dynamo_source is not None  # type: ignore[attr-defined]
+        dynamo.keep_source(pack := fresh.placeholder("pack"), None)
+        assert dynamo.is_weight(pack)
+        other = torch.fx.GraphModule(nn.Module(), fresh)
+        dynamo.keep_origin(other, graph)
+        assert other.meta["dynamo_compile_id"] is graph.meta["dynamo_compile_id"]
+        assert other._param_name_to_source == graph._param_name_to_source
+        seen.append(True)
+        return graph.forward
+
+    torch.compile(model, backend=look)(x)
+    assert seen == [True]
+    torch.compiler.reset()
+
+
+def test_dynamo_open_sizes() -> None:
+    """Sizes that are open because all are, or because they change."""
+    found: list[tuple[bool, bool]] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        for node, given in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            if isinstance(given, Tensor):
+                example = node.meta["example_value"]
+                found.append((dynamo.is_open(example.shape[0]), dynamo.is_wanted_open(given, 0)))
+        return graph.forward
+
+    torch.compile(torch.sin, backend=look, dynamic=True)(torch.randn(5, 3))
+    torch.compiler.reset()
+    call = torch.compile(torch.sin, backend=look)
+    for rows in (5, 6):
+        call(torch.randn(rows, 3))
+    assert found == [(True, False), (False, True), (True, True)]
+    torch.compiler.reset()
+
+
+def test_higher_order_calls() -> None:
+    assert dynamo.is_higher_order(torch.ops.higher_order.cond)
+    assert not dynamo.is_higher_order(torch.sin)
+
+
+def test_custom_pass() -> None:
+    done: list[torch.fx.Graph] = []
+    made, graph = custom_pass.custom_pass(done.append, "identity", "name"), torch.fx.Graph()
+    made(graph)
+    assert done == [graph]
+    assert made.uuid() == "identity"  # type: ignore[attr-defined]
+    from torch._inductor.codecache import FxGraphHashDetails
+
+    assert FxGraphHashDetails._get_custom_pass_detail(None, made) == "identity"  # type: ignore[arg-type]
+
+
+def test_holders() -> None:
+    tensor = torch.zeros(3)
+    assert storages.holders(tensor) == 1
+    kept = [tensor.detach(), tensor[1:], nn.Parameter(tensor)]
+    assert storages.holders(tensor) == 4
+    kept.clear()
+    assert storages.holders(tensor) == 1
+    (tensor * 2).numpy()
+    held = tensor.numpy()
+    assert storages.holders(tensor) == 2
+    del held
+
+
+def test_tensor_guards_with_strides() -> None:
+    square = torch.zeros(2, 2)
+    assert tensor_guards.alike([square])(square.t())
+    assert not tensor_guards.alike([square], strides=True)(square.t())
+    assert tensor_guards.alike([square], strides=True)(torch.ones(2, 2))
 
 
 def test_pt2_archives(tmp_path) -> None:

@@ -1,0 +1,169 @@
+"""``torch.compile`` of the 128-lane feature network: backend "eager", "inductor", and fxfuse over Inductor.
+
+    python benchmarks/compile_backend.py [--lanes 128] [--hidden 32] [--batch 64] [--rounds 3] [--sweep] [--plot cold.svg] [--json]
+
+* cold: seconds from ``torch.compile`` to the end of the first training step, each in a process of its own in which another model has been
+  compiled before (imports and what Inductor does once are not counted), with a fresh Inductor cache; medians of ``--rounds`` in turn.
+* run: inference and forward + backward of the compiled models, in one process, in turn, medians.
+* ``--sweep``: cold over 8 to 512 lanes, for "eager" and fxfuse, and for "inductor" up to ``--inductor-most`` lanes. The column "own" is
+  fxfuse's less "eager": dynamo's own tracing subtracted. ``--plot`` draws it, where matplotlib is installed.
+
+Quote the ratios, not the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxfuse
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.feature_networks import FeatureNetworks
+from benchmarks.timing import medians, table
+
+SWEEP = (8, 16, 32, 64, 128, 256, 512)
+BACKENDS = ("eager", "inductor", "fxfuse")
+
+
+def backend(name: str) -> Any:
+    """What ``torch.compile`` takes; fxfuse by function, so that the script also runs from a checkout."""
+    return fxfuse.backend() if name == "fxfuse" else name
+
+
+def train(call: Any, model: nn.Module, x: torch.Tensor) -> None:
+    """Forward and backward."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    call(x).sum().backward()
+
+
+def cold(name: str, lanes: int, hidden: int, batch: int) -> float:
+    """Seconds from ``torch.compile`` to the end of the first training step, in this process."""
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache():
+        small = nn.Sequential(nn.Linear(3, 5), nn.Tanh())
+        train(torch.compile(small, backend="inductor"), small, torch.randn(2, 3))
+        small_loop = FeatureNetworks(3, 4)
+        train(torch.compile(small_loop, backend=backend(name)), small_loop, torch.randn(5, 3))
+    torch.compiler.reset()
+    model, x = FeatureNetworks(lanes, hidden), torch.randn(batch, lanes)
+    with fresh_cache():
+        start = time.perf_counter()
+        train(torch.compile(model, backend=backend(name)), model, x)
+        return time.perf_counter() - start
+
+
+def measured(name: str, lanes: int, args: argparse.Namespace) -> float:
+    """``cold`` in a process of its own."""
+    given = ["--one", name, "--lanes", str(lanes), "--hidden", str(args.hidden), "--batch", str(args.batch)]
+    done = subprocess.run([sys.executable, __file__, *given], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(done.stdout.split()[-1])
+
+
+def cold_times(names: tuple[str, ...], lanes: int, args: argparse.Namespace) -> dict[str, float]:
+    """Median cold seconds by backend, in turn."""
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for round_number in range(args.rounds):
+        for name in names if round_number % 2 == 0 else names[::-1]:
+            found[name].append(measured(name, lanes, args))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def run_times(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Median seconds of a call by measure and backend."""
+    x = torch.randn(args.batch, args.lanes)
+    first = FeatureNetworks(args.lanes, args.hidden)
+    infer, step = {}, {}
+    for name in ("loop", *BACKENDS):
+        model = FeatureNetworks(args.lanes, args.hidden)
+        model.load_state_dict(first.state_dict())
+        call = model if name == "loop" else torch.compile(model, backend=backend(name))
+        infer[name] = lambda call=call: torch.no_grad()(call)(x)
+        step[name] = lambda call=call, model=model: train(call, model, x)
+        torch.testing.assert_close(call(x), first(x), rtol=1e-4, atol=1e-4)
+    return {"inference": medians(infer, seconds=args.seconds), "forward + backward": medians(step, seconds=args.seconds)}
+
+
+def sweep(args: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """Cold seconds over the number of lanes."""
+    found: dict[int, dict[str, float]] = {}
+    print(f"{'lanes':>6}" + "".join(f"{name:>12}" for name in (*BACKENDS, "own")))
+    for lanes in SWEEP:
+        if lanes > args.most:
+            break
+        names = tuple(n for n in BACKENDS if n != "inductor" or lanes <= args.inductor_most)
+        times = found[lanes] = cold_times(names, lanes, args)
+        times["own"] = times["fxfuse"] - times["eager"]
+        print(f"{lanes:>6}" + "".join(f"{times[n]:>10.2f} s" if n in times else f"{'-':>12}" for n in (*BACKENDS, "own")), flush=True)
+    return found
+
+
+def plot(found: dict[int, dict[str, float]], path: str) -> None:
+    """The sweep as a picture."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    for name in (*BACKENDS, "own"):
+        points = [(lanes, times[name]) for lanes, times in found.items() if name in times]
+        label = "fxfuse without dynamo's own share" if name == "own" else name
+        plt.plot(*zip(*points, strict=True), marker="o", label=label)
+    plt.xscale("log", base=2)
+    plt.yscale("log")
+    plt.xlabel("lanes")
+    plt.ylabel("cold compile to the first training step, seconds")
+    plt.legend()
+    plt.savefig(path)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("lanes", 128), ("hidden", 32), ("batch", 64), ("rounds", 3), ("most", 512), ("inductor-most", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--plot", default="")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--one", choices=BACKENDS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", DeprecationWarning)  # Inductor's own
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    if args.one:
+        print(cold(args.one, args.lanes, args.hidden, args.batch))
+        return
+    if args.sweep or args.plot:
+        found = sweep(args)
+        if args.json:
+            print(json.dumps(found))
+        if args.plot:
+            plot(found, args.plot)
+        return
+    times = cold_times(BACKENDS, args.lanes, args)
+    runs = run_times(args)
+    if args.json:
+        print(json.dumps({"cold": times, **runs}))
+        return
+    print(f"cold compile to the first training step, {args.lanes} lanes:")
+    for name, seconds in times.items():
+        print(f"  {name:<10}{seconds:8.2f} s{times['inductor'] / seconds:8.2f}x")
+    print(f"  fxfuse takes {times['fxfuse'] - times['eager']:.2f} s more than eager\n")
+    print(table(runs, "inductor"))
+
+
+if __name__ == "__main__":
+    main()

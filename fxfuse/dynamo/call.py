@@ -1,0 +1,54 @@
+"""A compiled graph at run time: from dynamo's inputs to those of the rewritten graph.
+
+Comes in: what the inner backend made of the rewritten graph, and the inputs of dynamo's graph at every call. Goes out: its results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .shared import FrozenPack, SharedPack
+
+Pack = SharedPack | FrozenPack
+
+
+class Call:
+    """``compiled`` on the inputs numbered ``kept``, the packs of the inputs numbered with each, and the constants."""
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        kept: Sequence[int],
+        packs: Sequence[tuple[Pack, Sequence[int]]],
+        constants: Sequence[Tensor],
+        autocast: str | None,
+    ) -> None:
+        self.compiled, self.constants = compiled, tuple(constants)
+        self.kept = tuple(kept)
+        self.packs = [(pack, itemgetter(*members)) for pack, members in packs]
+        self.autocast = autocast  # the kind of device whose autocast is spelled out in the graph
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The results, as dynamo's graph gives them."""
+        members = [(pack, select(inputs)) for pack, select in self.packs]
+        packed = [pack.packed(each) for pack, each in members]
+        with without_autocast(self.autocast):
+            out = self.compiled(*[inputs[number] for number in self.kept], *packed, *self.constants)
+        if torch.is_grad_enabled() and members:
+            nodes = {o.grad_fn for o in out if isinstance(o, Tensor) and o.grad_fn is not None}
+            for pack, each in members:
+                if isinstance(pack, SharedPack):
+                    for node in nodes:
+                        pack.watch(each, node)
+        return out
+
+
+def without_autocast(kind: str | None) -> AbstractContextManager[Any]:
+    """No autocast on this kind of device; None: as it is."""
+    return nullcontext() if kind is None else torch.autocast(kind, enabled=False)

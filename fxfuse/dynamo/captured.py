@@ -1,0 +1,286 @@
+"""A graph of dynamo's as a model that the pipeline can record.
+
+Comes in: dynamo's graph and the tensors that it was given. Goes out: ``Captured``, a module that holds the weights among the
+graph's inputs under their names and takes the other tensors; and which dims of these have a symbolic size (``Symbol``).
+
+Symbolic sizes are inputs of their own in dynamo's graph. A ``Captured`` reads them off its tensors, so that the recorder sees where they
+come from.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from fxfuse.private.dynamo import is_higher_order, is_open, is_wanted_open, is_weight, is_wrapped_number
+from fxfuse.private.torch_function import DisableTorchFunction
+from fxfuse.tracer import is_internal
+from fxfuse.widen import widen
+
+NUMBERS = "the graph takes Python's numbers as tensors, which dynamo fixes in a second attempt where the inner backend needs them"
+
+
+class Uncaptured(Exception):
+    """This graph cannot be looked at; the message says why."""
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A size that dynamo left open: its name, and every ``(input, dim)`` that has it, inputs counted as ``Captured.forward`` does.
+
+    ``wanted``: it was marked, or has been seen to change; others are open because all are (``dynamic=True``).
+    """
+
+    name: str
+    places: tuple[tuple[int, int], ...]
+    wanted: bool = True
+
+
+@dataclass
+class Slot:
+    """One placeholder of dynamo's graph."""
+
+    node: torch.fx.Node
+    weight: str = ""  # the name under which ``Captured`` holds it
+    input: int = -1  # the number of the tensor among the arguments
+    place: tuple[int, int] | None = None  # of a size: the input and the dim of which it is one
+    number: int | None = None  # of a size that is fixed by now
+
+
+class Captured(nn.Module):
+    """dynamo's graph; ``forward`` takes the tensors that are no weights, in the graph's order, and returns the graph's tuple."""
+
+    more: tuple[str, ...] = ()  # what a copy shares besides
+
+    def __init__(self, graph: torch.fx.Graph, examples: Sequence[Any]) -> None:
+        super().__init__()
+        nodes = [node for node in graph.nodes if node.op == "placeholder"]
+        if any(map(is_wrapped_number, nodes)):
+            raise Uncaptured(NUMBERS)
+        self.slots = [Slot(node) for node in nodes]
+        self.given: list[Tensor] = []  # the tensors that are no weights
+        weights: dict[str, Tensor] = {}
+        for slot, example in zip(self.slots, examples, strict=True):
+            if isinstance(example, nn.Parameter) or (isinstance(example, Tensor) and is_weight(slot.node)):
+                slot.weight = _name(str(slot.node.target), weights)
+                weights[slot.weight] = example
+            elif isinstance(example, Tensor):
+                slot.input = len(self.given)
+                self.given.append(example)
+        self.symbols = _symbols(self.slots, self.given)
+        places = {symbol.name: symbol.places[0] for symbol in self.symbols}
+        for slot in self.slots:
+            if not slot.weight and slot.input < 0:
+                shown = str(slot.node.meta.get("example_value"))
+                slot.place, slot.number = places.get(shown), int(shown) if shown.isdigit() else None
+                if slot.place is None and slot.number is None and slot.node.users:
+                    raise Uncaptured(f"the graph takes a number ({slot.node.name}) that is the size of no tensor")
+        self.hold(_apart(weights))
+        self.take(graph)
+
+    def take(self, graph: torch.fx.Graph) -> None:
+        """The calls to make, as they are and for float64; dtypes that the graph spells out are those of the inputs, as often as not."""
+        wide, copies = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
+        for node in graph.nodes:
+            copies[node] = wide.node_copy(node, copies.__getitem__)
+            copies[node].meta = {"val": node.meta.get("val", node.meta.get("example_value")), "stack_trace": node.meta.get("stack_trace")}
+        widen(wide)
+        self.steps, self.wide_steps = steps_of(graph), steps_of(wide)
+        self.wide_slots = [replace(slot, node=copies[slot.node]) for slot in self.slots]
+        self.narrow = _is_narrow((*self.given, *self.weights().values()))
+
+    def hold(self, weights: dict[str, Tensor], saved: Callable[[str], bool] = lambda name: True) -> None:
+        """Register the weights. ``saved``: is this one part of the state dict?"""
+        self.owners: dict[str, tuple[dict[str, Any], str]] = {}
+        for name, tensor in weights.items():
+            owner: nn.Module = self
+            *path, leaf = name.split(".")
+            for part in path:
+                owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+            if isinstance(tensor, nn.Parameter):
+                owner._parameters[leaf] = tensor
+                self.owners[name] = owner._parameters, leaf
+            else:
+                owner.register_buffer(leaf, tensor, persistent=saved(name))
+                self.owners[name] = owner._buffers, leaf
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        made = type(self).__new__(type(self))
+        nn.Module.__init__(made)
+        memo[id(self)] = made
+        kept = ("training", "slots", "wide_slots", "symbols", "steps", "wide_steps", "narrow", "given", *self.more)
+        made.__dict__.update({name: self.__dict__[name] for name in kept})
+        made.hold({name: copy.deepcopy(tensor, memo) for name, tensor in self.weights().items()})
+        return made
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by name, in the graph's order."""
+        return {name: store[leaf] for name, (store, leaf) in self.owners.items()}
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """The graph on ``tensors`` and the weights held; in float64, where it was captured in another dtype, with its dtypes widened."""
+        wide = self.narrow and not _is_narrow((*tensors, *self.weights().values()))
+        slots, steps = (self.wide_slots, self.wide_steps) if wide else (self.slots, self.steps)
+        known: dict[torch.fx.Node, Any] = {}
+        for slot in slots:
+            if slot.weight:
+                store, leaf = self.owners[slot.weight]
+                known[slot.node] = store[leaf]
+            elif slot.input >= 0:
+                known[slot.node] = tensors[slot.input]
+            elif slot.place is not None:
+                known[slot.node] = tensors[slot.place[0]].shape[slot.place[1]]
+            else:
+                known[slot.node] = slot.number
+        for step in steps:
+            args, kwargs = torch.fx.map_arg((step.args, step.kwargs), known.__getitem__)
+            if step.result is None:
+                return args[0]
+            known[step.result] = step.call(step.target, args, kwargs)
+        raise AssertionError("a graph ends with its output")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the graph. ``call`` makes it from the line of the user's source that it came from, where the recorder finds it."""
+
+    result: torch.fx.Node | None  # None: the output
+    target: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    call: Callable[[Any, Any, Any], Any]
+
+
+def _is_narrow(tensors: Sequence[Tensor]) -> bool:
+    """Is no floating number in float64?"""
+    return not any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+
+
+_AUTOCAST = frozenset(("_enter_autocast", "_exit_autocast"))
+
+
+def steps_of(graph: torch.fx.Graph) -> list[Step]:
+    """The calls of a graph. Raises ``Uncaptured`` for one that holds modules, or graphs of its own."""
+    steps: list[Step] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        target = node.target
+        if node.op == "call_method":
+            target = _method(node.target)
+        elif node.op == "output":
+            steps.append(Step(None, _nothing, node.args, {}, _call))
+            continue
+        elif held := next((n.target for n in (node, *node.users) if is_higher_order(n.target)), None):
+            raise Uncaptured(f"the graph calls {getattr(held, '__name__', held)}, which holds a graph of its own")
+        elif node.op != "call_function":
+            raise Uncaptured(f"the graph holds {node.target}, a module or a tensor that is no input")
+        elif getattr(target, "__name__", "") in _AUTOCAST:
+            target = _unseen(target)
+        steps.append(Step(node, target, node.args, node.kwargs, _from_line(node.meta.get("stack_trace") or "")))
+    return steps
+
+
+def _nothing() -> None:
+    return None
+
+
+def _call(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return target(*args, **kwargs)
+
+
+def _unseen(target: Callable[..., Any]) -> Callable[..., Any]:
+    """A switch, as itself: it is no call of a torch function."""
+
+    def switch(*args: Any, **kwargs: Any) -> Any:
+        with DisableTorchFunction():
+            return target(*args, **kwargs)
+
+    return switch
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def method(owner: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(owner, name)(*args, **kwargs)
+
+    return method
+
+
+_lines: dict[tuple[str, int], Callable[[Any, Any, Any], Any]] = {}
+_LINE = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def _from_line(stack: str) -> Callable[[Any, Any, Any], Any]:
+    """``_call``, made in the innermost line of ``stack`` that is the user's."""
+    for file, number in reversed(_LINE.findall(stack)):
+        if not is_internal(file):
+            place = file, int(number)
+            found = _lines.get(place)
+            if found is None:
+                space: dict[str, Any] = {}
+                head = "\n" * (place[1] - 1)
+                exec(compile(f"{head}def call(target, args, kwargs): return target(*args, **kwargs)", file, "exec"), space)
+                found = _lines[place] = space["call"]
+            return found
+    return _call
+
+
+def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, of which those that lie side by side in one piece of memory (a pack of ours, as a rule) are copied out of it.
+
+    To the recorder tensors of one memory are views of each other. Those that do overlap stay as they are.
+    """
+    shared: dict[int, list[str]] = {}
+    for name, tensor in weights.items():
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.is_contiguous():
+            shared.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+    made = dict(weights)
+    for names in shared.values():
+        ends = sorted((weights[n].data_ptr(), weights[n].data_ptr() + weights[n].numel() * weights[n].element_size()) for n in names)
+        if len(names) > 1 and all(end <= start for (_, end), (start, _) in pairwise(ends)):
+            made.update((name, copy.deepcopy(weights[name])) for name in names)
+    return made
+
+
+_PARTS = re.compile(r"_(?:modules|parameters|buffers)_")
+_TAKEN = frozenset(
+    (*dir(nn.Module()), *"slots wide_slots given symbols steps wide_steps narrow owners weights hold take more autocast constants".split())
+)
+
+
+def _name(target: str, known: dict[str, Tensor]) -> str:
+    """A readable name, unlike all others: ``L_self_modules_nets_modules_0_parameters_weight_`` is ``nets.0.weight``.
+
+    >>> _name("L_self_modules_nets_modules_0_parameters_weight_", {})
+    'nets.0.weight'
+    """
+    parts = [part for part in _PARTS.split(target.rstrip("_"))[1:] if part] or [target]
+    name = ".".join(f"{part}_" if part in _TAKEN or (not part.isidentifier() and not part.isdigit()) else part for part in parts)
+    while any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in known):
+        name += "_"
+    return name
+
+
+def _symbols(slots: list[Slot], given: list[Tensor]) -> list[Symbol]:
+    """The sizes that dynamo left open, the wanted ones first. Raises ``Uncaptured`` for one that shows in a sum or product only."""
+    places: dict[str, list[tuple[int, int]]] = {}
+    for slot in slots:
+        value = slot.node.meta.get("example_value")
+        if isinstance(value, Tensor) and (slot.weight or slot.input >= 0):
+            for dim, size in enumerate(value.shape):
+                if is_open(size):
+                    if slot.weight:
+                        raise Uncaptured(f"the size of a weight is open ({slot.weight})")
+                    if not str(size).isidentifier():
+                        raise Uncaptured(f"an input has a size that is computed ({size})")
+                    places.setdefault(str(size), []).append((slot.input, dim))
+    symbols = [Symbol(name, tuple(found), any(is_wanted_open(given[i], dim) for i, dim in found)) for name, found in places.items()]
+    return sorted(symbols, key=lambda symbol: not symbol.wanted)

@@ -1,0 +1,179 @@
+"""Packs whose members stay the Parameters of the user's modules: no copy forward, views of one gradient backward.
+
+Comes in: a recipe, and at every call the Parameters (or buffers) as they are then. Goes out: the packed tensor. The members' data become
+views of one buffer where nobody else holds their memory; before every use it is checked that they still lie there. Where they do not
+(moved, ``.data =``, ``load_state_dict(assign=True)``, another model of the class), or must stay where they are, they are packed anew.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse.graph import Recipe
+from fxfuse.private.storages import holders
+from fxfuse.private.tensor_guards import alike
+from fxfuse.private.versions import version
+from fxfuse.recipes import lane_view, lane_views, pack
+
+_binding = threading.RLock()
+MOST_MODELS = 16  # of one class that are called in turn through one compiled graph; further ones are packed at every call
+
+
+class _Alias(torch.autograd.Function):
+    """The buffer as a function of the members that are views of it."""
+
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, recipe: Recipe, *members: Tensor) -> Tensor:
+        ctx.recipe = recipe
+        return buffer.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *lane_views(ctx.recipe, grads[0]))
+
+
+class Bound:
+    """Members that lie in one buffer, as they lay when they were put there."""
+
+    def __init__(self, recipe: Recipe, buffer: Tensor, members: Sequence[Tensor]) -> None:
+        self.recipe, self.buffer = recipe, buffer
+        self.first = weakref.ref(members[0])
+        self.addresses = [*map(Tensor.data_ptr, members)]
+        self.lie = _lie(members)
+        self.alike: Callable[..., bool] = alike(members, strides=True)
+        self.versions = [*map(version, members)]
+
+    def holds(self, members: Sequence[Tensor]) -> bool:
+        """Do the members lie in the buffer, each at its place?"""
+        if [*map(Tensor.data_ptr, members)] != self.addresses:
+            return False
+        return self.alike(*members) or _lie(members) == self.lie  # the first may be false in another mode of torch
+
+    def note_writes(self, members: Sequence[Tensor]) -> None:
+        """Count writes to the members as writes to the buffer: what autograd saved of it is then found to be stale, as of a Parameter."""
+        now = [*map(version, members)]
+        if now != self.versions:
+            self.versions = now
+            with torch.no_grad():
+                self.buffer.view(-1)[:0].zero_()
+
+
+def _lie(members: Sequence[Tensor]) -> list[Any]:
+    return [(type(m), m.dtype, m.device, m.shape, m.stride(), m.requires_grad) for m in members]
+
+
+_bound: weakref.WeakValueDictionary[Any, Bound] = weakref.WeakValueDictionary()  # of all graphs, by what they pack and where it begins
+
+
+def _geometry(recipe: Recipe) -> Any:
+    return recipe.shape, recipe.own_shapes, recipe.style, len(recipe.members)
+
+
+def may_share(recipe: Recipe, members: Sequence[Tensor]) -> bool:
+    """Do the members lie in a pack like this already, or may they move into one?"""
+    bound = _bound.get((members[0].data_ptr(), _geometry(recipe)))
+    return (bound is not None and bound.holds(members)) or why_fixed(members) is None
+
+
+class SharedPack:
+    """One pack of one compiled graph."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.known: dict[int, Bound] = {}  # by the address of the first member
+        self.refused = self.calls = 0
+
+    def packed(self, members: Sequence[Tensor]) -> Tensor:
+        """The packed tensor of the members' current values; its gradient reaches each of them."""
+        bound = self.known.get(members[0].data_ptr())
+        if bound is None or not bound.holds(members):
+            bound = self._bind(members)
+            if bound is None:
+                return pack(self.recipe, members)
+        if torch.is_grad_enabled() and any(map(_requires_grad, members)):
+            bound.note_writes(members)
+            result: Tensor = _Alias.apply(bound.buffer, self.recipe, *members)  # type: ignore[no-untyped-call]
+            return result
+        return bound.buffer
+
+    def watch(self, members: Sequence[Tensor], node: Any) -> None:
+        """Before the backward of ``node`` runs, note what was written to the members since."""
+        bound = self.known.get(members[0].data_ptr())
+        if bound is not None:
+            held = [*members]
+            node.register_prehook(lambda _, bound=bound: bound.note_writes(held))
+
+    def _bind(self, members: Sequence[Tensor]) -> Bound | None:
+        self.calls += 1
+        if self.refused and self.calls < 2 * self.refused:  # it takes a while to ask: less and less often
+            return None
+        with _binding:
+            key = (members[0].data_ptr(), _geometry(self.recipe))
+            bound = _bound.get(key)
+            if bound is None or not bound.holds(members):
+                self.known = {at: each for at, each in self.known.items() if each.first() is not None}
+                if len(self.known) >= MOST_MODELS or why_fixed(members) is not None:
+                    self.refused = self.calls
+                    return None
+                bound = _moved(self.recipe, members)
+                _bound[members[0].data_ptr(), _geometry(self.recipe)] = bound
+            self.refused = 0
+            self.known[members[0].data_ptr()] = bound
+            return bound
+
+
+def _requires_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad
+
+
+def _moved(recipe: Recipe, members: Sequence[Tensor]) -> Bound:
+    """Move the members into one buffer, of which their data are views then."""
+    with torch.inference_mode(False), torch.no_grad():
+        buffer = pack(recipe, [member.detach() for member in members])
+        for index, member in enumerate(members):
+            member.data = lane_view(recipe, buffer, index)
+    return Bound(recipe, buffer, members)
+
+
+def why_fixed(members: Sequence[Tensor]) -> str | None:
+    """Why the members' memory must stay where it is: somebody else holds it, or it is no memory of their own. None where it may move."""
+    first = members[0]
+    for member in members:
+        if type(member) not in (Tensor, nn.Parameter) or member.layout is not torch.strided or member.is_inference():
+            return "it is no plain tensor"
+        if not member.is_leaf or not member.is_contiguous() or member.is_conj() or member.is_neg() or not member.numel():
+            return "it is computed, or lies in another order"
+        if member.dtype is not first.dtype or member.device != first.device or member.requires_grad != first.requires_grad:
+            return "the lanes differ in dtype, device or requires_grad"
+        if (member.device.type == "cpu" and member.is_shared()) or member.is_pinned():  # type: ignore[no-untyped-call]
+            return "its memory is shared with another process, or pinned"
+        if member.untyped_storage().nbytes() != member.numel() * member.element_size() or holders(member) > 1:
+            return "another tensor holds its memory"
+    if len({*map(Tensor.data_ptr, members)}) < len(members):
+        return "two lanes are one tensor"
+    return None
+
+
+class FrozenPack:
+    """A pack that is made once of each model's weights, for inference with weights that do not change any more."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.made: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # by the first member
+
+    def packed(self, members: Sequence[Tensor]) -> Tensor:
+        """The packed tensor of the values at the first call."""
+        first = members[0]
+        known = self.made.get(id(first))
+        if known is None or known[0]() is not first:
+            with torch.inference_mode(False), torch.no_grad():
+                made = pack(self.recipe, [member.detach() for member in members])
+            self.made = {at: each for at, each in self.made.items() if each[0]() is not None}
+            known = self.made[id(first)] = weakref.ref(first), made
+        return known[1]

@@ -1,0 +1,253 @@
+"""Where the weights are: packs that share memory with the Parameters, and everything that may happen to these afterwards."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from compiling import assert_same_step, compiled, lie_together
+from test_backend import nam, norms
+from torch import nn
+
+import fxfuse
+from checks import model_of, randn, randomized
+
+X = randn(5, 10)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr("fxfuse.dynamo.rewrite.SLOWER", math.inf)
+    yield
+    torch._dynamo.reset()
+
+
+def first_weights(model):
+    return [net[0].weight for net in model.nets]
+
+
+def same(call, model, x=X):
+    with torch.no_grad():
+        torch.testing.assert_close(call(x), model(x), rtol=1e-10, atol=1e-12)
+
+
+def bound_model():
+    model = nam()
+    call, _ = compiled(model)
+    assert_same_step(model, call, X)
+    assert lie_together(*first_weights(model))
+    return model, call
+
+
+def test_parameters_stay_the_same_objects_with_the_same_strides():
+    model = nam()
+    before = {name: (id(p), p.shape, p.stride(), p.detach().clone()) for name, p in model.named_parameters()}
+    call, _ = compiled(model)
+    call(X)
+    for name, p in model.named_parameters():
+        identity, shape, stride, values = before[name]
+        assert (id(p), p.shape, p.stride()) == (identity, shape, stride)
+        assert torch.equal(p, values)
+    assert lie_together(*first_weights(model))
+
+
+def test_gradients_are_views_of_one():
+    model, call = bound_model()
+    call(X).sum().backward()
+    assert lie_together(*(p.grad for p in first_weights(model)))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_training_with_an_optimizer_made_before(kind):
+    model, twin = nam(), nam()
+    optimizers = [kind(m.parameters(), lr=0.05) for m in (model, twin)]
+    call, counting = compiled(model)
+    for seed in range(5):
+        x = randn(5, 10, seed=seed)
+        for optimizer, forward in zip(optimizers, (call, twin)):
+            optimizer.zero_grad()
+            forward(x).square().sum().backward()
+            optimizer.step()
+    for (name, a), (_, b) in zip(model.named_parameters(), twin.named_parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=name)
+    assert len(counting.graphs) == 1
+
+
+def test_data_that_is_assigned():
+    model, call = bound_model()
+    model.nets[3][0].weight.data = randn(6, 1, seed=9)
+    same(call, model)
+    assert_same_step(model, call, X)
+    model.nets[4][2].bias.data = model.nets[5][2].bias.data  # two Parameters in one memory
+    assert_same_step(model, call, X)
+    with torch.no_grad():
+        model.nets[5][2].bias.add_(1)
+    same(call, model)
+    assert_same_step(model, call, X)
+
+
+def test_data_that_is_transposed():
+    """A square weight, transposed, begins at its old address."""
+    model = randomized(model_of(_listed, heads=nn.ModuleList(nn.Linear(4, 4) for _ in range(9))))
+    call, _ = compiled(model)
+    x = randn(5, 4)
+    assert_same_step(model, call, x)
+    model.heads[2].weight.data = model.heads[2].weight.data.t()
+    assert_same_step(model, call, x)
+
+
+def _listed(self, x):
+    return [head(x) for head in self.heads]
+
+
+def test_a_parameter_that_is_replaced():
+    model, call = bound_model()
+    model.nets[3][0].weight = nn.Parameter(randn(6, 1, seed=9))
+    same(call, model)
+    assert_same_step(model, call, X)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_that_is_loaded(assign):
+    model, call = bound_model()
+    other = randomized(nam(), seed=4)
+    model.load_state_dict(other.state_dict(), assign=assign)
+    same(call, model)
+    model.requires_grad_()
+    assert_same_step(model, call, X)
+
+
+def test_a_model_that_is_cast_and_back():
+    model, call = bound_model()
+    model.float()
+    torch.testing.assert_close(call(X.float()), model(X.float()), rtol=1e-5, atol=1e-5)
+    model.double()
+    assert_same_step(model, call, X)
+
+
+def test_lanes_that_are_frozen_afterwards():
+    model, call = bound_model()
+    for p in model.nets[0].parameters():
+        p.requires_grad_(False)
+    assert_same_step(model, call, X)
+
+
+def test_weights_that_somebody_holds_stay_where_they_are():
+    model = nam()
+    held = model.state_dict()
+    call, _ = compiled(model)
+    assert_same_step(model, call, X)
+    assert not lie_together(*first_weights(model))
+    with torch.no_grad():
+        model.nets[0][0].weight.add_(1)
+    assert torch.equal(held["nets.0.0.weight"], model.nets[0][0].weight)
+    assert_same_step(model, call, X)
+
+
+def test_weights_that_somebody_holds_at_the_first_call_only():
+    model = nam()
+    call, _ = compiled(model)
+    held = []
+    torch.compile(model, backend=fxfuse.backend("eager"))  # no call, no graph
+    call(X)
+    held.append(model.state_dict())
+    model.nets[3][0].weight.data = randn(6, 1, seed=9)
+    kept = model.nets[3][0].weight.detach()
+    same(call, model)
+    with torch.no_grad():
+        kept.mul_(2)
+    same(call, model)
+
+
+def test_a_write_between_forward_and_backward_is_found():
+    for fused in (False, True):
+        model = nam()
+        call = compiled(model)[0] if fused else model
+        x = X.clone().requires_grad_()
+        out = call(x)
+        with torch.no_grad():
+            model.nets[2][2].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_a_write_after_forward_and_backward_of_another_call_is_fine():
+    model = nam()
+    call, _ = compiled(model)
+    x = X.clone().requires_grad_()
+    first = call(x)
+    first.sum().backward()
+    with torch.no_grad():
+        model.nets[2][2].weight.mul_(2)
+    assert_same_step(model, call, X)
+
+
+def test_two_models_of_one_class():
+    models = [nam(), randomized(nam(), seed=5)]
+    calls = [compiled(model)[0] for model in models]
+    for _ in range(2):
+        for model, call in zip(models, calls):
+            assert_same_step(model, call, X)
+
+
+def test_one_compiled_function_of_two_models():
+    models = [nam(), randomized(nam(), seed=5)]
+    call, _ = compiled(lambda model, x: model(x))
+    for _ in range(3):
+        for model in models:
+            assert_same_step(model, lambda x, model=model: call(model, x), X)
+    assert all(lie_together(*first_weights(model)) for model in models)
+    copied = copy.deepcopy(models[0])
+    assert_same_step(copied, lambda x: call(copied, x), X)
+
+
+def test_train_and_eval_share_one_buffer():
+    model = norms(9)
+    call, counting = compiled(model)
+    x = randn(5, 4)
+    assert_same_step(model, call, x)
+    where = [p.data_ptr() for p in model.parameters()]
+    for training in (False, True, False):
+        model.train(training)
+        assert_same_step(model, call, x)
+    assert [p.data_ptr() for p in model.parameters()] == where
+    assert len(counting.graphs) == 2
+    for graph in counting.graphs:  # neither stacks the weights
+        assert not graph.graph.find_nodes(op="call_function", target=torch.stack)
+
+
+def test_frozen_packs_are_made_once_and_only_without_gradients():
+    model = nam()
+    call, _ = compiled(model, freeze=True)
+    assert_same_step(model, call, X)
+    with torch.no_grad():
+        expected = model(X)
+        torch.testing.assert_close(call(X), expected, rtol=1e-10, atol=1e-12)
+        model.nets[0][0].weight.add_(1)
+        torch.testing.assert_close(call(X), expected, rtol=1e-10, atol=1e-12)  # as asked
+    assert_same_step(model, call, X)
+
+
+def test_frozen_packs_of_two_models_through_one_graph():
+    models = [nam(), randomized(nam(), seed=5)]
+    call, _ = compiled(lambda model, x: model(x), freeze=True)
+    with torch.no_grad():
+        for model in (*models, *models):
+            torch.testing.assert_close(call(model, X), model(X), rtol=1e-10, atol=1e-12)
+
+
+def test_gradient_hooks_of_parameters_run():
+    model = nam()
+    seen = []
+    model.nets[1][0].weight.register_hook(lambda grad: seen.append("hook") or grad * 2)
+    model.nets[1][0].weight.register_post_accumulate_grad_hook(lambda p: seen.append("accumulated"))
+    call, _ = compiled(model)
+    call(X).sum().backward()
+    doubled = model.nets[1][0].weight.grad.clone()
+    assert seen == ["hook", "accumulated"]
+    twin = copy.deepcopy(nam())
+    twin(X).sum().backward()
+    torch.testing.assert_close(doubled, twin.nets[1][0].weight.grad * 2, rtol=1e-10, atol=1e-12)
