@@ -76,13 +76,17 @@ def rewrite(captured: Captured, settings: Settings) -> Rewritten | Refusal:
         why = f": {prepared.lifted.specialised}" if prepared.lifted.specialised else ""
         return Refusal(f"the fused form would hold the size {wanted.name}, which is open here{why}", prepared.lifted.place or frame.place)
     kinds: Any = {name: "parameter" if isinstance(t, torch.nn.Parameter) else "buffer" for name, t in captured.weights().items()}
-    options = Options(lowering=settings.lowering, tune=settings.tune, min_lanes=settings.min_lanes, mode=_mode(captured))
+    asked = settings.lowering != "auto"  # a form that is asked for is not held against the loop
+    options = Options(
+        lowering=settings.lowering, tune=settings.tune, min_lanes=settings.min_lanes, mode=_mode(captured),
+        objective="launches" if asked else "time",
+    )  # fmt: skip
     planner = Planner(prepared, captured, Packs(kinds=kinds, holder="packed"), options)
     with paused():
         choice = planner.plan()
     if choice.refusal is not None or choice.vectorized is None:
         return choice.refusal or Refusal("nothing is left to fuse")
-    if not settings.tune:
+    if not (settings.tune or asked):
         slower = _slower(planner, choice.vectorized)
         if slower is not None:
             return slower
