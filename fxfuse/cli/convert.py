@@ -1,4 +1,76 @@
+"""``fxfuse convert``: a model, fused once, as a file that runs where fxfuse is not installed.
+
+Order: OUT is checked; the model is loaded and its answers to fresh calls are kept; it is fused, written under a temporary name, and let go; what
+was written is loaded again and gives the same answers; then it becomes OUT. So what is exported is what was verified.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
 import click
-@click.command()
-def convert() -> None:
-    pass
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse import inputs as fresh
+from fxfuse.large import LARGE, weight_bytes
+
+from . import codes, options
+from .compare import Comparison, compare, expected, fresh_calls
+from .explain import fuse, nothing_fused
+from .failure import CommandError
+from .options import Asked
+from .output import check_out, ending, replacing
+from .prepare import Subject, prepare
+from .screen import Screen, Stage
+from .specs import Call
+
+
+@click.command(cls=options.Command, epilog="""\b
+Examples:
+  fxfuse convert model:Net --args '[128]' --weights net.safetensors --inputs "float32[64,128]" -o net.pt2
+  fxfuse convert model:Net --inputs "float32[64,128]" -o net.onnx
+  fxfuse convert net.pt2 --inputs "float32[64,128]" --static -o fused.pt2
+  fxfuse convert model:Net --inputs "float32[64,128]" --mode train -o net       (a folder: weights, recipes, report)
+
+\b
+OUT by its ending:
+  .pt2          torch.export: torch.export.load(path).module()(x), without fxfuse
+  .onnx         ONNX, checked by onnxruntime
+  .safetensors  the packed weights, and how they came from the original's
+  .aoti.pt2     compiled by AOTInductor; needs a C++ compiler
+  a folder      all of it: model, weights, recipes, the report""")
+@options.source
+@click.option("-o", "--out", required=True, metavar="OUT", type=options.PathOrName(), help="What to write, by its ending (below).")
+@options.inputs
+@options.factory
+@click.option("--static", is_flag=True, help="For the batch size of --inputs only. Default: any batch size.")
+@options.fusing
+@options.device
+@options.seed
+@options.allow_pickle
+@options.as_json
+@click.pass_obj
+def convert(screen: Screen, /, source: str, out: str, static: bool, **values: Any) -> int:
+    """Fuse SOURCE and write it to OUT, which runs without fxfuse.
+
+    What was written is loaded again and compared with SOURCE, on fresh data and other batch sizes, before the command succeeds. An
+    existing OUT is replaced then, and not before.
+    """
+    asked, start = Asked.of(values), time.perf_counter()
+    target = Path(out)
+    check_out(target)
+    with screen.progress(8) as stage:
+        subject = prepare(source, asked, stage)
+        written, report, result = write(subject, asked, target, static, stage)
+    note = nothing_fused(report)
+    if note:
+        click.echo(f"fxfuse: {note}", err=True)
+    screen.text(f"{out}: {written}")
+    screen.text(str(report).split("\n\n")[0])
+    screen.text(f"loaded again and compared with {source}: {result.sentence()}")
+    screen.result({"ok": True, "command": "convert", "source": source, "out": out, "seconds": time.perf_counter() - start})
+    return codes.OK
