@@ -146,9 +146,17 @@ class RegionState(Watch):
 
     def compile(self, program: Program, facts: dict[str, Facts] | None = None) -> Compiled:
         """The program as a function over the tensors of this region. ``facts``: what is assumed of them (default: as installed)."""
+        return compile_program(self.resolved(program), self.region, self.facts if facts is None else facts, self.sources())
+
+    def sources(self) -> dict[str, Source]:
+        """Where the tensors of programs are found that do not lie at their path in the region."""
         elsewhere = {name: Source(alias, None, "tensor") for name, alias in self.aliases.items()}
         elsewhere.update((name, Source(self, "extra", name)) for name in self.extra)
-        return compile_program(resolved(program, self.objects), self.region, self.facts if facts is None else facts, elsewhere)
+        return elsewhere
+
+    def resolved(self, program: Program) -> Program:
+        """The program with the objects that its guard asks for, as they are in this model."""
+        return resolved(program, self.objects)
 
     def _compiled_others(self, name: str, flags: tuple[bool, ...]) -> list[Compiled]:
         key = (name, flags)

@@ -217,6 +217,14 @@ def compile_program(
     return Compiled(scope["run"], program, places, facts, hold)
 
 
+def compile_graph(
+    program: Program, root: nn.Module, override: dict[str, Source]
+) -> tuple[Callable[..., Any], list[tuple[str, Source]], list[nn.Module]]:
+    """A program's graph without its guard: ``function(None, *leaves, *tensors, *modules)``, the tensors' sources, the modules."""
+    flat, places, modules = _flat_graph(program.graph, root, override, program.guard.autocast)
+    return _function(flat), places, modules
+
+
 def _function(graph: torch.fx.Graph) -> Callable[..., Any]:
     """The graph as a function; its first argument is not used."""
     code = graph.python_code("self")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.private import (
+    aotinductor,
     asserts,
     autocast,
     dispatch,
@@ -25,6 +26,7 @@ from fxfuse.private import (
     module_hooks,
     parse_to,
     profiler,
+    pt2_archives,
     pytree,
     recurrent,
     schemas,
@@ -483,3 +485,26 @@ def test_parse_to() -> None:
     assert parse_to.parse_to(memory_format=torch.channels_last)[3] is torch.channels_last
     with pytest.raises(TypeError):
         parse_to.parse_to("no such device", 3)
+
+
+def test_pt2_archives(tmp_path) -> None:
+    """The records of a file that torch.export wrote, and its folders."""
+    path = tmp_path / "net.pt2"
+    torch.export.save(torch.export.export(nn.Linear(2, 3), (torch.zeros(4, 2),)), path)
+    records = pt2_archives.Records(path)
+    assert records.read(pt2_archives.FORMAT) == b"pt2"
+    folders = (pt2_archives.WEIGHTS, pt2_archives.CONSTANTS, pt2_archives.SAMPLES, pt2_archives.MODELS)
+    for folder in folders:
+        assert [name for name in records.names if name.startswith(folder)], folder
+    assert records.size(f"{pt2_archives.WEIGHTS}weight_0") in (12, 24)
+    assert pt2_archives.AOTINDUCTOR == "data/aotinductor/"
+    with pytest.raises(RuntimeError):
+        pt2_archives.Records(tmp_path / "none.pt2")
+
+
+def test_aotinductor() -> None:
+    """Compiling is tested where packages are written; here, that the functions are there."""
+    assert callable(torch._inductor.aoti_compile_and_package)
+    assert callable(torch._inductor.aoti_load_package)
+    with pytest.raises(Exception, match="zip archive"):
+        aotinductor.load_package("none.pt2")

@@ -1,6 +1,7 @@
 """Operators as objects: their types, names and schemas.
 
-Private: ``torch._ops.OpOverload`` and ``OpOverloadPacket`` (the types of ``torch.ops.aten.add.Tensor`` and ``torch.ops.aten.add``), their
+Private: ``torch._ops.OpOverload``, ``OpOverloadPacket`` (the types of ``torch.ops.aten.add.Tensor`` and ``torch.ops.aten.add``) and
+``HigherOrderOperator`` (of ``torch.ops.higher_order.cond``), their
 ``_schema`` and names, and the namespaces in which torch's C functions live. ``torch.library`` only registers ops.
 """
 
@@ -9,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-__all__ = ["C_FUNCTIONS", "NN_FUNCTIONS", "OpOverload", "OpOverloadPacket", "op_name", "schema_of"]
+__all__ = ["C_FUNCTIONS", "NN_FUNCTIONS", "HigherOrderOperator", "OpOverload", "OpOverloadPacket", "op_name", "schema_of"]
 
 NN_FUNCTIONS = torch._C._nn.__name__  # where F.gelu and its like are found by name
 

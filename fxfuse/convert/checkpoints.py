@@ -1,0 +1,89 @@
+"""Checkpoints by name: ``.safetensors``, and ``.pt`` without running what a pickle says.
+
+Comes in: a path. Goes out: its tensors by name; or the file, for tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxfuse.errors import ConvertError
+
+from .archives import TRUST, check_zip
+from .packed import read_tensors, save_tensors
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training scripts keep it
+
+
+def read_weights(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name: ``.safetensors``, else a ``torch.save`` file, read weights-only.
+
+    Tensors stay on the disk until they are read, where the format allows that; they come to the CPU. A dict with the state dict under
+    ``state_dict`` or ``model`` is opened. Raises ``ConvertError`` for files that are missing, unreadable, truncated or hold pickled code
+    (which runs with ``allow_pickle=True``).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConvertError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give a checkpoint, .safetensors or .pt")
+    try:
+        if path.suffix.lower() == ".safetensors":
+            return read_tensors(path)
+        return _named(_load(path, allow_pickle), path)
+    except OSError as error:
+        raise ConvertError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a checkpoint, ``.safetensors`` or (by any other ending) as ``torch.save`` does."""
+    if path.suffix.lower() == ".safetensors":
+        save_tensors(tensors, path, {"format": "pt"})
+    else:
+        torch.save({name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}, path)
+
+
+def _load(path: Path, allow_pickle: bool) -> Any:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped:
+        check_zip(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        if not allow_pickle:
+            raise ConvertError(f"{path} is no whole checkpoint of tensors only, and its pickle could run code; {TRUST}") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ConvertError(f"{path} is no readable checkpoint ({_line(error)}): is it complete?") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ConvertError(f"{path} is no readable checkpoint ({_line(error)}): is it complete?") from error
+
+
+def _named(found: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(found, torch.nn.Module):
+        found = found.state_dict()
+    for name in _WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+            break
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise ConvertError(f"{path} holds a {type(found).__name__}, no tensors by name: save model.state_dict()")
+    odd = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ConvertError(f"{path} holds a {type(found[odd]).__name__} under {odd!r}, no tensor: save model.state_dict() alone")
+    return dict(found)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]

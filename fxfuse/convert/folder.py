@@ -1,0 +1,85 @@
+"""A folder with all of it: ``model.pt2``, ``weights.safetensors``, ``recipes.json``, ``report.json``, ``report.txt``.
+
+Comes in: a fused model; a folder. Goes out: the files; the program, with the folder's weights in it; the original's checkpoint.
+The weights may be trained further, in the program's own names, and saved over ``weights.safetensors``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxfuse.errors import ConvertError
+from fxfuse.store import get_report
+
+from .checkpoints import read_weights, write_weights
+from .manifest import complete, original_of
+from .packed import read_manifest, write_packed
+from .program import Example
+from .pt2 import load_pt2, write_pt2
+
+MODEL, WEIGHTS, RECIPES = "model.pt2", "weights.safetensors", "recipes.json"
+
+
+def write_folder(model: nn.Module, example: Example, path: Path, *, static: bool) -> list[str]:
+    """Write all files; what to say of them comes back."""
+    path.mkdir(exist_ok=True)
+    notes = write_pt2(model, example, path / MODEL, static=static)
+    manifest = write_packed(model, path / WEIGHTS)
+    (path / RECIPES).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    report = get_report(model)
+    (path / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    (path / "report.txt").write_text(f"{report}\n", encoding="utf-8")
+    return notes
+
+
+def load_folder(path: Path, *, allow_pickle: bool = False) -> nn.Module:
+    """The program of a folder, with the weights that lie beside it."""
+    if not (path / MODEL).is_file():
+        raise ConvertError(f"{path} is no folder that fxfuse wrote: it has no {MODEL}")
+    module = load_pt2(path / MODEL, allow_pickle=allow_pickle)
+    if (path / WEIGHTS).is_file():
+        tensors = complete(_manifest(path), read_weights(path / WEIGHTS))
+        own = module.state_dict()
+        odd = next((name for name in own if name not in tensors or tensors[name].shape != own[name].shape), None)
+        if odd is not None:
+            raise ConvertError(f"{path / WEIGHTS} does not fit {MODEL}: {odd} is missing or of another shape")
+        for name, value in own.items():
+            value.copy_(tensors[name])
+    return module
+
+
+def restore(folder: str | Path, out: str | Path) -> None:
+    """Write the packed weights of a folder (or of one ``.safetensors``) as the original's checkpoint, bit for bit.
+
+    ``out`` ends in ``.safetensors`` or ``.pt``. Names, order, shapes and tied names are the original's, dtypes those of the packed
+    weights. Raises ``ConvertError`` where the folder was not written by fxfuse, or its weights do not fit its recipes.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.suffix.lower() not in (".safetensors", ".pt"):
+        raise ConvertError(f"{out} must end in .safetensors or .pt")
+    weights = folder / WEIGHTS if folder.is_dir() else folder
+    if not weights.is_file():
+        what = f"has no {WEIGHTS}" if folder.is_dir() else "is not there"
+        raise ConvertError(f"{folder} {what}: give a folder or a .safetensors that fxfuse wrote")
+    write_weights(_original(folder, weights), out)
+
+
+def _original(folder: Path, weights: Path) -> dict[str, Tensor]:
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise ConvertError(f"{folder} holds no recipes: give a folder or a .safetensors that fxfuse wrote")
+    return original_of(manifest, read_weights(weights))
+
+
+def _manifest(folder: Path) -> Any:
+    """Of ``recipes.json``, which stays when the weights beside it are written anew; else the one in the weights."""
+    if folder.is_dir() and (folder / RECIPES).is_file():
+        try:
+            return json.loads((folder / RECIPES).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConvertError(f"{folder / RECIPES} cannot be read ({error}): write the folder again") from error
+    return read_manifest(folder / WEIGHTS if folder.is_dir() else folder)

@@ -1,0 +1,111 @@
+"""The manifest: how packed weights came from the original's checkpoint, as data.
+
+Comes in: a fused model. Goes out: a dict that JSON takes (``manifest_of``); with packed tensors by name, the original's checkpoint again,
+bit for bit (``original_of``). Per name of the original, in its order: a tensor of the fused model, and which lane of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxfuse.errors import ConvertError, FxfuseError
+from fxfuse.fused import regions
+from fxfuse.lane import by_original_name, lane_info
+from fxfuse.recipe_data import recipe_from_data, recipe_to_data
+from fxfuse.recipes import lane_view, packed_shape
+
+VERSION = 1
+
+
+def manifest_of(model: nn.Module) -> dict[str, Any]:
+    """The manifest of a model, fused or not. Raises ``ConvertError`` where its checkpoint holds more than tensors."""
+    packs: dict[str, tuple[str, int]] = {}  # by the original's name: the pack's name, and the lane
+    paths = {module: path for path, module in model.named_modules()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        info = lane_info(module)
+        for name, slot in info.slots.items() if info is not None else ():
+            packs[_joined(path, name)] = (_joined(paths.get(slot.owner, ""), slot.name), slot.index)
+    saved = model.state_dict()
+    with by_original_name():
+        original = model.state_dict()
+    for name, value in (*saved.items(), *original.items()):
+        if not isinstance(value, Tensor):
+            raise ConvertError(f"{name} of the checkpoint is a {type(value).__name__}, and only tensors are written: write a .pt2 instead")
+    recipes = {}
+    for path, state in regions(model).items():
+        for recipe in state.plan.recipes:
+            name = _joined(path, recipe.name)
+            if name in saved:
+                recipes[name] = recipe_to_data(recipe)
+    names: dict[str, Any] = {}
+    for name, value in original.items():
+        if name in packs and packs[name][0] in recipes:
+            pack, index = packs[name]
+            recipe = recipe_from_data(recipes[pack])
+            if not _same(lane_view(recipe, saved[pack], index), value):
+                raise ConvertError(f"{name} is not where the recipe of {pack} says: this is a bug of fxfuse, please report it")
+            names[name] = [pack, index]
+        elif name in saved:
+            names[name] = [name]
+        else:
+            raise ConvertError(f"{name} of the original's checkpoint is no tensor of the fused model: the model renames its state dict")
+    return {"fxfuse": VERSION, "model": type(model).__name__, "recipes": recipes, "original": names, "same": _aliases(saved)}
+
+
+def original_of(manifest: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original's checkpoint: views of ``tensors`` by the original's names, in order. ``ConvertError`` where they do not fit."""
+    if not isinstance(manifest, dict) or manifest.get("fxfuse") != VERSION:
+        raise ConvertError(f"there are no recipes that this version of fxfuse knows (it writes version {VERSION})")
+    try:
+        recipes = {name: recipe_from_data(data) for name, data in manifest["recipes"].items()}
+        return dict(_unpacked(manifest["original"], recipes, complete(manifest, tensors)))
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, FxfuseError) as error:
+        if isinstance(error, ConvertError):
+            raise
+        raise ConvertError(f"the recipes are corrupt ({error}): write the folder again") from error
+
+
+def complete(manifest: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with those that were stored once under several names."""
+    same = manifest.get("same", {}) if isinstance(manifest, dict) else {}
+    found = dict(tensors)
+    found.update((name, tensors[first]) for name, first in same.items() if first in tensors and name not in tensors)
+    return found
+
+
+def _unpacked(names: Any, recipes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, (source, *lane) in names.items():
+        if source not in tensors:
+            raise ConvertError(f"the weights lack {source}, which holds {name} of the original")
+        tensor = tensors[source]
+        if not lane:
+            yield name, tensor
+            continue
+        recipe = recipes[source]
+        if tuple(tensor.shape) != packed_shape(recipe):
+            raise ConvertError(f"{source} has shape {tuple(tensor.shape)}, its recipe says {packed_shape(recipe)}")
+        if type(lane[0]) is not int or not 0 <= lane[0] < len(recipe.members):
+            raise ConvertError(f"the recipes are corrupt: {source} has no lane {lane[0]}")
+        yield name, lane_view(recipe, tensor, lane[0])
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def _aliases(saved: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are another one's: they are stored once."""
+    first: dict[Any, str] = {}
+    same: dict[str, str] = {}
+    for name, value in saved.items():
+        key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device) if value.numel() else name
+        if first.setdefault(key, name) != name:
+            same[name] = first[key]
+    return same
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

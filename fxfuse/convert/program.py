@@ -1,0 +1,87 @@
+"""A fused model as a program of torch.export.
+
+Comes in: a fused model and an example call. Goes out: a ``torch.export.ExportedProgram`` of torch's operations on packed weights, whose
+batch dimension is free unless ``static``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse import inputs as fresh
+from fxfuse.errors import ConvertError
+from fxfuse.private.pytree import tree_leaves
+from fxfuse.quiet import quiet
+
+from .frozen import frozen
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def export(model: nn.Module, example: Example, *, static: bool) -> torch.export.ExportedProgram:
+    """The program of the mode (train or eval) that ``model`` is in; it shares the model's tensors.
+
+    Dim 0 of every tensor with as many rows as the first one is free, unless ``static``. Raises ``ConvertError`` with torch.export's
+    reason where the model cannot be exported.
+    """
+    args, kwargs = fresh.clone_inputs(example, requires_grad=False)
+    rows = fresh.batch_size(args, kwargs)
+    if not static and rows is not None and rows < 2:  # torch.export takes a size of 1 for a constant
+        args, kwargs = fresh.resample(args, kwargs, batch=3) if rows else (args, kwargs)
+    free = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    rows = None if static else fresh.batch_size(args, kwargs)
+    named = {}
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.ndim and rows and leaf.shape[0] == rows:
+            named[id(leaf)] = leaf
+    for leaf in named.values():
+        free[leaf] = {0: torch.export.Dim.DYNAMIC}
+    ready = frozen(model)
+    with silent(), deterministic_state():
+        shapes = free.dynamic_shapes(ready, args, kwargs) if named else None  # type: ignore[no-untyped-call]
+        try:
+            return torch.export.export(ready, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ConvertError(_sentence(error, static)) from error
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """What torch's exporters warn of and log is about how they are written, not about the user's model."""
+    before = logging.root.manager.disable
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+@contextlib.contextmanager
+def deterministic_state() -> Iterator[None]:
+    """Tracing draws no random numbers that the caller would miss."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def _sentence(error: Exception, static: bool) -> str:
+    """torch.export's reason in one line."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" \t-*") for line in str(error).splitlines()]
+    lines = [line for line in lines if line]
+    telling = re.compile(r"data-dependent|specialized|specializ|constraint|Unsupported|not supported|Could not|cannot|missing|violat", re.I)
+    reason = next((line for line in lines if telling.search(line)), lines[0] if lines else type(error).__name__)
+    sizes = not static and re.search(r"specializ|constraints? violat|dynamic shape|marked .* dynamic", str(error), re.I)
+    advice = ": its batch size is fixed; convert it with --static (static=True)" if sizes else ""
+    where = "torch.export cannot export the model" if not sizes else "the model cannot be exported for any batch size"
+    return f"{where} ({type(error).__name__}: {reason[:300]}){advice}"

@@ -1,0 +1,55 @@
+"""``.pt2``: a program of torch.export, for processes in which fxfuse is not installed.
+
+Comes in: a fused model; a path. Goes out: the file, and the callable that it holds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fxfuse.errors import ConvertError
+
+from .inspection import inspect_pt2
+from .program import Example, export, silent
+
+
+def write_pt2(model: nn.Module, example: Example, path: Path, *, static: bool) -> list[str]:
+    """Write the program; what to say of it comes back."""
+    program = export(model, example, static=static)
+    save(program, path)
+    return [_batch(static), f"of the {'train' if model.training else 'eval'} mode"]
+
+
+def save(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write an exported program to exactly this path."""
+    with silent():
+        try:
+            torch.export.save(program, path)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+                raise  # the disk: its caller knows the path that the user gave
+            reason = next(iter(str(error).splitlines()), "")
+            raise ConvertError(f"torch.export cannot save the program ({type(error).__name__}: {reason[:300]})") from error
+
+
+def load_pt2(path: Path, *, allow_pickle: bool = False) -> nn.Module:
+    """The module of a ``.pt2``, called as the original. Raises ``ConvertError`` for a file that is none, or would run code."""
+    inspect_pt2(path, allow_pickle=allow_pickle)
+    with silent():
+        try:
+            module: nn.Module = torch.export.load(path).module()
+            return module
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise ConvertError(f"{path} cannot be loaded ({type(error).__name__}: {reason[:300]}): write it again") from error
+
+
+def _batch(static: bool) -> str:
+    return "for this batch size only" if static else "for any batch size"

@@ -1,0 +1,288 @@
+"""``.safetensors``, folders, ``restore``, ``read_weights``, ``.onnx``: what was written is what was there."""
+
+import json
+
+import pytest
+import torch
+from converting import fused
+from small_loops import KINDS
+from torch import nn
+
+import fxfuse
+from checks import assert_close, model_of, plain, randn, randomized
+from fxfuse import convert
+from fxfuse.errors import ConvertError, MissingPackageError
+from fxfuse.private.pytree import tree_leaves
+
+
+def assert_same_checkpoint(found, expected, ordered=True):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert found[name].shape == value.shape, name
+        assert torch.equal(found[name].cpu(), value), name
+    if ordered:
+        assert list(found) == list(expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_restore_gives_the_originals_checkpoint_bit_for_bit(kind, ending, tmp_path):
+    pytest.importorskip("safetensors")
+    model, made, _ = fused(kind)
+    written = convert.write(made, model, ((), {}), tmp_path / "net.safetensors")
+    assert written.kind == "safetensors"
+    convert.restore(tmp_path / "net.safetensors", tmp_path / f"back.{ending}")
+    found = convert.read_weights(tmp_path / f"back.{ending}")
+    assert_same_checkpoint(found, model.state_dict(), ordered=ending == "pt")
+    fresh, _ = KINDS[kind]()
+    fresh.load_state_dict(found)
+
+
+
+
+def test_a_folder_holds_all_of_it_and_runs(tmp_path):
+    pytest.importorskip("safetensors")
+    model, made, inputs = fused("conv_norm")
+    written = convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net")
+    names = {path.name for path in (tmp_path / "net").iterdir()}
+    assert names == {"model.pt2", "weights.safetensors", "recipes.json", "report.json", "report.txt"}
+    assert written.bytes == sum(path.stat().st_size for path in (tmp_path / "net").iterdir())
+    assert json.loads((tmp_path / "net" / "report.json").read_text())["fused"]
+    assert str(fxfuse.report(made)) in (tmp_path / "net" / "report.txt").read_text()
+    recipes = json.loads((tmp_path / "net" / "recipes.json").read_text())
+    assert set(recipes["original"]) == set(model.state_dict())
+    args = inputs(3, 8)
+    assert_close(convert.load(tmp_path / "net")(*args), model(*args), "out")
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_weights_that_were_trained_further_come_back_and_run(metadata, tmp_path):
+    """``recipes.json`` stays when the weights beside it are saved by a program that keeps no metadata."""
+    pytest.importorskip("safetensors")
+    from safetensors.torch import load_file, save_file
+
+    model, inputs = KINDS["columns"]()
+    made = fxfuse.optimize(model.eval(), inputs(1, 5), objective="launches", tune=False, validate=False)
+    convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net")
+    if metadata:
+        with torch.no_grad():
+            for number, parameter in enumerate(made.parameters()):
+                parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype), alpha=0.1 + number)
+        convert.write(made, model, ((), {}), tmp_path / "net" / "weights.safetensors")
+    else:
+        tensors = {name: value + torch.randn_like(value) for name, value in load_file(tmp_path / "net" / "weights.safetensors").items()}
+        save_file(tensors, tmp_path / "net" / "weights.safetensors")
+        made.load_state_dict(tensors)
+    convert.restore(tmp_path / "net", tmp_path / "back.pt")
+    found = convert.read_weights(tmp_path / "back.pt")
+    assert_same_checkpoint(found, fxfuse.original_state_dict(made))
+    assert not torch.equal(found["head.weight"], model.state_dict()["head.weight"])
+    args = inputs(3, 8)
+    model.load_state_dict(found)
+    assert_close(convert.load(tmp_path / "net")(*args), model(*args), "out")
+
+
+def test_tied_and_shared_tensors_are_written_once_and_restored(tmp_path):
+    pytest.importorskip("safetensors")
+
+    def forward(self, x):
+        out = torch.stack([net(x[:, i]) for i, net in enumerate(self.nets)], 1)
+        return self.head(out) + self.again(out)
+
+    head = nn.Linear(4, 4)
+    model = randomized(model_of(forward, nets=nn.ModuleList(nn.Linear(3, 4) for _ in range(4)), head=head, again=head)).eval()
+    model.view = nn.Parameter(model.head.weight.detach()[:2])  # a part of another tensor's memory
+    made = fxfuse.optimize(model, randn(5, 4, 3), objective="launches", tune=False)
+    assert fxfuse.report(made).fused
+    convert.write(made, model, ((randn(5, 4, 3),), {}), tmp_path / "net")
+    convert.restore(tmp_path / "net", tmp_path / "back.pt")
+    assert_same_checkpoint(convert.read_weights(tmp_path / "back.pt"), model.state_dict())
+    x = randn(2, 4, 3, seed=4)
+    assert_close(convert.load(tmp_path / "net")(x), model(x), "out")
+
+
+def test_restore_says_what_is_wrong(tmp_path):
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    model, made, inputs = fused("columns")
+    convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net")
+    with pytest.raises(ConvertError, match="must end in"):
+        convert.restore(tmp_path / "net", tmp_path / "back.onnx")
+    with pytest.raises(ConvertError, match="is not there"):
+        convert.restore(tmp_path / "nowhere", tmp_path / "back.pt")
+    with pytest.raises(ConvertError, match="has no weights"):
+        convert.restore(tmp_path, tmp_path / "back.pt")
+    save_file({"a": torch.zeros(3)}, tmp_path / "plain.safetensors")
+    with pytest.raises(ConvertError, match="no recipes"):
+        convert.restore(tmp_path / "plain.safetensors", tmp_path / "back.pt")
+    tensors = convert.read_weights(tmp_path / "net" / "weights.safetensors")
+    name = next(name for name in tensors if name.startswith("packed"))
+    save_file({**tensors, name: torch.zeros(2)}, tmp_path / "net" / "weights.safetensors")
+    with pytest.raises(ConvertError, match=f"{name} has shape"):
+        convert.restore(tmp_path / "net", tmp_path / "back.pt")
+    save_file({"a": torch.zeros(2)}, tmp_path / "net" / "weights.safetensors")
+    with pytest.raises(ConvertError, match="the weights lack"):
+        convert.restore(tmp_path / "net", tmp_path / "back.pt")
+    with pytest.raises(ConvertError, match="does not fit"):
+        convert.load(tmp_path / "net")
+    for text in ("{", "[]", '{"fxfuse": 1}', '{"fxfuse": 1, "recipes": {"a": 3}, "original": {}}'):
+        (tmp_path / "net" / "recipes.json").write_text(text)
+        with pytest.raises(ConvertError):
+            convert.restore(tmp_path / "net", tmp_path / "back.pt")
+    assert not (tmp_path / "back.pt").exists()
+
+
+def test_checkpoints_in_the_forms_that_people_have(tmp_path):
+    state = randomized(nn.Linear(3, 4)).state_dict()
+    for name, value in {"plain": state, "wrapped": {"state_dict": state, "epoch": 3}, "model": {"model": state}}.items():
+        torch.save(value, tmp_path / f"{name}.pt")
+        assert_same_checkpoint(convert.read_weights(tmp_path / f"{name}.pt"), state)
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert_same_checkpoint(convert.read_weights(tmp_path / "old.pt"), state)
+    torch.save({"a": 3}, tmp_path / "odd.pt")
+    torch.save([1], tmp_path / "list.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "plain.pt").read_bytes()[:-200])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("odd", "list", "cut", "text", "empty", "missing"):
+        with pytest.raises(ConvertError) as caught:
+            convert.read_weights(tmp_path / f"{name}.pt")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConvertError, match="is a folder"):
+        convert.read_weights(tmp_path)
+
+
+def test_safetensors_that_are_cut_off(tmp_path):
+    pytest.importorskip("safetensors")
+    model, made, _ = fused("columns")
+    convert.write(made, model, ((), {}), tmp_path / "net.safetensors")
+    data = (tmp_path / "net.safetensors").read_bytes()
+    for name, part in {"cut": data[:-10], "head": data[:50], "empty": b"", "text": b"hello world"}.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(part)
+        with pytest.raises(ConvertError) as caught:
+            convert.read_weights(tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConvertError, match="no program"):
+        convert.load(tmp_path / "net.safetensors")
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    import sys
+
+    model, made, inputs = fused("columns")
+    for package in ("safetensors", "safetensors.torch", "onnx"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for name, package in {"net.safetensors": "safetensors", "net.onnx": "onnx"}.items():
+        with pytest.raises(MissingPackageError, match=rf"{package}, which is not installed: pip install 'fxfuse\[convert\]'"):
+            convert.write(made, model, (inputs(1, 5), {}), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["columns", "conv_norm", "embeddings", "lstms"])
+def test_onnx_answers_as_the_original_for_any_batch_size(kind, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    single = kind == "conv_norm"  # onnxruntime has no convolution in float64
+    model, made, inputs = fused(kind, single)
+    written = convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net.onnx")
+    assert written.kind == "onnx"
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+    loaded = convert.load(tmp_path / "net.onnx")
+    for batch in (1, 5, 8):
+        args = inputs(30 + batch, batch)
+        for a, b in zip(tree_leaves(plain(loaded(*args))), tree_leaves(plain(model(*args))), strict=True):
+            assert_close(a, b, f"{kind}, {batch} rows", rtol=1e-5 if single else 1e-12)
+
+
+def test_onnx_shows_one_convolution_for_all_lanes_and_batched_products(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model, made, inputs = fused("conv_norm", True)
+    convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net.onnx")
+    nodes = [node for node in onnx.load(tmp_path / "net.onnx").graph.node if node.op_type == "Conv"]
+    groups = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "group"]
+    assert groups == [3]
+    model, made, inputs = fused("columns")
+    convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net.onnx")
+    assert "MatMul" in {node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node}
+
+
+def test_onnx_keeps_the_containers_of_the_call(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+
+    def forward(self, x, *, extra, scale=1.0):
+        out = torch.stack([net(x[:, i]) for i, net in enumerate(self.nets)], 1) * scale
+        return {"out": out + extra["shift"], "both": (out, [out.sum(1)])}
+
+    model = randomized(model_of(forward, nets=nn.ModuleList(nn.Linear(3, 4) for _ in range(4)))).eval()
+    kwargs = {"extra": {"shift": randn(5, 4, 4, seed=4)}, "scale": 2.0}
+    made = fxfuse.optimize(model, (randn(5, 4, 3),), example_kwargs=kwargs, objective="launches", tune=False, validate=False)
+    convert.write(made, model, ((randn(5, 4, 3),), kwargs), tmp_path / "net.onnx")
+    x, kwargs = randn(7, 4, 3, seed=8), {"extra": {"shift": randn(7, 4, 4, seed=9)}, "scale": 2.0}
+    found, expected = convert.load(tmp_path / "net.onnx")(x, **kwargs), model(x, **kwargs)
+    assert_close(found["out"], expected["out"], "out")
+    assert type(found["both"]) is tuple
+    assert_close(found["both"][1][0], expected["both"][1][0], "sum")
+    with pytest.raises(ConvertError, match="does not fit"):
+        convert.load(tmp_path / "net.onnx")(x)
+    with pytest.raises(ConvertError, match="scale"):
+        convert.load(tmp_path / "net.onnx")(x, **{**kwargs, "scale": 3.0})
+
+
+def test_an_onnx_that_onnxruntime_lacks_operators_for_is_a_sentence(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model, made, inputs = fused("conv_norm")
+    with pytest.raises(ConvertError, match="in float32"):
+        convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net.onnx")
+
+
+def test_a_foreign_onnx_is_a_sentence(tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "net.onnx").write_bytes(b"hello")
+    with pytest.raises(ConvertError, match="no ONNX model") as caught:
+        convert.load(tmp_path / "net.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_load_says_what_it_reads(tmp_path):
+    with pytest.raises(ConvertError, match="is not there"):
+        convert.load(tmp_path / "net.pt2")
+    with pytest.raises(ConvertError, match="has no model"):
+        convert.load(tmp_path)
+    (tmp_path / "net.txt").write_text("x")
+    with pytest.raises(ConvertError, match="is a file"):
+        convert.load(tmp_path / "net.txt")
+    (tmp_path / "dir.pt2").mkdir()
+    with pytest.raises(ConvertError, match="is a folder"):
+        convert.load(tmp_path / "dir.pt2")
+
+
+@pytest.mark.slow
+def test_aotinductor_compiles_and_is_refused_from_elsewhere(tmp_path, monkeypatch):
+    import shutil
+
+    from fxfuse.convert import aoti
+
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    model, made, inputs = fused("columns")
+    convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net.aoti.pt2")
+    loaded = convert.load(tmp_path / "net.aoti.pt2")
+    args = inputs(3, 8)
+    assert_close(loaded(*args), model(*args), "out")
+    monkeypatch.setattr(aoti, "_written", set())  # as in another process
+    with pytest.raises(ConvertError, match="machine code"):
+        convert.load(tmp_path / "net.aoti.pt2")
+    assert_close(convert.load(tmp_path / "net.aoti.pt2", allow_pickle=True)(*args), model(*args), "out")
+
+
+def test_without_a_compiler_aotinductor_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    model, made, inputs = fused("columns")
+    with pytest.raises(ConvertError, match="needs a C\\+\\+ compiler"):
+        convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net.aoti.pt2")
