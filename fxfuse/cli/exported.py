@@ -1,7 +1,7 @@
 """A program of torch.export as a module that is written in torch's own functions, so that its loops can be found.
 
-Comes in: the module of an exported program, whose graph calls ATen operators. Goes out: an ``nn.Module`` with the same parameters under the same
-names, whose forward calls ``F.linear``, ``torch.cat`` and so on. An operator without such a function is called as it is.
+Comes in: the module of an exported program, whose graph calls ATen operators. Goes out: an ``nn.Module`` with the same parameters under
+the same names, whose forward calls ``F.linear``, ``torch.cat`` and so on. An operator without such a function is called as it is.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ def in_torch_functions(module: nn.Module) -> nn.Module:
 
 
 def _respelled(module: torch.fx.GraphModule) -> torch.fx.Graph:
-    graph, nodes = torch.fx.Graph(), {}
+    graph = torch.fx.Graph()
+    nodes: dict[torch.fx.Node, torch.fx.Node] = {}
 
     def copied(node: torch.fx.Node) -> torch.fx.Node:
-        return nodes[node]  # type: ignore[no-any-return]
+        return nodes[node]
 
     for node in module.graph.nodes:
         if node.op == "call_module" and node.target == private.GUARDS:
@@ -112,8 +113,7 @@ def _call(graph: torch.fx.Graph, target: Any, args: list[Any], kwargs: dict[str,
     if name in _RENAMED:
         function, renamed = _RENAMED[name]
         return graph.call_function(function, (), {renamed[key]: value for key, value in given.items() if key in renamed})
-    function = _function(name)
-    return graph.call_function(target if function is None else function, tuple(args), kwargs)
+    return graph.call_function(_function(name) or target, tuple(args), kwargs)
 
 
 def _function(name: str) -> Callable[..., Any] | None:

@@ -86,8 +86,8 @@ seconds = click.option(
 )
 inputs = click.option(
     "--inputs", multiple=True, metavar="SPEC", type=_PATH,
-    help='One argument of the model, "float32[8,24]"; once for each, in order. "name=int64[8,16]<100" is a keyword, its integers '
-    "below 100. Or one .pt file that holds all arguments (a tensor, a tuple, or a dict of keywords).",
+    help='One argument of the model, "float32[8,24]"; once for each, in order. "name=int64[8,16]<100" is a keyword, its '
+    "integers below 100. Or one .pt file that holds all arguments (a tensor, a tuple, or a dict of keywords).",
 )  # fmt: skip
 factory = several(
     click.option("--args", metavar="JSON", help="Arguments of the factory: '[128, 32]' or '{\"hidden\": 32}'."),

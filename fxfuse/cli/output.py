@@ -1,7 +1,7 @@
 """OUT on a command line: written under a temporary name beside it, and renamed when it is known to be right.
 
-Comes in: the path that the user gave. Goes out: a path to write to. What stood at OUT stays until the new file or folder is complete; whatever
-ends the command before that (an exception, Ctrl-C, SIGTERM, a full disk) leaves OUT as it was, and nothing beside it.
+Comes in: the path that the user gave. Goes out: a path to write to. What stood at OUT stays until the new file or folder is complete;
+whatever ends the command before that (an exception, Ctrl-C, SIGTERM, a full disk) leaves OUT as it was, and nothing beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .failure import CommandError, said
 
 FILES = (".aoti.pt2", ".pt2", ".onnx", ".safetensors")
 # Endings that people try, and which would otherwise name a folder.
-_NO_FOLDERS = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pb", ".tflite", ".h5", ".json", ".zip", ".npz", ".trt", ".engine", ".onx", ".py", ".so"}
+_NO_FOLDERS = set(".pt .pth .bin .ckpt .pkl .pb .tflite .h5 .json .zip .npz .trt .engine .onx .py .so".split())
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -56,7 +56,8 @@ def check_out(out: Path, endings: tuple[str, ...] | None = None, *, owned: str =
         raise CommandError(f"{out} is a folder: remove it, or choose another -o", codes.OUTPUT)
     if not wanted and out.exists():
         if not out.is_dir():
-            raise CommandError(f"{out} is a file; a folder would be written: add an ending ({', '.join(FILES)}) or choose another -o", codes.OUTPUT)
+            how = f"add an ending ({', '.join(FILES)}) or choose another -o"
+            raise CommandError(f"{out} is a file, and a folder would be written: {how}", codes.OUTPUT)
         if any(out.iterdir()) and not (owned and (out / owned).is_file()):
             raise CommandError(f"{out} holds other files, which would be lost: choose another -o", codes.OUTPUT)
 

@@ -28,7 +28,7 @@ def restore(screen: Screen, /, folder: str, out: str, **values: Any) -> None:
     source, target = Path(folder), Path(out)
     if not source.exists():
         raise CommandError(f"there is no folder {folder}: give one that fxfuse convert wrote")
-    check_out(target, (".safetensors",))
+    check_out(target, (".safetensors", ".pt"))
     with screen.progress(2) as stage:
         stage("restoring")
         with replacing(target) as temporary:
