@@ -78,7 +78,8 @@ def convert(screen: Screen, /, source: str, out: str, static: bool, **values: An
     screen.text(str(report).split("\n\n")[0])
     screen.text(f"loaded again and compared with {source}: {result}")
     screen.result({
-        "ok": True, "command": "convert", "source": source, "out": out, "kind": written.kind, "bytes": written.bytes, "notes": written.notes,
+        "ok": True, "command": "convert", "source": source, "out": out, "kind": written.kind, "bytes": written.bytes,
+        "notes": written.notes,
         "compared": result, "seconds": time.perf_counter() - start, "report": report.to_dict(),
     })  # fmt: skip
     return codes.OK

@@ -82,7 +82,8 @@ allow_pickle = click.option(
     help="Also read files that hold pickled code, which can do anything on this machine: only if you trust them.",
 )
 seconds = click.option(
-    "--seconds", type=click.FloatRange(min=0.0, min_open=True), default=2.0, show_default=True, help="Of timing, for all candidates together."
+    "--seconds", type=click.FloatRange(min=0.0, min_open=True), default=2.0, show_default=True,
+    help="Of timing, for all candidates together.",
 )
 inputs = click.option(
     "--inputs", multiple=True, metavar="SPEC", type=_PATH,
