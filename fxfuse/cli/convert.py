@@ -29,7 +29,7 @@ from .compare import compare, expected, fresh_calls
 from .explain import fuse, nothing_fused
 from .failure import CommandError
 from .options import Asked
-from .output import check_out, replacing
+from .output import check_out, check_room, replacing
 from .prepare import Subject, prepare, set_mode
 from .screen import Screen, Stage
 
@@ -95,6 +95,7 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
         static = True
     if not static and fresh.batch_size(*call) == 1:  # torch.export takes a size of 1 for a constant
         call = fresh.resample(*call, batch=4, seed=asked.seed)
+    check_room(out, weight_bytes(subject.model))
     stage("fusing")
     large = weight_bytes(subject.model) > LARGE
     fused = fuse(subject, asked, inplace=large)

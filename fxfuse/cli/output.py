@@ -62,6 +62,14 @@ def check_out(out: Path, endings: tuple[str, ...] | None = None, *, owned: str =
             raise CommandError(f"{out} holds other files, which would be lost: choose another -o", codes.OUTPUT)
 
 
+def check_room(out: Path, size: int) -> None:
+    """Raise ``CommandError`` where the disk has no room for ``size`` bytes and a little more: torch's own writer, once it hits the end of
+    the disk, ends the whole process."""
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < size * 1.1 + (1 << 20):
+        raise CommandError(f"{out} needs about {size:,} bytes, and the disk has {free:,}: make room, or choose another -o", codes.OUTPUT)
+
+
 @contextlib.contextmanager
 def replacing(out: Path) -> Iterator[Path]:
     """A path of the same name in a temporary folder beside OUT. On leaving, it becomes OUT; on an exception, it goes.
