@@ -24,6 +24,7 @@ from fxfuse.private import (
     custom_pass,
     dispatch,
     dynamo,
+    exported,
     fake_tensors,
     module_hooks,
     parse_to,
@@ -607,3 +608,19 @@ def test_aotinductor() -> None:
     assert callable(torch._inductor.aoti_load_package)
     with pytest.raises(Exception, match="zip archive"):
         aotinductor.load_package("none.pt2")
+
+
+def test_exported() -> None:
+    """How a program of torch.export takes its arguments."""
+
+    class Named(nn.Module):
+        def forward(self, x: Tensor, *, y: Tensor) -> dict[str, Tensor]:
+            return {"sum": x + y}
+
+    module = torch.export.export(Named(), (torch.zeros(2),), {"y": torch.ones(2)}).module()
+    found = exported.specs(module)
+    assert found is not None
+    assert exported.keywords(found[0]) == ["y"]
+    assert found[0] == pytree.tree_flatten(((torch.zeros(2),), {"y": torch.ones(2)}))[1]
+    assert any(node.target == exported.GUARDS for node in module.graph.nodes) or not hasattr(module, exported.GUARDS)
+    assert exported.specs(torch.fx.symbolic_trace(nn.ReLU())) is None

@@ -82,12 +82,13 @@ allow_pickle = click.option(
     help="Also read files that hold pickled code, which can do anything on this machine: only if you trust them.",
 )
 seconds = click.option(
-    "--seconds", type=click.FloatRange(min=0.0, min_open=True), default=2.0, show_default=True, help="Of timing, for all candidates together."
+    "--seconds", type=click.FloatRange(min=0.0, min_open=True), default=2.0, show_default=True,
+    help="Of timing, for all candidates together.",
 )
 inputs = click.option(
     "--inputs", multiple=True, metavar="SPEC", type=_PATH,
-    help='One argument of the model, "float32[8,24]"; once for each, in order. "name=int64[8,16]<100" is a keyword, its integers '
-    "below 100. Or one .pt file that holds all arguments (a tensor, a tuple, or a dict of keywords).",
+    help='One argument of the model, "float32[8,24]"; once for each, in order. "name=int64[8,16]<100" is a keyword, its '
+    "integers below 100. Or one .pt file that holds all arguments (a tensor, a tuple, or a dict of keywords).",
 )  # fmt: skip
 factory = several(
     click.option("--args", metavar="JSON", help="Arguments of the factory: '[128, 32]' or '{\"hidden\": 32}'."),

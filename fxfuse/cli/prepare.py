@@ -18,6 +18,7 @@ from fxfuse.inputs import to_dtype
 from fxfuse.private.pytree import tree_map_only
 
 from . import codes
+from .exported import in_torch_functions
 from .failure import CommandError, said
 from .options import Asked
 from .source import load_source
@@ -43,6 +44,7 @@ def prepare(source: str, asked: Asked, stage: Callable[[str], None] = lambda nam
     model = ready(source, asked, device)
     if not isinstance(model, nn.Module):
         raise CommandError(f"{source} can be run and compared, not fused: give the model it was written from")
+    model = in_torch_functions(model)
     answer(model, call, source)
     return Subject(source, model, call)
 

@@ -40,6 +40,8 @@ def run(arguments: list[str]) -> int:
         return int(code) if isinstance(code, int) else codes.OK
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
+    except SystemExit as error:  # click leaves so when it has told the shell what completes a word
+        return error.code if isinstance(error.code, int) else codes.OK
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         return codes.USAGE

@@ -1,0 +1,228 @@
+"""The ``fxfuse`` command: results, exit codes, one line on stderr where something is wrong, OUT untouched by what fails."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("click")
+
+from fxfuse.cli import codes, main
+from fxfuse.cli.specs import make_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = '''
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, lanes=6, hidden=5):
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(1, hidden), nn.Tanh(), nn.Linear(hidden, 1)) for _ in range(lanes))
+
+    def forward(self, x):
+        print("the model speaks")
+        return torch.cat([net(x[:, i:i + 1]) for i, net in enumerate(self.nets)], 1)
+
+class Off(Net):
+    def forward(self, x):
+        return super().forward(x) * 1.001
+
+def broken():
+    raise ValueError("no such configuration")
+
+def slow():
+    import time
+    time.sleep(60)
+
+number = 3
+'''
+X = "float64[4,6]"
+USUAL = ["--inputs", X, "--dtype", "float64", "--objective", "launches"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a model in it, in which commands run."""
+    (tmp_path / "cli_model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "cli_model", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def run(place, capsys):
+    """Run a command line in this process: its exit code, stdout, stderr."""
+    def run(*words):
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_explain_says_what_fuses_and_writes_nothing(run, place):
+    before = sorted(place.iterdir())
+    code, out, err = run("explain", "cli_model:Net", *USUAL, "--json")
+    assert code == codes.OK
+    assert [op["op"] for op in json.loads(out)["report"]["fused"][0]["ops"]] == ["linear", "tanh", "linear"]
+    assert "the model speaks" in err  # and not on stdout, which is JSON
+    assert [p for p in sorted(place.iterdir()) if p.name != "__pycache__"] == [p for p in before if p.name != "__pycache__"]
+
+
+def test_verify(run):
+    assert run("verify", "cli_model:Net", "cli_model:Net", "--inputs", "float32[4,6]")[0] == codes.OK
+    code, out, _ = run("verify", "cli_model:Net", "cli_model:Off", "--inputs", "float32[4,6]", "--json")
+    assert code == codes.DIFFERENT
+    found = json.loads(out)
+    assert not found["ok"]
+    assert 5e-4 < max(row["max_rel"] for row in found["tensors"]) < 2e-3
+    assert run("verify", "cli_model:Net", "cli_model:Off", "--inputs", "float32[4,6]", "--rtol", "0.01")[0] == codes.OK
+
+
+def test_verify_compares_gradients_in_train_mode(run):
+    code, out, _ = run("verify", "cli_model:Net", "cli_model:Net", "--inputs", X, "--dtype", "float64", "--mode", "train", "--json")
+    assert code == codes.OK
+    assert {"gradient of input[0]", "gradient of nets.5.2.bias"} <= {row["name"] for row in json.loads(out)["tensors"]}
+
+
+def test_bench_measures_what_computes_the_same(run):
+    code, out, _ = run("bench", "cli_model:Net", *USUAL, "--without", "compile", "--seconds", "0.05", "--json")
+    assert code == codes.OK
+    rows = {row["name"]: row for row in json.loads(out)["candidates"]}
+    assert list(rows) == ["loop", "fused", "vmap"]
+    assert all(row["seconds"] > 0 and row["max_rel"] < 1e-10 for row in rows.values())
+    assert (rows["loop"]["heavy"], rows["fused"]["heavy"], rows["vmap"]["heavy"]) == (12, 2, 2)
+
+
+@pytest.mark.parametrize("out", ["net.pt2", "net.onnx", "net.safetensors", "net"])
+def test_convert(run, place, out):
+    if out.endswith(".onnx"):
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    code, said, err = run("convert", "cli_model:Net", *USUAL, "-o", out, "--json")
+    assert code == codes.OK, err
+    assert "equal" in json.loads(said)["compared"]
+    assert (place / out).exists()
+    assert not list(place.glob(f".{out}*"))
+    if out != "net.safetensors":
+        assert run("verify", "cli_model:Net", out, "--inputs", X, "--dtype", "float64")[0] == codes.OK
+
+
+def test_restore_is_bit_exact(run):
+    import cli_model
+    from safetensors.torch import load_file
+
+    assert run("convert", "cli_model:Net", "--args", '{"hidden": 3}', *USUAL, "--seed", "5", "-o", "net")[0] == codes.OK
+    assert run("restore", "net", "-o", "back.safetensors")[0] == codes.OK
+    torch.manual_seed(5)
+    expected, found = cli_model.Net(hidden=3).double().state_dict(), load_file("back.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_an_exported_program_is_a_source(run, place):
+    import cli_model
+
+    rows = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(cli_model.Net().double(), (torch.randn(4, 6).double(),), dynamic_shapes=rows)
+    torch.export.save(program, place / "plain.pt2")
+    code, out, _ = run("explain", "plain.pt2", *USUAL, "--json")
+    assert code == codes.OK
+    assert [op["op"] for op in json.loads(out)["report"]["fused"][0]["ops"]] == ["linear", "tanh", "linear"]
+
+
+BAD = [
+    (["explain", "nowhere:Net", "--inputs", X], codes.INPUT, "no module nowhere"),
+    (["explain", "cli_model:Nett", "--inputs", X], codes.INPUT, "did you mean Net?"),
+    (["explain", "cli_model:broken", "--inputs", X], codes.INPUT, "no such configuration"),
+    (["explain", "cli_model:number", "--inputs", X], codes.INPUT, "must be a torch.nn.Module"),
+    (["explain", "cli_model:Net", "--inputs", "float32[4,5]"], codes.INPUT, "check --inputs"),
+    (["explain", "cli_model:Net", "--inputs", "float32[4,x]"], codes.USAGE, "does not parse"),
+    (["explain", "cli_model:Net", "--inputs", "float31[4]"], codes.USAGE, "is no dtype"),
+    (["explain", "cli_model:Net"], codes.USAGE, "--inputs"),
+    (["explain", "cli_model:Net", "--args", "{", "--inputs", X], codes.USAGE, "JSON"),
+    (["explain", "cli_model:Net", "--wrong"], codes.USAGE, "--wrong"),
+    (["convert", "cli_model:Net", "--inputs", X, "-o", "no/folder/net.pt2"], codes.OUTPUT, "does not exist"),
+    (["convert", "cli_model:Net", "--inputs", X, "-o", "net.pth"], codes.USAGE, ".pth is not written"),
+    (["convert", "cli_model:Net", "--inputs", X, "-o", "."], codes.USAGE, "name a new folder"),
+    (["convert", "missing.pt2", "--inputs", X, "-o", "net.pt2"], codes.INPUT, "no file or folder"),
+    (["convert", "cli_model:Net", "--weights", "no.safetensors", "--inputs", X, "-o", "net.pt2"], codes.INPUT, "no.safetensors"),
+    (["restore", "nothing", "-o", "back.safetensors"], codes.INPUT, "no folder nothing"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "phrase"), BAD)
+def test_bad_input_is_one_line(run, words, code, phrase):
+    found, out, err = run(*words)
+    assert found == code
+    lines = [line for line in err.splitlines() if line != "the model speaks"]
+    assert len(lines) == 1
+    assert phrase in lines[0]
+    assert not out
+
+
+def test_a_failed_conversion_leaves_out_as_it_was(run, place, monkeypatch):
+    from fxfuse import convert as files
+
+    (place / "net.pt2").write_bytes(b"before")
+    monkeypatch.setattr(files, "write", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    code, _, err = run("convert", "cli_model:Net", *USUAL, "-o", "net.pt2")
+    assert code == codes.OUTPUT
+    assert "make room" in err
+    assert (place / "net.pt2").read_bytes() == b"before"
+    assert not list(place.glob(".net.pt2*"))
+
+
+def test_what_is_not_equal_is_not_written(run, place, monkeypatch):
+    from fxfuse import convert as files
+
+    real = files.load
+    monkeypatch.setattr(files, "load", lambda *args, **kwargs: lambda x: real(*args, **kwargs)(x) * 1.001)
+    code, _, err = run("convert", "cli_model:Net", *USUAL, "-o", "net.pt2")
+    assert code == codes.DIFFERENT
+    assert "NOT equal" in err
+    assert not (place / "net.pt2").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+def test_pickled_code_is_refused(run, place):
+    for name in ("evil.pt", "evil.pth"):
+        (place / name).write_bytes(pickle.dumps({"x": Evil()}))
+        assert run("explain", "cli_model:Net", "--inputs", name)[0] == codes.INPUT
+        assert run("explain", "cli_model:Net", "--weights", name, "--inputs", X)[0] == codes.INPUT
+    assert not (place / "was_run").exists()
+
+
+def test_specs_draw_what_they_say():
+    (x, n), kwargs = make_inputs(["float32[2,3]", "int64[50]<7"], seed=1)
+    assert x.dtype is torch.float32
+    assert n.min() >= 0
+    assert 4 < n.max() < 7
+    assert kwargs == {}
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(place):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(ROOT / "fxfuse_command.py"), "convert", "cli_model:slow", "--inputs", X, "-o", "net.pt2"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == codes.INTERRUPTED, err
+    assert err.strip() == "fxfuse: interrupted; nothing was written"
+    assert not out
+    assert not list(place.glob("*net.pt2*"))
