@@ -25,3 +25,7 @@ class FallbackError(FxfuseError):
 
 class StateDictError(FxfuseError, RuntimeError):
     """A state dict does not fit; the message names keys by the original's names."""
+
+
+class OptimizerError(FxfuseError):
+    """An optimizer cannot go from one model to another; the message says which parameter or which rule of the optimizer is in the way."""

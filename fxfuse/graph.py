@@ -196,6 +196,7 @@ class RegionPlan:
     methods: dict[str, dict[tuple[bool, ...], tuple[Program, ...]]] = field(default_factory=dict)
     method_ops: dict[str, list[FusedOp]] = field(default_factory=dict)
     making: Making | None = None  # None: no further programs can be made
+    wholes: dict[str, Recipe] = field(default_factory=dict)  # of the packs that were cut into parts, the recipe before; by name
 
     def all_programs(self) -> list[Program]:
         """The programs of all methods, signatures and modes."""

@@ -6,7 +6,6 @@ Comes in: a model and example inputs. Goes out: a model of the same class that c
 
 from __future__ import annotations
 
-import gc
 import time
 import warnings
 from collections import Counter
@@ -35,13 +34,15 @@ from .depth import deeper
 from .determinism import preserved_state
 from .difference import Validation
 from .entries import FORWARD, Entry, make_entries
-from .errors import ArgumentError, FxfuseError, HeldElsewhereError
+from .errors import ArgumentError, FxfuseError, HeldElsewhereError, OptimizerError
 from .exclusive import alone
 from .graph import Refusal, RegionPlan
 from .inputs import resample
 from .large import Moved, sample, twin, weight_bytes, without_history
 from .launches import count
 from .lengths import tracked_len
+from .live_optimizers import holding
+from .migrate import collect, place
 from .observe import observe_modes, reads_offsets
 from .options import Options, make_inputs, make_options
 from .passes.vectorize import LaneSet, Prepared
@@ -81,6 +82,7 @@ def optimize(
     strict: bool = False,
     min_lanes: int = 2,
     inplace: bool = False,
+    optimizer: Any = None,
 ) -> nn.Module:
     """A model that computes the same as ``model``, its loops over small networks fused.
 
@@ -103,6 +105,7 @@ def optimize(
         strict: a call that does not fit what was recorded raises ``FallbackError``; otherwise it runs the original forward.
         min_lanes: the fewest lanes worth fusing.
         inplace: rewrite ``model`` itself.
+        optimizer: one of ``model``'s Parameters, which goes over to the result (``fxfuse.migrate_optimizer``), or a list of such.
 
     Returns an instance of ``model``'s class. Raises ``ArgumentError`` for wrong arguments; a model that cannot be recorded, or has no loop,
     comes back working, with the reason in ``fxfuse.report``.
@@ -119,8 +122,10 @@ def optimize(
     >>> [op.op for op in get_report(fast).fused[0].ops]
     ['linear']
     """
+    optimizers = [] if optimizer is None else [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
     holders: list[str] = []
     try:
+        collected = [collect(each, model) for each in optimizers]
         options = make_options(
             model, mode=mode, objective=objective, lowering=lowering, tune=tune, tune_for=tune_for, max_memory=max_memory,
             validate=validate, strict=strict, min_lanes=min_lanes, inplace=inplace, packing="packed",
@@ -131,15 +136,18 @@ def optimize(
             from .lazy import fuse_at_first_call
 
             return fuse_at_first_call(model, options, inplace)
-        holders = _optimizers_of(model)
+        holders = [type(each).__name__ for each in holding(model) if not any(each is known for known in optimizers)]
         result = run_entries(model, entries, options, inplace)
-    except (ArgumentError, MemoryError):
+    except (ArgumentError, OptimizerError, MemoryError):
         raise
     except Exception as error:
         return _failed(model, error, Report(type(model).__name__), inplace)
+    for each, had in zip(optimizers, collected, strict=True):
+        place(had, each, result)
     if holders and get_report(result).fused:
         warnings.warn(
             f"{' and '.join(holders)} holds Parameters of the model that was given to fxfuse.optimize: it would not train the fused model. "
+            "Call fxfuse.migrate_optimizer(optimizer, model, fused), or fxfuse.optimize(model, x, optimizer=optimizer). Or: "
             "Build the optimizer from fused.parameters(), or call fxfuse.optimize(model) without inputs, which keeps the Parameters.",
             UserWarning,
             stacklevel=2,
@@ -572,23 +580,6 @@ class _Pipeline:
 def _inside(path: str, other: str) -> bool:
     """Is the module at ``path`` inside the one at ``other``?"""
     return path != other and (not other or path.startswith(f"{other}."))
-
-
-def _optimizers_of(model: nn.Module) -> list[str]:
-    """Class names of live optimizers that hold a Parameter of ``model``."""
-    mine = {id(parameter) for parameter in model.parameters()}
-    names: list[str] = []
-    kinds: set[type] = set()
-    pending: list[type] = [torch.optim.Optimizer]
-    while pending:
-        kinds.add(kind := pending.pop())
-        pending.extend(kind.__subclasses__())
-    for candidate in gc.get_objects():
-        if type(candidate) in kinds:
-            groups = getattr(candidate, "param_groups", [])
-            if any(id(p) in mine for group in groups for p in group.get("params", [])):
-                names.append(type(candidate).__name__)
-    return names
 
 
 def _traceback(error: BaseException) -> str:
