@@ -46,6 +46,7 @@ class Collected:
     members: dict[str, _Member]
     shapes: dict[str, tuple[int, ...]]  # of all parameters of the model
     holders: list[Tensor]  # the Parameters that the optimizer gives up
+    packed: bool  # some of these are packs
 
 
 def migrate_optimizer(optimizer: Any, model: nn.Module, fused: nn.Module, *, inplace: bool = True) -> Any:
@@ -97,15 +98,16 @@ def collect(optimizer: Any, model: nn.Module) -> Collected:
     """What ``optimizer`` has of ``model``, by the original's names; changes nothing."""
     check_optimizer(optimizer)
     at = {id(p): (g, k) for g, group in enumerate(optimizer.param_groups) for k, p in enumerate(group["params"])}
-    members, holders, shapes = {}, {}, {}
+    members, holders, shapes, packed = {}, {}, {}, False
     for name, where in places(model).items():
         shapes[name] = where.shape
         if id(where.holder) in at:
             members[name] = _member(optimizer, name, where, *at[id(where.holder)])
             holders[id(where.holder)] = where.holder
+            packed = packed or where.recipe is not None
     if not members:
         raise OptimizerError(f"the {type(optimizer).__name__} holds no Parameter of the {type(model).__name__} that it shall come from")
-    return Collected(members, shapes, list(holders.values()))
+    return Collected(members, shapes, list(holders.values()), packed)
 
 
 def _member(optimizer: Any, name: str, where: Place, group: int, order: int) -> _Member:
@@ -136,6 +138,7 @@ def place(collected: Collected, optimizer: Any, model: nn.Module) -> None:
         raise ArgumentError(f"the two are no forms of one model: {', '.join(odd[:3])} is not in both, or of another shape")
     _apart(collected, target)
     target = places(model)
+    numbers = {name: number for number, name in enumerate(target)}
     lanes: dict[int, list[str]] = {}
     for name, where in target.items():
         lanes.setdefault(id(where.holder), []).append(name)
@@ -151,7 +154,8 @@ def place(collected: Collected, optimizer: Any, model: nn.Module) -> None:
         if first is None:
             continue
         every = sorted(zip(names, found, strict=True), key=lambda each: target[each[0]].index)
-        groups[first.group].append(((first.order, where.index), where.holder))
+        order = numbers[names[0]] if collected.packed else first.order  # in a pack the order of its lanes among the others is lost
+        groups[first.group].append(((order, where.index), where.holder))
         made: dict[str, Any] = {key: _copied(value) for key, value in first.whole.items()}
         for key in first.shaped:
             made[key] = _joined(where.holder, where.recipe, [member.shaped[key] for _, member in every if member is not None])
