@@ -14,7 +14,7 @@ from fxfuse.fused import regions
 from fxfuse.region import RegionState
 
 
-class checkpoint_format:  # noqa: N801  (used as a function, as torch.set_grad_enabled is)
+class checkpoint_format:
     """From here on ``model.state_dict()`` writes ``"original"`` or ``"packed"`` names; as a context manager, within the block only.
 
     With ``"original"`` lanes' tensors are contiguous copies, as safetensors needs them: load what comes back with ``load_state_dict``. The

@@ -42,8 +42,9 @@ class _Cut:
 
 
 def cut(state: RegionState, starts: Mapping[str, Sequence[int]]) -> None:
-    """Cut packed Parameters of a region: ``{packed name: lanes (of that pack) at which new parts begin}``. Values, gradients, attributes and
-    ``requires_grad`` stay. Raises ``FxfuseError``, and changes nothing, for a pack that cannot be cut."""
+    """Cut packed Parameters of a region: ``{packed name: lanes (of that pack) at which new parts begin}``.
+
+    Values, gradients, attributes and ``requires_grad`` stay. Raises ``FxfuseError``, and changes nothing, for a pack that cannot be cut."""
     cuts = [_examined(state, name, lanes) for name, lanes in starts.items() if set(lanes) - {0}]
     if not cuts:
         return

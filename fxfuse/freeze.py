@@ -8,6 +8,7 @@ optimizers that hold the pack go on with its parts.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -23,9 +24,9 @@ from fxfuse.region import RegionState
 def freeze(model: nn.Module, *patterns: str) -> list[str]:
     """Stop training the parameters whose original names match any of ``patterns`` (``*``, ``?``, ``[...]``); returns their names.
 
-    Works before and after the optimizer was made: live optimizers go on with what is left. Copies and saved models stay frozen; a loaded state
-    dict changes values only. Freeze before wrapping in DDP or FSDP. Raises ``ArgumentError`` where nothing matches, and ``OptimizerError`` where
-    a live optimizer that is not elementwise holds a pack that would have to be cut.
+    Works before and after the optimizer was made: live optimizers go on with what is left. Copies and saved models stay frozen; a loaded
+    state dict changes values only. Freeze before wrapping in DDP or FSDP. Raises ``ArgumentError`` where nothing matches, and
+    ``OptimizerError`` where a live optimizer that is not elementwise holds a pack that would have to be cut.
 
     >>> freeze(nn.Linear(2, 3), "b*")
     ['bias']
@@ -72,7 +73,7 @@ def _cuts(found: dict[str, Place], names: set[str]) -> dict[int, tuple[RegionSta
     cuts: dict[int, tuple[RegionState, dict[str, list[int]]]] = {}
     for lanes in packs.values():
         lanes.sort(key=lambda lane: lane[0])
-        starts = [b[0] for a, b in zip(lanes, lanes[1:], strict=False) if a[1] != b[1]]
+        starts = [b[0] for a, b in pairwise(lanes) if a[1] != b[1]]
         where = lanes[0][2]
         if starts and where.state is not None and where.recipe is not None:
             cuts.setdefault(id(where.state), (where.state, {}))[1][where.recipe.name] = starts

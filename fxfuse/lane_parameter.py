@@ -26,7 +26,7 @@ class LaneParameter(Tensor):
             return func(*args, **(kwargs or {}))
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         """The lane's share of the pack's gradient, None without one."""
         slot = self._fxfuse_slot
         grad = slot.packed().grad

@@ -47,6 +47,7 @@ def _in_attributes(model: nn.Module) -> Iterator[Any]:
 
 
 def _of_lightning(model: nn.Module) -> Iterator[Any]:
+    module: Any
     for module in model.modules():
         if any(base.__name__ == "LightningModule" for base in type(module).__mro__):
             try:

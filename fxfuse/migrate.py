@@ -54,8 +54,8 @@ def migrate_optimizer(optimizer: Any, model: nn.Module, fused: nn.Module, *, inp
 
     Either model may be the fused one: ``migrate_optimizer(optimizer, fused, fxfuse.unfuse(fused))`` is the way back. The optimizer itself
     is changed and returned, so that schedulers, GradScalers and loggers that hold it go on; with ``inplace=False`` it stays as it is, and a
-    new one comes back (then ``scheduler.optimizer = new`` for schedulers). Lanes in different param groups, or with different counts of steps, get
-    packs of their own in ``fused``. Parameters of other models stay.
+    new one comes back (then ``scheduler.optimizer = new`` for schedulers). Lanes in different param groups, or with different counts of
+    steps, get packs of their own in ``fused``. Parameters of other models stay.
 
     Raises ``OptimizerError`` for optimizers whose step is not elementwise, and where the optimizer holds no Parameter of ``model``;
     ``ArgumentError`` where the models are not two forms of one.
@@ -130,7 +130,7 @@ def _member(optimizer: Any, name: str, where: Place, group: int, order: int) -> 
 
 
 def place(collected: Collected, optimizer: Any, model: nn.Module) -> None:
-    """Give ``optimizer`` the Parameters of ``model`` in the place of those that it was collected from. All that can be wrong is found first."""
+    """Give ``optimizer`` the Parameters of ``model`` for those that it was collected from. What can be wrong is found first."""
     target = places(model)
     shapes = {name: where.shape for name, where in target.items()}
     if shapes != collected.shapes:

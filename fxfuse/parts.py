@@ -87,7 +87,7 @@ def whole_recipes(plan: RegionPlan) -> list[Recipe]:
 
 
 def fit_parts(plan: RegionPlan, state_dict: dict[str, Any], prefix: str) -> None:
-    """Replace, in place, packed names of packs that were cut otherwise by those of ``plan``. What does not fit stays, for the loader to name."""
+    """Replace, in place, packed names of packs that were cut otherwise by those of ``plan``. What does not fit stays."""
     ours = {recipe.name for recipe in plan.recipes}
     given: dict[str, list[tuple[int, int, str]]] = {}
     for key in [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in ours]:
