@@ -45,6 +45,7 @@ from .passes.vectorize import vectorize
 from .region import STATE, RegionState
 from .regions import RegionFinder
 from .runs import run
+from .runtime import walk
 from .tracer import hooks_silent
 from .validate import other_examples, validate
 from .weights import unpackable
@@ -144,6 +145,9 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     plan, making = state.plan, state.plan.making
     assert making is not None
     region = unfuse(state.region)
+    for whole in plan.wholes.values():  # frozen lanes are lanes of their pack still: its parts are joined at every call
+        for member in whole.members:
+            walk(region, member).requires_grad_(whole.requires_grad)
     with paused(), tracked_len(region), torch.autocast(casts[0], dtype=casts[1]):
         observation = observe(entry.root(region), entry.args, entry.kwargs)
     if observation.failure:
