@@ -123,9 +123,9 @@ def optimize(
     ['linear']
     """
     optimizers = [] if optimizer is None else [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
+    collected = [collect(each, model) for each in optimizers] if isinstance(model, nn.Module) else []
     holders: list[str] = []
     try:
-        collected = [collect(each, model) for each in optimizers]
         options = make_options(
             model, mode=mode, objective=objective, lowering=lowering, tune=tune, tune_for=tune_for, max_memory=max_memory,
             validate=validate, strict=strict, min_lanes=min_lanes, inplace=inplace, packing="packed",
@@ -141,10 +141,14 @@ def optimize(
     except (ArgumentError, OptimizerError, MemoryError):
         raise
     except Exception as error:
-        return _failed(model, error, Report(type(model).__name__), inplace)
+        result = _failed(model, error, Report(type(model).__name__), inplace)
+        for each, had in zip(optimizers, collected, strict=True):
+            place(had, each, result)
+        return result
     for each, had in zip(optimizers, collected, strict=True):
         place(had, each, result)
-    if holders and get_report(result).fused:
+    mine = {id(parameter) for parameter in model.parameters()}
+    if holders and (get_report(result).fused or mine.isdisjoint(map(id, result.parameters()))):
         warnings.warn(
             f"{' and '.join(holders)} holds Parameters of the model that was given to fxfuse.optimize: it would not train the fused model. "
             "Call fxfuse.migrate_optimizer(optimizer, model, fused), or fxfuse.optimize(model, x, optimizer=optimizer). Or: "

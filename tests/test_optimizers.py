@@ -286,3 +286,12 @@ def test_averaged_models_and_scalers() -> None:
             average.update_parameters(each)
     assert_equal_training(model, fused)
     assert_equal_training(averages[0].module, averages[1].module)
+
+
+def test_a_copy_without_a_loop_takes_the_optimizer_or_warns() -> None:
+    layer = nn.Linear(2, 2).double()
+    optimizer = O.SGD(layer.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="SGD holds Parameters of the model"):
+        fxfuse.optimize(layer, randn(3, 2), **QUICK)
+    other = fxfuse.optimize(layer, randn(3, 2), optimizer=optimizer, **QUICK)
+    assert optimizer.param_groups[0]["params"] == [*other.parameters()]
