@@ -6,11 +6,14 @@ True
 """
 
 from .backend import backend, inductor_pass
-from .errors import ArgumentError, FallbackError, FxfuseError, StateDictError, ValidationError
+from .checkpoint_format import checkpoint_format
+from .errors import ArgumentError, FallbackError, FxfuseError, OptimizerError, StateDictError, ValidationError
+from .freeze import freeze, unfreeze
 from .fused import graphs as graph
 from .fused import unfuse
+from .migrate import migrate_optimizer
 from .optimize import explain, optimize
-from .packing import load_original_state_dict, original_named_parameters, original_state_dict
+from .packing import load_original_state_dict, named_original_parameters, original_named_parameters, original_state_dict
 from .report import Report
 from .store import get_report as report
 from .validate import Validation, verify
@@ -21,19 +24,25 @@ __all__ = [
     "ArgumentError",
     "FallbackError",
     "FxfuseError",
+    "OptimizerError",
     "Report",
     "StateDictError",
     "Validation",
     "ValidationError",
     "backend",
+    "checkpoint_format",
     "explain",
+    "freeze",
     "graph",
     "inductor_pass",
     "load_original_state_dict",
+    "migrate_optimizer",
+    "named_original_parameters",
     "optimize",
     "original_named_parameters",
     "original_state_dict",
     "report",
+    "unfreeze",
     "unfuse",
     "verify",
 ]

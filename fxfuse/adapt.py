@@ -37,6 +37,7 @@ from .held import held_by_caller
 from .inputs import batch_size, resample
 from .lengths import tracked_len
 from .observe import observe, reads_offsets
+from .parts import in_parts, whole_recipes
 from .passes.functional import autocast_to
 from .passes.packs import Packs
 from .passes.program import make_program, resolve_packed
@@ -44,6 +45,7 @@ from .passes.vectorize import vectorize
 from .region import STATE, RegionState
 from .regions import RegionFinder
 from .runs import run
+from .runtime import walk
 from .tracer import hooks_silent
 from .validate import other_examples, validate
 from .weights import unpackable
@@ -143,6 +145,9 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     plan, making = state.plan, state.plan.making
     assert making is not None
     region = unfuse(state.region)
+    for whole in plan.wholes.values():  # frozen lanes are lanes of their pack still: its parts are joined at every call
+        for member in whole.members:
+            walk(region, member).requires_grad_(whole.requires_grad)
     with paused(), tracked_len(region), torch.autocast(casts[0], dtype=casts[1]):
         observation = observe(entry.root(region), entry.args, entry.kwargs)
     if observation.failure:
@@ -163,7 +168,7 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     resolve_packed(made.graph, made.packs)
     used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
     constants = {name: tensor for name, tensor in made.packs.constants.items() if name in used and name not in plan.constants}
-    program = held_by_caller(make_program(observation.trace, prepared.lifted, made.graph))
+    program = in_parts(held_by_caller(make_program(observation.trace, prepared.lifted, made.graph)), plan)
     return _Made(program, constants, entry, not reads_offsets(observation.trace))
 
 
@@ -177,7 +182,7 @@ def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
 
 def _packs(state: RegionState, region: nn.Module) -> Packs:
     """What is packed, as it is; nothing else can be packed any more."""
-    recipes = {recipe.members: recipe for recipe in state.plan.recipes}
+    recipes = {recipe.members: recipe for recipe in whole_recipes(state.plan)}
     where = {member: (recipe, index) for recipe in recipes.values() for index, member in enumerate(recipe.members)}
     blocked, kinds = unpackable(region, "")
     blocked = {name: reason for name, reason in blocked.items() if name not in where}

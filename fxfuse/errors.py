@@ -33,3 +33,7 @@ class ConvertError(FxfuseError):
 
 class MissingPackageError(ConvertError):
     """A package that this needs is not installed; the message says which, and how to install it."""
+
+
+class OptimizerError(FxfuseError):
+    """An optimizer cannot go from one model to another; the message says which parameter or which rule of the optimizer is in the way."""

@@ -203,6 +203,7 @@ class RegionPlan:
     making: Making | None = None  # None: no further programs can be made
     spelled: Any = None  # ``surroundings.Spelled``: the names in the code that ran in the region
     outside: list[Any] = field(default_factory=list)  # ``surroundings.Piece``s: globals and the like that it could read
+    wholes: dict[str, Recipe] = field(default_factory=dict)  # of the packs that were cut into parts, the recipe before; by name
 
     def all_programs(self) -> list[Program]:
         """The programs of all methods, signatures and modes."""

@@ -24,6 +24,7 @@ from fxfuse.errors import ArgumentError, FxfuseError, StateDictError
 from fxfuse.graph import Recipe
 from fxfuse.private import recurrent
 from fxfuse.private.module_hooks import BOOKKEEPING
+from fxfuse.private.state_dicts import forget_version
 from fxfuse.private.transforms import transforming
 from fxfuse.recipes import lane_view, lane_views
 
@@ -56,8 +57,10 @@ class Pack(nn.Module):
             del missing[before:]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if not saving_by_original_name():
+        if not (saving_by_original_name() or self.__dict__["_fxfuse_watch"].original_names):
             super()._save_to_state_dict(destination, prefix, keep_vars)
+        else:
+            forget_version(destination, prefix[:-1])
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Watch:
     ready: Callable[..., Any] | None = None
     written: dict[tuple[str, str], tuple[bool, Any]] = field(default_factory=dict)
     sets: frozenset[tuple[str, str]] = frozenset()  # (path, name) of attributes that forward itself sets, and does not read before
+    original_names: bool = False  # state_dict() writes the original's names
     loading: tuple[list[str], bool] | None = None  # the load in progress (its list of missing keys), by original names?
 
     def by_original_name(self, missing: list[str]) -> bool:
@@ -309,9 +313,14 @@ class LaneMixin(nn.Module):
         raise FxfuseError("a fused model cannot be replicated by nn.DataParallel; use DistributedDataParallel, or fxfuse.unfuse it first")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if saving_by_original_name():
-            with _as_original(self, self.__dict__[LANE]):
+        info: LaneInfo = self.__dict__[LANE]
+        if saving_by_original_name() or info.watch.original_names:
+            with _as_original(self, info):
                 super()._save_to_state_dict(destination, prefix, keep_vars)
+            if not saving_by_original_name() and not keep_vars:  # for savers that take no tensors that share memory
+                for name in info.slots:
+                    if prefix + name in destination:
+                        destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)
 

@@ -6,7 +6,6 @@ Comes in: a model and example inputs. Goes out: a model of the same class that c
 
 from __future__ import annotations
 
-import gc
 import time
 import warnings
 from collections import Counter
@@ -35,7 +34,7 @@ from .depth import deeper
 from .determinism import preserved_state
 from .difference import Validation
 from .entries import FORWARD, Entry, make_entries
-from .errors import ArgumentError, FxfuseError, HeldElsewhereError
+from .errors import ArgumentError, FxfuseError, HeldElsewhereError, OptimizerError
 from .exclusive import alone
 from .fingerprint import combined, sizes_of
 from .graph import Refusal, RegionPlan
@@ -43,6 +42,8 @@ from .inputs import resample
 from .large import Moved, sample, twin, weight_bytes, without_history
 from .launches import count
 from .lengths import tracked_len
+from .live_optimizers import holding
+from .migrate import collect, place
 from .observe import observe_modes, reads_offsets
 from .options import Options, make_inputs, make_options
 from .passes.vectorize import LaneSet, Prepared
@@ -85,6 +86,7 @@ def optimize(
     inplace: bool = False,
     cache: bool = True,
     progress: bool = True,
+    optimizer: Any = None,
 ) -> nn.Module:
     """A model that computes the same as ``model``, its loops over small networks fused.
 
@@ -110,6 +112,7 @@ def optimize(
         cache: keep what was measured in the user's cache directory, and use it for an equal model on an equal machine, which is then
             compared but not timed. ``FXFUSE_CACHE_DIR`` names another directory; ``FXFUSE_CACHE=0`` turns it off for a whole process.
         progress: show a bar on standard error while candidates are timed, where that is a terminal and takes over a second.
+        optimizer: one of ``model``'s Parameters, which goes over to the result (``fxfuse.migrate_optimizer``), or a list of such.
 
     Returns an instance of ``model``'s class. Raises ``ArgumentError`` for wrong arguments; a model that cannot be recorded, or has no loop,
     comes back working, with the reason in ``fxfuse.report``.
@@ -126,6 +129,8 @@ def optimize(
     >>> [op.op for op in get_report(fast).fused[0].ops]
     ['linear']
     """
+    optimizers = [] if optimizer is None else [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
+    collected = [collect(each, model) for each in optimizers] if isinstance(model, nn.Module) else []
     holders: list[str] = []
     try:
         options = make_options(
@@ -139,15 +144,22 @@ def optimize(
             from .lazy import fuse_at_first_call
 
             return fuse_at_first_call(model, options, inplace)
-        holders = _optimizers_of(model)
+        holders = [type(each).__name__ for each in holding(model) if not any(each is known for known in optimizers)]
         result = run_entries(model, entries, options, inplace)
-    except (ArgumentError, MemoryError):
+    except (ArgumentError, OptimizerError, MemoryError):
         raise
     except Exception as error:
-        return _failed(model, error, Report(type(model).__name__), inplace)
-    if holders and get_report(result).fused:
+        result = _failed(model, error, Report(type(model).__name__), inplace)
+        for each, had in zip(optimizers, collected, strict=True):
+            place(had, each, result)
+        return result
+    for each, had in zip(optimizers, collected, strict=True):
+        place(had, each, result)
+    mine = {id(parameter) for parameter in model.parameters()}
+    if holders and (get_report(result).fused or mine.isdisjoint(map(id, result.parameters()))):
         warnings.warn(
             f"{' and '.join(holders)} holds Parameters of the model that was given to fxfuse.optimize: it would not train the fused model. "
+            "Call fxfuse.migrate_optimizer(optimizer, model, fused), or fxfuse.optimize(model, x, optimizer=optimizer). Or: "
             "Build the optimizer from fused.parameters(), or call fxfuse.optimize(model) without inputs, which keeps the Parameters.",
             UserWarning,
             stacklevel=2,
@@ -619,23 +631,6 @@ class _Pipeline:
 def _inside(path: str, other: str) -> bool:
     """Is the module at ``path`` inside the one at ``other``?"""
     return path != other and (not other or path.startswith(f"{other}."))
-
-
-def _optimizers_of(model: nn.Module) -> list[str]:
-    """Class names of live optimizers that hold a Parameter of ``model``."""
-    mine = {id(parameter) for parameter in model.parameters()}
-    names: list[str] = []
-    kinds: set[type] = set()
-    pending: list[type] = [torch.optim.Optimizer]
-    while pending:
-        kinds.add(kind := pending.pop())
-        pending.extend(kind.__subclasses__())
-    for candidate in gc.get_objects():
-        if type(candidate) in kinds:
-            groups = getattr(candidate, "param_groups", [])
-            if any(id(p) in mine for group in groups for p in group.get("params", [])):
-                names.append(type(candidate).__name__)
-    return names
 
 
 def _traceback(error: BaseException) -> str:

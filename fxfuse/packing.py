@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from fxfuse.all_or_nothing import all_or_nothing
 from fxfuse.errors import StateDictError
 from fxfuse.lane import Pack, Slot, by_original_name, lane_info
+from fxfuse.lane_parameter import lane_parameter
 from fxfuse.private.state_dicts import set_versions, versions_of
 from fxfuse.recipes import lane_view, pack, packed_shape, unpack
 
 __all__ = [
     "load_original_state_dict",
+    "named_original_parameters",
     "original_gradients",
     "original_named_parameters",
     "original_state_dict",
@@ -105,7 +107,23 @@ def original_named_parameters(model: nn.Module) -> dict[str, Tensor]:
     >>> {name: tuple(p.shape) for name, p in original_named_parameters(nn.Linear(2, 3)).items()}
     {'weight': (3, 2), 'bias': (3,)}
     """
-    return {name: value.view() if isinstance(value, Slot) else value for name, value in each_parameter(model)}
+    return {
+        name: lane_parameter(value) if isinstance(value, Slot) and not torch.compiler.is_compiling() else _viewed(value)
+        for name, value in each_parameter(model)
+    }
+
+
+def named_original_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """``named_parameters()`` of the original: pairs of name and tensor, whose ``grad`` is the lane's share of the pack's gradient.
+
+    >>> [name for name, _ in named_original_parameters(nn.Linear(2, 3))]
+    ['weight', 'bias']
+    """
+    yield from original_named_parameters(model).items()
+
+
+def _viewed(value: Slot | Tensor) -> Tensor:
+    return value.view() if isinstance(value, Slot) else value
 
 
 def original_gradients(model: nn.Module) -> dict[str, Tensor | None]:

@@ -7,6 +7,7 @@ Comes in: a ``graph.Recipe`` and tensors. Goes out: the packed tensor (``pack``)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +148,34 @@ def lane_views(recipe: Recipe, packed: Tensor) -> tuple[Tensor, ...]:
         back = inverse(recipe.order)
         stored = tuple(tensor.permute(back) for tensor in stored)
     return stored if recipe.own_shapes is None else tuple(_own(recipe, tensor, index) for index, tensor in enumerate(stored))
+
+
+def part(recipe: Recipe, name: str, start: int, stop: int, requires_grad: bool | None = None) -> Recipe:
+    """The recipe of lanes ``start`` to ``stop`` (excluded) of a pack, as a pack of their own.
+
+    >>> part(Recipe("packed.w", ("0.w", "1.w", "2.w"), (3, 5), (1, 0), "cat"), "packed.lane_2.w", 2, 3).members
+    ('2.w',)
+    """
+    own = None if recipe.own_shapes is None else recipe.own_shapes[start:stop]
+    return replace(
+        recipe,
+        name=name,
+        members=recipe.members[start:stop],
+        shape=own[0] if own is not None and recipe.style == "rows" else recipe.shape,
+        own_shapes=own,
+        requires_grad=recipe.requires_grad if requires_grad is None else requires_grad,
+    )
+
+
+def part_view(recipe: Recipe, packed: Tensor, start: int, stop: int) -> Tensor:
+    """Lanes ``start`` to ``stop`` (excluded) of a packed tensor, packed: a view. Every style lays its lanes out along dim 0.
+
+    Of a sparse tensor (a gradient) a copy.
+    """
+    if recipe.style in ("cat", "rows"):
+        starts = recipe.row_starts()
+        start, stop = starts[start], starts[stop]
+    return torch.narrow_copy(packed, 0, start, stop - start) if packed.is_sparse else packed.narrow(0, start, stop - start)
 
 
 def unpack(recipe: Recipe, packed: Tensor) -> list[Tensor]:

@@ -26,6 +26,7 @@ from fxfuse.graph import Program, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.held import Held, Kept, resolved
 from fxfuse.lane import LaneMixin, Slot, Watch, lane_info, shared_views
+from fxfuse.parts import fit_parts
 from fxfuse.private.autocast import any_autocast_enabled
 from fxfuse.private.module_hooks import CALL_HOOKS, hooks_for_all
 from fxfuse.recipes import pack, packed_shape, unpack
@@ -432,6 +433,8 @@ class RegionMixin(LaneMixin):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         state: RegionState = self.__dict__[STATE]
         metadata, missing = rest[0], rest[2]
+        if state.packing == "packed":
+            fit_parts(state.plan, state_dict, prefix)
         packed = any(prefix + recipe.name in state_dict for recipe in state.plan.recipes)
         if not packed and state.packing == "packed" and metadata.get("assign_to_params_buffers", False):
             packed = _pack_keys(state, state_dict, prefix)

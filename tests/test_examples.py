@@ -31,7 +31,7 @@ def output_of(monkeypatch, capsys):
 
 
 def test_every_file_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHAPES, "demo", "both"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHAPES, "demo", "both", "fine_tune"}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -48,6 +48,13 @@ def test_example(name, output_of):
     differences = re.findall(r"^checkpoint carried over, \d+ tensors: largest difference of the outputs (\S+)$", out, re.MULTILINE)
     assert len(differences) == len(SHAPES[name])
     assert all(float(difference) < 1e-5 for difference in differences)
+
+
+def test_fine_tune(output_of):
+    out = output_of("fine_tune")
+    before, after = map(float, re.search(r"^loss ([\d.]+) -> ([\d.]+); frozen: nets.3.0.weight, ", out, re.MULTILINE).groups())
+    assert after < before
+    assert float(re.search(r"^difference of the two models: (\S+)$", out, re.MULTILINE)[1]) < 1e-5
 
 
 def test_demo(output_of):

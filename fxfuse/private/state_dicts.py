@@ -18,3 +18,8 @@ def versions_of(state_dict: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def set_versions(state_dict: OrderedDict[str, Any], versions: Mapping[str, Any]) -> None:
     """Say it of another state dict."""
     state_dict._metadata = versions  # type: ignore[attr-defined]
+
+
+def forget_version(state_dict: Any, path: str) -> None:
+    """Say nothing of the module at ``path``."""
+    getattr(state_dict, "_metadata", {}).pop(path, None)

@@ -1,0 +1,50 @@
+"""A lane's weight by itself, with its gradient.
+
+Comes in: where the weight lies in a pack. Goes out: a view of it whose ``grad`` is a view of the pack's gradient, looked up at each read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxfuse.lane import Slot
+from fxfuse.private.torch_function import DisableTorchFunction
+from fxfuse.recipes import lane_view
+
+
+class LaneParameter(Tensor):
+    """A differentiable view of a pack. What is computed from it is a plain tensor."""
+
+    _fxfuse_slot: Slot
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with DisableTorchFunction():
+            return func(*args, **(kwargs or {}))
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The lane's share of the pack's gradient, None without one."""
+        slot = self._fxfuse_slot
+        grad = slot.packed().grad
+        return None if grad is None else lane_view(slot.recipe, grad, slot.index)
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        slot = self._fxfuse_slot
+        packed = slot.packed()
+        if packed.grad is None and value is not None:
+            packed.grad = torch.zeros_like(packed)
+        if packed.grad is not None:
+            share = lane_view(slot.recipe, packed.grad, slot.index)
+            _ = share.zero_() if value is None else share.copy_(value)
+
+
+def lane_parameter(slot: Slot) -> Tensor:
+    """The parameter of a lane."""
+    view = slot.view().as_subclass(LaneParameter)
+    view._fxfuse_slot = slot
+    return view

@@ -1,0 +1,201 @@
+"""Optimizers go with their model: from the original to its fused form, and back.
+
+Comes in: an optimizer over the Parameters of one model, that model, and another form of it. Goes out: the same optimizer over the other's
+Parameters: param groups and state by the original's names, bit for bit. Lanes of a pack that are in different groups, or whose states
+differ in count of steps, are cut into parts (``fxfuse.cut``), each a Parameter of its own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse.cut import cut
+from fxfuse.elementwise import ELEMENTWISE, unsupported
+from fxfuse.errors import ArgumentError, OptimizerError
+from fxfuse.graph import Recipe
+from fxfuse.places import Place, places
+from fxfuse.recipes import pack
+from fxfuse.region import RegionState
+
+
+@dataclass
+class _Member:
+    """One parameter of the original, as the optimizer has it."""
+
+    group: int
+    order: int
+    whole: dict[str, Any]  # states of one number
+    shaped: dict[str, Tensor]  # states of the parameter's shape
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for lanes that may share a pack."""
+        numbers = tuple(sorted((key, value.item() if isinstance(value, Tensor) else value) for key, value in self.whole.items()))
+        return self.group, numbers, tuple(sorted((key, value.dtype) for key, value in self.shaped.items()))
+
+
+@dataclass
+class Collected:
+    """What an optimizer has of a model, by the original's names."""
+
+    members: dict[str, _Member]
+    shapes: dict[str, tuple[int, ...]]  # of all parameters of the model
+    holders: list[Tensor]  # the Parameters that the optimizer gives up
+    packed: bool  # some of these are packs
+
+
+def migrate_optimizer(optimizer: Any, model: nn.Module, fused: nn.Module, *, inplace: bool = True) -> Any:
+    """Let an optimizer of ``model`` train ``fused`` from here on: its param groups and its state move over, exactly.
+
+    Either model may be the fused one: ``migrate_optimizer(optimizer, fused, fxfuse.unfuse(fused))`` is the way back. The optimizer itself
+    is changed and returned, so that schedulers, GradScalers and loggers that hold it go on; with ``inplace=False`` it stays as it is, and a
+    new one comes back (then ``scheduler.optimizer = new`` for schedulers). Lanes in different param groups, or with different counts of
+    steps, get packs of their own in ``fused``. Parameters of other models stay.
+
+    Raises ``OptimizerError`` for optimizers whose step is not elementwise, and where the optimizer holds no Parameter of ``model``;
+    ``ArgumentError`` where the models are not two forms of one.
+
+    >>> layer, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    >>> optimizer = migrate_optimizer(torch.optim.SGD(layer.parameters(), 0.1), layer, other)
+    >>> optimizer.param_groups[0]["params"][0] is other.weight
+    True
+    """
+    for what, given in (("model", model), ("fused", fused)):
+        if not isinstance(given, nn.Module):
+            raise ArgumentError(f"{what} must be a torch.nn.Module, a {type(given).__name__} came")
+    collected = collect(optimizer, model)
+    result = optimizer if inplace else _again(optimizer)
+    place(collected, result, fused)
+    return result
+
+
+def _again(optimizer: Any) -> Any:
+    """Another optimizer over the same Parameters, with groups and a state of its own."""
+    made = object.__new__(type(optimizer))
+    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+    for group in groups:
+        group.update({key: value.clone() for key, value in group.items() if isinstance(value, Tensor)})
+    state = defaultdict(dict, {parameter: dict(each) for parameter, each in optimizer.state.items()})
+    made.__setstate__({"defaults": dict(optimizer.defaults), "state": state, "param_groups": groups})
+    return made
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise ``OptimizerError`` for an optimizer that cannot be migrated, ``ArgumentError`` for what is none."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentError(f"optimizer must be a torch.optim.Optimizer, a {type(optimizer).__name__} came")
+    reason = unsupported(optimizer)
+    if reason is not None:
+        raise OptimizerError(f"{reason}; build it anew from fused.parameters()")
+
+
+def collect(optimizer: Any, model: nn.Module) -> Collected:
+    """What ``optimizer`` has of ``model``, by the original's names; changes nothing."""
+    check_optimizer(optimizer)
+    at = {id(p): (g, k) for g, group in enumerate(optimizer.param_groups) for k, p in enumerate(group["params"])}
+    members, holders, shapes, packed = {}, {}, {}, False
+    for name, where in places(model).items():
+        shapes[name] = where.shape
+        if id(where.holder) in at:
+            members[name] = _member(optimizer, name, where, *at[id(where.holder)])
+            holders[id(where.holder)] = where.holder
+            packed = packed or where.recipe is not None
+    if not members:
+        raise OptimizerError(f"the {type(optimizer).__name__} holds no Parameter of the {type(model).__name__} that it shall come from")
+    return Collected(members, shapes, list(holders.values()), packed)
+
+
+def _member(optimizer: Any, name: str, where: Place, group: int, order: int) -> _Member:
+    numbers = ELEMENTWISE[type(optimizer)]
+    whole: dict[str, Any] = {}
+    shaped: dict[str, Tensor] = {}
+    for key, value in optimizer.state.get(where.holder, {}).items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise OptimizerError(f"{name}: its state {key} has a history of autograd, which would be cut")
+        if key in numbers and (not isinstance(value, Tensor) or value.dim() == 0):
+            whole[key] = value
+        elif isinstance(value, Tensor) and value.shape == where.holder.shape:
+            shaped[key] = where.of(value)
+        elif value is None:
+            whole[key] = None
+        else:
+            said = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise OptimizerError(f"{name}: its state {key} ({said}) is neither of the parameter's shape nor one number")
+    return _Member(group, order, whole, shaped)
+
+
+def place(collected: Collected, optimizer: Any, model: nn.Module) -> None:
+    """Give ``optimizer`` the Parameters of ``model`` for those that it was collected from. What can be wrong is found first."""
+    target = places(model)
+    shapes = {name: where.shape for name, where in target.items()}
+    if shapes != collected.shapes:
+        odd = [name for name in {**shapes, **collected.shapes} if shapes.get(name) != collected.shapes.get(name)]
+        raise ArgumentError(f"the two are no forms of one model: {', '.join(odd[:3])} is not in both, or of another shape")
+    _apart(collected, target)
+    target = places(model)
+    numbers = {name: number for number, name in enumerate(target)}
+    lanes: dict[int, list[str]] = {}
+    for name, where in target.items():
+        lanes.setdefault(id(where.holder), []).append(name)
+    gone = {id(holder) for holder in collected.holders}
+    groups: list[list[tuple[Any, Tensor]]] = [
+        [((k, -1), p) for k, p in enumerate(group["params"]) if id(p) not in gone] for group in optimizer.param_groups
+    ]
+    state: list[tuple[Tensor, dict[str, Any]]] = []
+    for names in lanes.values():
+        where = target[names[0]]
+        found = [collected.members.get(name) for name in names]
+        first = found[0]
+        if first is None:
+            continue
+        every = sorted(zip(names, found, strict=True), key=lambda each: target[each[0]].index)
+        order = numbers[names[0]] if collected.packed else first.order  # in a pack the order of its lanes among the others is lost
+        groups[first.group].append(((order, where.index), where.holder))
+        made: dict[str, Any] = {key: _copied(value) for key, value in first.whole.items()}
+        for key in first.shaped:
+            made[key] = _joined(where.holder, where.recipe, [member.shaped[key] for _, member in every if member is not None])
+        if made:
+            state.append((where.holder, made))
+    names_of = {id(p): name for name, p in model.named_parameters()}
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        before = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
+        group["params"] = [parameter for _, parameter in sorted(members, key=lambda each: each[0])]
+        if "param_names" in group:
+            group["param_names"] = [names_of.get(id(p), before.get(id(p), "")) for p in group["params"]]
+    for holder in collected.holders:
+        optimizer.state.pop(holder, None)
+    for holder, made in state:
+        optimizer.state[holder] = made
+
+
+def _apart(collected: Collected, target: dict[str, Place]) -> None:
+    """Cut the packs whose lanes the optimizer does not treat alike."""
+    packs: dict[int, list[tuple[int, str, Place]]] = {}
+    for name, where in target.items():
+        if where.recipe is not None:
+            packs.setdefault(id(where.holder), []).append((where.index, name, where))
+    cuts: dict[int, tuple[RegionState, dict[str, list[int]]]] = {}
+    for each in packs.values():
+        each.sort(key=lambda lane: lane[0])
+        signatures = [member.signature if (member := collected.members.get(name)) is not None else None for _, name, _ in each]
+        starts = [each[k][0] for k in range(1, len(each)) if signatures[k] != signatures[k - 1]]
+        where = each[0][2]
+        if starts and where.state is not None and where.recipe is not None:
+            cuts.setdefault(id(where.state), (where.state, {}))[1][where.recipe.name] = starts
+    for region, starts_by_name in cuts.values():
+        cut(region, starts_by_name)
+
+
+def _joined(holder: Tensor, recipe: Recipe | None, values: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        value = values[0] if recipe is None else pack(recipe, values)
+        return torch.empty_like(holder, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
