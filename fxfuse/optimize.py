@@ -221,10 +221,13 @@ def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool
     undo = Undo()
     given = Contents(part for entry in entries for part in (*entry.args, *entry.kwargs.values()))
     try:
-        # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
-        # Recorded without autocast, whoever calls: a region makes programs for calls under it when the first of them comes.
-        with quiet(), deeper(model), torch.inference_mode(False), without_autocast():
-            return _Pipeline(model, entries, options, report, undo).run(inplace)
+        try:
+            # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
+            # Recorded without autocast, whoever calls: a region makes programs for calls under it when the first of them comes.
+            with quiet(), deeper(model), torch.inference_mode(False), without_autocast():
+                return _Pipeline(model, entries, options, report, undo).run(inplace)
+        finally:
+            given.restore()  # a cache among the example inputs is as it was
     except (ArgumentError, MemoryError):
         undo.restore()
         raise
@@ -234,8 +237,6 @@ def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool
     except BaseException:
         undo.restore()
         raise
-    finally:
-        given.restore()  # a cache among the example inputs is as it was
 
 
 def _failed(model: nn.Module, error: Exception, report: Report, inplace: bool) -> nn.Module:
