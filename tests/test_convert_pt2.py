@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import fxfuse
 from checks import assert_close, model_of, plain, randn, randomized
 from fxfuse import convert
 from fxfuse.convert.program import export
+from fxfuse.convert.pt2 import save
 from fxfuse.errors import ConvertError
 from fxfuse.private.pytree import tree_leaves
 
@@ -48,6 +50,13 @@ def test_the_program_reads_packs_and_no_lanes(tmp_path):
     calls = [str(node.target) for node in program.graph.nodes]
     heavy = [call for call in calls if any(name in call for name in ("addmm", "bmm", "linear"))]
     assert len(heavy) <= 3, program.graph  # two layers of all lanes, and the head
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process():
+    _, made, inputs = fused("columns")
+    program = export(made, (inputs(1, 5), {}), static=False)
+    with pytest.raises(OSError, match="No space left"):
+        save(program, Path("/dev/full"))
 
 
 def test_exporting_changes_nothing_of_the_model(tmp_path):

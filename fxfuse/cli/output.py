@@ -63,8 +63,7 @@ def check_out(out: Path, endings: tuple[str, ...] | None = None, *, owned: str =
 
 
 def check_room(out: Path, size: int) -> None:
-    """Raise ``CommandError`` where the disk has no room for ``size`` bytes and a little more: torch's own writer, once it hits the end of
-    the disk, ends the whole process."""
+    """Raise ``CommandError`` where the disk has no room for ``size`` bytes and a little more, before minutes of work."""
     free = shutil.disk_usage(out.absolute().parent).free
     if free < size * 1.1 + (1 << 20):
         raise CommandError(f"{out} needs about {size:,} bytes, and the disk has {free:,}: make room, or choose another -o", codes.OUTPUT)

@@ -14,6 +14,7 @@ from fxfuse.errors import ConvertError
 
 from .inspection import inspect_pt2
 from .program import Example, export, silent
+from .surviving import SurvivingFile
 
 
 def write_pt2(model: nn.Module, example: Example, path: Path, *, static: bool) -> list[str]:
@@ -25,16 +26,16 @@ def write_pt2(model: nn.Module, example: Example, path: Path, *, static: bool) -
 
 def save(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write an exported program to exactly this path."""
-    with silent():
+    with silent(), SurvivingFile(path) as file:
         try:
-            torch.export.save(program, path)
+            torch.export.save(program, file)  # type: ignore[arg-type]  # says IO[bytes], and only writes
         except (OSError, MemoryError):
             raise
         except Exception as error:
-            if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
-                raise  # the disk: its caller knows the path that the user gave
+            file.check()
             reason = next(iter(str(error).splitlines()), "")
             raise ConvertError(f"torch.export cannot save the program ({type(error).__name__}: {reason[:300]})") from error
+    file.check()
 
 
 def load_pt2(path: Path, *, allow_pickle: bool = False) -> nn.Module:
