@@ -31,7 +31,8 @@ def draw(results: list[dict[str, Any]], folder: Path, where: str) -> list[str]:
         right.set(xscale="log", xlabel="the best form by hand, microseconds", ylabel="share of its speed", title=where[:60])
         for axes in (left, right):
             axes.axhline(1.0, color="grey", linewidth=0.8)
-        left.legend(fontsize=8)
+        if left.get_legend_handles_labels()[0]:
+            left.legend(fontsize=8)
         figure.tight_layout()
         path = folder / f"grid-{measure.replace(' ', '').replace('+', '-')}.svg"
         figure.savefig(path)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .collector import paused
 from .graph import Place
 from .trace import Frame, Trace
 
@@ -71,11 +72,12 @@ def code_noted(trace: Trace, stack: list[int], internal: Callable[[str], bool]) 
         trace.ran_known = False
         yield
         return
-    hook(note)
-    try:
-        yield
-    finally:
-        hook(None)
+    with paused():  # whoever listens to the collector (a library that times it) is called in the middle of anything, and is no part of it
+        hook(note)
+        try:
+            yield
+        finally:
+            hook(None)
         for codes in ran.values():
             for code in [code for code in codes if internal(code.co_filename)]:
                 del codes[code]

@@ -169,7 +169,7 @@ class TwoWidths(nn.Module):
 
 
 def test_two_widths():
-    assert_fused_equals(randomized(TwoWidths()), randn(5, 6), heavy=4)
+    assert_fused_equals(randomized(TwoWidths()), randn(5, 6), heavy=2)
 
 
 class FloatBuffer(nn.Module):
@@ -219,7 +219,7 @@ class WithDropout(nn.Module):
 
 @pytest.mark.parametrize("feature_p", [0.0, 0.1])
 def test_dropout_in_eval_is_exact(feature_p):
-    assert_fused_equals(randomized(WithDropout(6, 4, feature_p=feature_p)), randn(5, 6), heavy=2, random_in_train=True)
+    assert_fused_equals(randomized(WithDropout(6, 4, feature_p=feature_p)), randn(5, 6), heavy=2 if feature_p else 1, random_in_train=True)
 
 
 def test_dropout_in_train_has_the_same_distribution():
