@@ -94,7 +94,12 @@ class Watch:
             return
         if (path, name) not in self.written:
             found = name in own or hasattr(type(module), name)
-            self.written[(path, name)] = (found, own.get(name, getattr(type(module), name, None)))
+            self.written[(path, name)] = (found, attribute_of(module, name))
+
+
+def attribute_of(module: nn.Module, name: str) -> Any:
+    """An attribute as it is, without the module's own ways to look it up; None where there is none."""
+    return type(module) if name == "__class__" else module.__dict__.get(name, getattr(type(module), name, None))
 
 
 @dataclass
@@ -267,6 +272,9 @@ class LaneMixin(nn.Module):
                 return
             if name == "training" and self.__dict__.get("training") is value:
                 return
+            if name in _OF_FSDP or (name == "__class__" and _wraps(value, type(self))):
+                super().__setattr__(name, value)
+                return
             info.watch.note(info.path, self, name, value)
         super().__setattr__(name, value)
 
@@ -386,6 +394,15 @@ def _telling(name: str) -> Callable[..., Any]:
 
     method.__name__ = name
     return method
+
+
+# What ``fully_shard`` notes on every module below the one that it wraps; no forward reads it.
+_OF_FSDP = frozenset(("_is_fsdp_managed_module", "_fsdp_use_orig_params"))
+
+
+def _wraps(kind: Any, wrapped: type) -> bool:
+    """Is this a class around ``wrapped`` whose forward is the same, as ``fully_shard`` makes it?"""
+    return isinstance(kind, type) and issubclass(kind, wrapped) and getattr(kind, "forward", None) is getattr(wrapped, "forward", None)
 
 
 # These change hooks or submodules without passing through __setattr__.

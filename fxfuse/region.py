@@ -25,7 +25,7 @@ from fxfuse.errors import FallbackError, FxfuseError
 from fxfuse.graph import Program, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.held import Held, Kept, resolved
-from fxfuse.lane import LaneMixin, Slot, Watch, lane_info, shared_views
+from fxfuse.lane import LaneMixin, Slot, Watch, attribute_of, lane_info, shared_views
 from fxfuse.parts import fit_parts
 from fxfuse.private.autocast import any_autocast_enabled
 from fxfuse.private.module_hooks import CALL_HOOKS, hooks_for_all
@@ -194,7 +194,7 @@ class RegionState(Watch):
             return "a submodule was replaced, added or removed"
         reads: frozenset[str] | None = getattr(self.plan, "reads", None)  # "nets.0.scale": the attributes that forward read
         for (path, name), (existed, before) in self.written.items():
-            if reads is not None and (f"{path}.{name}" if path else name) not in reads:
+            if reads is not None and name != "__class__" and (f"{path}.{name}" if path else name) not in reads:
                 continue
             module = next((m for m in self.members() if (info := lane_info(m)) is not None and info.path == path), None)
             if module is not None and not _unchanged(module, name, existed, before):
@@ -261,7 +261,7 @@ def _unchanged(module: nn.Module, name: str, existed: bool, before: Any) -> bool
     present = name in own or hasattr(type(module), name)
     if not present or not existed:
         return present is existed
-    now = own.get(name, getattr(type(module), name, None))
+    now = attribute_of(module, name)
     if now is before:
         return True
     plain = (bool, int, float, str, bytes, torch.dtype, torch.device)
