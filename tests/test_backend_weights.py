@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -52,6 +54,25 @@ def test_parameters_stay_the_same_objects_with_the_same_strides():
         assert (id(p), p.shape, p.stride()) == (identity, shape, stride)
         assert torch.equal(p, values)
     assert lie_together(*first_weights(model))
+
+
+def test_what_is_compiled_after_a_reset_shares_the_memory_again():
+    model, _ = bound_model()
+    torch._dynamo.reset()
+    gc.collect()
+    call, counting = compiled(model)
+    assert_same_step(model, call, X)
+    inputs = [node for node in counting.graphs[-1].graph.nodes if node.op == "placeholder"]
+    assert len(inputs) < len(model.nets)  # packs, and not the weights of every lane
+
+
+def test_a_model_that_nobody_holds_is_freed():
+    model, call = bound_model()
+    gone = weakref.ref(first_weights(model)[0])
+    torch._dynamo.reset()
+    del model, call
+    gc.collect()
+    assert gone() is None
 
 
 def test_gradients_are_views_of_one():

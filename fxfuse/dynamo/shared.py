@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fxfuse.graph import Recipe
 from fxfuse.private.storages import holders
@@ -69,6 +70,8 @@ def _lie(members: Sequence[Tensor]) -> list[Any]:
 
 
 _bound: weakref.WeakValueDictionary[Any, Bound] = weakref.WeakValueDictionary()  # of all graphs, by what they pack and where it begins
+# By first member, whose memory the buffer is: as long as it lives, a graph compiled later (after ``torch.compiler.reset``) knows the pack.
+_kept: Any = WeakIdKeyDictionary()
 
 
 def _geometry(recipe: Recipe) -> Any:
@@ -123,6 +126,7 @@ class SharedPack:
                     return None
                 bound = _moved(self.recipe, members)
                 _bound[members[0].data_ptr(), _geometry(self.recipe)] = bound
+                _kept[members[0]] = bound
             self.refused = 0
             self.known[members[0].data_ptr()] = bound
             return bound
