@@ -7,9 +7,10 @@ its own, and compared with a model that fxfuse never saw: outputs, input gradien
 mode, fresh data, other batch sizes and lengths, in float64. all: launches of one forward in eval mode; heavy: those of matmuls,
 convolutions, embeddings, norms. A wrong model, an exception or a sentence "fxfuse failed" is a bug, and makes this end with 1.
 
-transformers 5.23.0, torch 2.13.0. 2026-11-20, afmoe to luke: 304 examined, 270 built, 229 ran, 201 fused (heavy 7,015 -> 5,843), 2,578 calls
-compared; cvt and led are doubtful, four were late. 2026-11-28, lw_detr to sew-d: 232 examined, 170 ran, all right, 153 fused (heavy 6,890 ->
-5,874). What was wrong is mended. Outstanding: the rest of 647. torch.nn: 171 classes and forms, each alone and three as lanes.
+transformers 5.23.0, torch 2.13.0. 2026-11-20, afmoe to luke: 304 examined, 270 built, 229 ran, 201 fused (heavy 7,015 -> 5,843), 2,578
+calls compared; cvt and led are doubtful, four were late. 2026-11-28, lw_detr to sew-d: 232 examined, 170 ran, all right, 153 fused
+(heavy 6,890 -> 5,874). What was wrong is mended. Outstanding: the rest of 647. torch.nn: 171 classes and forms, each alone and three as
+lanes.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
-from fxfuse.recipes import lane_view, pack, unpack
+from fxfuse.recipes import lane_view, lane_views, pack
 from fxfuse.unregistered import Held
 
 _binding = threading.RLock()
@@ -33,7 +33,7 @@ def _lie(members: Sequence[Tensor]) -> list[Any]:
     return [*map(Tensor.data_ptr, members), *map(Tensor.stride, members), *lazy]
 
 
-class _Alias(torch.autograd.Function):
+class Alias(torch.autograd.Function):
     """The buffer as a function of the Parameters that are views of it: no copy forward, slices backward."""
 
     @staticmethod
@@ -43,7 +43,7 @@ class _Alias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *unpack(ctx.recipe, grads[0]))
+        return (None, None, *lane_views(ctx.recipe, grads[0]))
 
 
 @dataclass(eq=False)
@@ -83,7 +83,7 @@ class AliasPack:
                     bound = self.bind(members)
         buffer = bound[0]
         if torch.is_grad_enabled() and self.recipe.kind == "parameter":
-            result: Tensor = _Alias.apply(buffer, self.recipe, *members)  # type: ignore[no-untyped-call]
+            result: Tensor = Alias.apply(buffer, self.recipe, *members)  # type: ignore[no-untyped-call]
             return result
         return buffer
 

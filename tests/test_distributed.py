@@ -36,6 +36,7 @@ def torchrun(processes: int, phase: str, folder: Path) -> None:
 def test_several_processes_train_as_one_and_checkpoints_are_resharded(tmp_path):
     torchrun(2, "train", tmp_path)
     torchrun(4, "load", tmp_path)
+    torchrun(4, "train", tmp_path / "four")
     x, y = worker.batch()
     expected = worker.trained(worker.network(), "adamw", x, y).state_dict()
     for saved in ("packed", "again"):  # of two processes, of four; read by one
@@ -44,6 +45,11 @@ def test_several_processes_train_as_one_and_checkpoints_are_resharded(tmp_path):
         dcp.load(state, checkpoint_id=tmp_path / saved, no_dist=True)
         model.load_state_dict(state["model"])
         worker.assert_same(dict(fxfuse.original_state_dict(model)), expected, saved)
+    model = worker.fused(6)
+    original = {"model": dict(fxfuse.original_state_dict(model))}
+    dcp.load(original, checkpoint_id=tmp_path / "original", no_dist=True)
+    fxfuse.load_original_state_dict(model, original["model"])
+    worker.assert_same(dict(fxfuse.original_state_dict(model)), expected, "original")
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -16,27 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fxfuse.alias import Alias
 from fxfuse.graph import Recipe
 from fxfuse.private.storages import holders
 from fxfuse.private.tensor_guards import alike
 from fxfuse.private.versions import version
-from fxfuse.recipes import lane_view, lane_views, pack
+from fxfuse.recipes import lane_view, pack
 
 _binding = threading.RLock()
 MOST_MODELS = 16  # of one class that are called in turn through one compiled graph; further ones are packed at every call
-
-
-class _Alias(torch.autograd.Function):
-    """The buffer as a function of the members that are views of it."""
-
-    @staticmethod
-    def forward(ctx: Any, buffer: Tensor, recipe: Recipe, *members: Tensor) -> Tensor:
-        ctx.recipe = recipe
-        return buffer.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *lane_views(ctx.recipe, grads[0]))
 
 
 class Bound:
@@ -101,7 +89,7 @@ class SharedPack:
                 return pack(self.recipe, members)
         if torch.is_grad_enabled() and any(map(_requires_grad, members)):
             bound.note_writes(members)
-            result: Tensor = _Alias.apply(bound.buffer, self.recipe, *members)  # type: ignore[no-untyped-call]
+            result: Tensor = Alias.apply(bound.buffer, self.recipe, *members)  # type: ignore[no-untyped-call]
             return result
         return bound.buffer
 
