@@ -325,7 +325,8 @@ class LoopInWhile(LoopOverRange):
     LoopOverRange, LoopOverShape, LoopOverZip, LoopOverEnumerate, LoopOverDict, LoopWithHelper, LoopByAttributeName, LoopInWhile,
 ])
 def test_every_loop(loop):
-    assert_fused_equals(randomized(loop()), randn(6, 4), most_heavy=2)
+    summed = loop in (LoopOverEnumerate, LoopByAttributeName)  # there the last layers and their sum are one dot or product
+    assert_fused_equals(randomized(loop()), randn(6, 4), heavy=1 if summed else 2)
 
 
 class InsideABiggerModel(nn.Module):
