@@ -18,12 +18,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxfuse.alias import Alias
 from fxfuse.graph import Recipe
+from fxfuse.private.known_result import joined
 from fxfuse.private.storages import holders
 from fxfuse.private.tensor_guards import alike
 from fxfuse.private.versions import version
 from fxfuse.recipes import lane_view, pack
 
 _binding = threading.RLock()
+MOST_MODES = 4  # of torch, in which one pack is used in turn, that are known by one call each
 MOST_MODELS = 16  # of one class that are called in turn through one compiled graph; further ones are packed at every call
 
 
@@ -35,14 +37,20 @@ class Bound:
         self.first = weakref.ref(members[0])
         self.addresses = [*map(Tensor.data_ptr, members)]
         self.lie = _lie(members)
-        self.alike: Callable[..., bool] = alike(members, strides=True)
+        self.alike: list[Callable[..., bool]] = []  # the fast answers, for the modes of torch and ``requires_grad`` that were met
         self.versions = [*map(version, members)]
 
     def holds(self, members: Sequence[Tensor]) -> bool:
         """Do the members lie in the buffer, each at its place?"""
         if [*map(Tensor.data_ptr, members)] != self.addresses:
             return False
-        return self.alike(*members) or _lie(members) == self.lie  # the first may be false in another mode of torch
+        for known in self.alike:
+            if known(*members):
+                return True
+        if _lie(members) != self.lie:
+            return False
+        self.alike = [alike(members, strides=True), *self.alike[: MOST_MODES - 1]]
+        return True
 
     def note_writes(self, members: Sequence[Tensor]) -> None:
         """Count writes to the members as writes to the buffer: what autograd saved of it is then found to be stale, as of a Parameter."""
@@ -54,7 +62,7 @@ class Bound:
 
 
 def _lie(members: Sequence[Tensor]) -> list[Any]:
-    return [(type(m), m.dtype, m.device, m.shape, m.stride(), m.requires_grad) for m in members]
+    return [(type(m), m.dtype, m.device, m.shape, m.stride()) for m in members]
 
 
 _bound: weakref.WeakValueDictionary[Any, Bound] = weakref.WeakValueDictionary()  # of all graphs, by what they pack and where it begins
@@ -87,18 +95,15 @@ class SharedPack:
             bound = self._bind(members)
             if bound is None:
                 return pack(self.recipe, members)
-        if torch.is_grad_enabled() and any(map(_requires_grad, members)):
+        if torch.is_grad_enabled():
             bound.note_writes(members)
-            result: Tensor = Alias.apply(bound.buffer, self.recipe, *members)  # type: ignore[no-untyped-call]
-            return result
+            if any(map(_requires_grad, members)):
+                return _aliased(bound.buffer, self.recipe, members)
         return bound.buffer
 
-    def watch(self, members: Sequence[Tensor], node: Any) -> None:
-        """Before the backward of ``node`` runs, note what was written to the members since."""
-        bound = self.known.get(members[0].data_ptr())
-        if bound is not None:
-            held = [*members]
-            node.register_prehook(lambda _, bound=bound: bound.note_writes(held))
+    def bound(self, members: Sequence[Tensor]) -> Bound | None:
+        """The buffer in which ``packed`` found the members; None where it stacked them."""
+        return self.known.get(members[0].data_ptr())
 
     def _bind(self, members: Sequence[Tensor]) -> Bound | None:
         self.calls += 1
@@ -118,6 +123,16 @@ class SharedPack:
             self.refused = 0
             self.known[members[0].data_ptr()] = bound
             return bound
+
+
+def _aliased(buffer: Tensor, recipe: Recipe, members: Sequence[Tensor]) -> Tensor:
+    """The buffer as a function of the members, which lie in it: no copy forward, slices backward."""
+    if recipe.style == "stack" and recipe.own_shapes is None and recipe.order == tuple(range(len(recipe.shape))):
+        return joined(torch.stack, members, buffer)
+    if recipe.style == "rows" and all(shape[1:] == recipe.shape[1:] for shape in recipe.own_shapes or ()):
+        return joined(torch.cat, members, buffer)
+    result: Tensor = Alias.apply(buffer, recipe, *members)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _requires_grad(tensor: Tensor) -> bool:
@@ -169,3 +184,7 @@ class FrozenPack:
             self.made = {at: each for at, each in self.made.items() if each[0]() is not None}
             known = self.made[id(first)] = weakref.ref(first), made
         return known[1]
+
+    def bound(self, members: Sequence[Tensor]) -> Bound | None:
+        """None: writes to the members are not looked at."""
+        return None
