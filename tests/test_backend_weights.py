@@ -348,3 +348,30 @@ def test_gradients_of_gradients():
         second.append([first, *torch.autograd.grad(first.square().sum(), list(m.parameters()), allow_unused=True, materialize_grads=True)])
     for a, b in zip(*second):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_a_lane_that_is_replaced_keeps_its_statistics(monkeypatch):
+    """Where the pack is made anew, and where somebody holds the old memory so that it is a copy at every call."""
+    for hold in (False, True):
+        torch._dynamo.reset()
+        model = norms(9)
+        x = randn(5, 4)
+        call, counting = compiled(model)
+        assert_same_step(model, call, x)
+        held = [b.detach() for b in model.buffers()] if hold else []
+        model.nets[1] = randomized(norms(1), seed=7).nets[0]
+        for _ in range(3):
+            assert_same_step(model, call, x)
+        together = lie_together(*(net[1].running_mean for net in model.nets))
+        assert together is not hold
+        assert shared_inputs(counting)
+        assert len(held) in (0, 27)
+
+
+def test_packs_are_made_anew_as_often_as_the_weights_go_elsewhere(monkeypatch):
+    model, call = bound_model()
+    for seed in range(20):
+        model.nets[3][0].weight = nn.Parameter(randn(6, 1, seed=seed))
+        same(call, model)
+    monkeypatch.setattr("fxfuse.dynamo.shared.pack", lambda *args: pytest.fail("stacked"))
+    assert_same_step(model, call, X)

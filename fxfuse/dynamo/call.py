@@ -28,10 +28,12 @@ class Call:
         packs: Sequence[tuple[Pack, Sequence[int]]],
         constants: Sequence[Tensor],
         autocast: str | None,
+        writes: bool = False,
     ) -> None:
         self.compiled, self.constants = compiled, tuple(constants)
         self.kept = tuple(kept)
         self.packs = [(pack, itemgetter(*members)) for pack, members in packs]
+        self.written = [index for index, (pack, _) in enumerate(packs) if writes and pack.recipe.kind == "buffer"]
         self.autocast = autocast  # the kind of device whose autocast is spelled out in the graph
 
     def __call__(self, *inputs: Any) -> Any:
@@ -40,6 +42,9 @@ class Call:
         packed = [pack.packed(each) for pack, each in members]
         with without_autocast(self.autocast):
             out = self.compiled(*[inputs[number] for number in self.kept], *packed, *self.constants)
+        for index in self.written:
+            pack, each = members[index]
+            pack.write_back(each, packed[index])
         if torch.is_grad_enabled():
             watched = [(bound, each) for pack, each in members if (bound := pack.bound(each)) is not None]
             if watched:

@@ -154,7 +154,7 @@ def _call(
         packs.append((FrozenPack(form) if frozen else SharedPack(form), [numbers[member] for member in form.members]))
     if not packs and written.kept == list(range(len(inputs))) and not constants and kind is None:
         return run
-    return Call(run, written.kept, packs, constants, kind)
+    return Call(run, written.kept, packs, constants, kind, written.writes)
 
 
 def _outside(recipe: Recipe, weights: dict[str, Tensor], frozen: bool) -> Recipe | None:

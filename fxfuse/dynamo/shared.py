@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxfuse.alias import Alias
 from fxfuse.graph import Recipe
 from fxfuse.private.known_result import joined
-from fxfuse.private.storages import holders
+from fxfuse.private.storages import holders, storage_key
 from fxfuse.private.tensor_guards import alike
 from fxfuse.private.versions import version
 from fxfuse.recipes import lane_view, pack
@@ -34,7 +34,7 @@ class Bound:
 
     def __init__(self, recipe: Recipe, buffer: Tensor, members: Sequence[Tensor]) -> None:
         self.recipe, self.buffer = recipe, buffer
-        self.first = weakref.ref(members[0])
+        self.members = [*map(weakref.ref, members)]
         self.addresses = [*map(Tensor.data_ptr, members)]
         self.lie = _lie(members)
         self.alike: list[Callable[..., bool]] = []  # the fast answers, for the modes of torch and ``requires_grad`` that were met
@@ -52,6 +52,17 @@ class Bound:
         self.alike = [alike(members, strides=True), *self.alike[: MOST_MODES - 1]]
         return True
 
+    def lies_at(self, address: int) -> bool:
+        """Does the first member live, and lie there?"""
+        first = self.members[0]()
+        return first is not None and first.data_ptr() == address
+
+    def alone(self) -> bool:
+        """Does nobody hold the buffer's memory but the members that still lie there, and the buffer?"""
+        key = storage_key(self.buffer.untyped_storage())
+        inside = sum(m is not None and storage_key(m.untyped_storage()) == key for m in (known() for known in self.members))
+        return holders(self.buffer) <= inside + 1
+
     def note_writes(self, members: Sequence[Tensor]) -> None:
         """Count writes to the members as writes to the buffer: what autograd saved of it is then found to be stale, as of a Parameter."""
         now = [*map(version, members)]
@@ -66,7 +77,7 @@ def _lie(members: Sequence[Tensor]) -> list[Any]:
 
 
 _bound: weakref.WeakValueDictionary[Any, Bound] = weakref.WeakValueDictionary()  # of all graphs, by what they pack and where it begins
-# By first member, whose memory the buffer is: as long as it lives, a graph compiled later (after ``torch.compiler.reset``) knows the pack.
+# By member, whose memory the buffer is: as long as one lives, a graph compiled later (after ``torch.compiler.reset``) knows the pack.
 _kept: Any = WeakIdKeyDictionary()
 
 
@@ -113,16 +124,25 @@ class SharedPack:
             key = (members[0].data_ptr(), _geometry(self.recipe))
             bound = _bound.get(key)
             if bound is None or not bound.holds(members):
-                self.known = {at: each for at, each in self.known.items() if each.first() is not None}
+                self.known = {at: each for at, each in self.known.items() if each.lies_at(at)}
                 if len(self.known) >= MOST_MODELS or why_fixed(members) is not None:
                     self.refused = self.calls
                     return None
                 bound = _moved(self.recipe, members)
                 _bound[members[0].data_ptr(), _geometry(self.recipe)] = bound
-                _kept[members[0]] = bound
+                for member in members:
+                    _kept[member] = bound
             self.refused = 0
             self.known[members[0].data_ptr()] = bound
             return bound
+
+
+    def write_back(self, members: Sequence[Tensor], packed: Tensor) -> None:
+        """Running statistics that were updated in a copy go where they belong."""
+        if packed.data_ptr() != members[0].data_ptr():
+            with torch.no_grad():
+                for index, member in enumerate(members):
+                    member.copy_(lane_view(self.recipe, packed, index))
 
 
 def _aliased(buffer: Tensor, recipe: Recipe, members: Sequence[Tensor]) -> Tensor:
@@ -151,6 +171,7 @@ def _moved(recipe: Recipe, members: Sequence[Tensor]) -> Bound:
 def why_fixed(members: Sequence[Tensor]) -> str | None:
     """Why the members' memory must stay where it is: somebody else holds it, or it is no memory of their own. None where it may move."""
     first = members[0]
+    known: dict[int, bool] = {}  # by storage: is it a pack of ours, which nobody else holds?
     for member in members:
         if type(member) not in (Tensor, nn.Parameter) or member.layout is not torch.strided or member.is_inference():
             return "it is no plain tensor"
@@ -160,11 +181,22 @@ def why_fixed(members: Sequence[Tensor]) -> str | None:
             return "the lanes differ in dtype, device or requires_grad"
         if (member.device.type == "cpu" and member.is_shared()) or member.is_pinned():  # type: ignore[no-untyped-call]
             return "its memory is shared with another process, or pinned"
-        if member.untyped_storage().nbytes() != member.numel() * member.element_size() or holders(member) > 1:
+        if member.untyped_storage().nbytes() == member.numel() * member.element_size() and holders(member) == 1:
+            continue
+        key = storage_key(member.untyped_storage())
+        if key not in known:
+            known[key] = _is_pack(member)
+        if not known[key]:
             return "another tensor holds its memory"
     if len({*map(Tensor.data_ptr, members)}) < len(members):
         return "two lanes are one tensor"
     return None
+
+
+def _is_pack(member: Tensor) -> bool:
+    """Does the member lie in a pack of ours, of which some members have gone elsewhere, and that nobody else holds?"""
+    bound = _kept.get(member)
+    return bound is not None and storage_key(bound.buffer.untyped_storage()) == storage_key(member.untyped_storage()) and bound.alone()
 
 
 class FrozenPack:
@@ -188,3 +220,6 @@ class FrozenPack:
     def bound(self, members: Sequence[Tensor]) -> Bound | None:
         """None: writes to the members are not looked at."""
         return None
+
+    def write_back(self, members: Sequence[Tensor], packed: Tensor) -> None:
+        """Only Parameters are frozen, which no graph writes."""
