@@ -82,7 +82,7 @@ def cold_times(names: Sequence[str], lanes: int, hidden: int, batch: int, rounds
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def _of_its_own() -> type[FeatureNetworks]:
+def of_its_own() -> type[FeatureNetworks]:
     """The class once more, with a forward of its own: dynamo looks through what was compiled for all that share one, at every call."""
     forward = FeatureNetworks.forward
     return type("FeatureNetworks", (FeatureNetworks,), {"forward": types.FunctionType(forward.__code__.replace(), forward.__globals__)})
@@ -94,7 +94,7 @@ def run_times(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     first = FeatureNetworks(args.lanes, args.hidden)
     infer, step = {}, {}
     for name in ("loop", *BACKENDS):
-        model = _of_its_own()(args.lanes, args.hidden)
+        model = of_its_own()(args.lanes, args.hidden)
         model.load_state_dict(first.state_dict())
         call = model if name == "loop" else torch.compile(model, backend=backend(name))
         infer[name] = lambda call=call: torch.no_grad()(call)(x)

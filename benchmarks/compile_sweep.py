@@ -5,9 +5,9 @@
 Each figure: seconds from ``torch.compile`` to the end of the first training step, in a process of its own, with a fresh Inductor cache
 (``benchmarks/compile_backend.py``). "eager" is dynamo's own tracing; "own" is fxfuse's less that, "inductor's own" likewise.
 
-Runs in parts: what was measured is kept in ``compile_sweep.json`` in the folder, figure by figure; lanes and peers that are there already
-are measured again only with ``--again``. The table and ``compile_sweep.svg`` (where matplotlib is installed) show all that is kept. Inductor
-alone takes about half a second per lane, more than linearly: leave it out beyond 128 lanes, or give it an hour. Quote the ratios.
+Runs in parts: what was measured is kept in ``compile_sweep.json`` in the folder, figure by figure; lanes and peers that are there
+already are measured again only with ``--again``. The table and ``compile_sweep.svg`` (where matplotlib is installed) show all that is
+kept. Inductor takes half a second per lane and more: leave it out beyond 128 lanes, or give it an hour. Quote the ratios.
 """
 
 from __future__ import annotations
