@@ -212,6 +212,58 @@ def test_a_piece_that_writes_to_what_it_is_given_stays(caplog):
     assert "writes to memory that comes from outside" in caplog.text
 
 
+def test_running_statistics_inside_and_outside():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets, self.last = (
+                nn.ModuleList(nn.Sequential(nn.Linear(1, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 1)) for _ in range(9)) for _ in range(2)
+            )
+
+        def forward(self, x):
+            y = Round.apply(torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1) * 9)
+            return torch.cat([net(y[:, i : i + 1]) for i, net in enumerate(self.last)], 1)
+
+    model = randomized(Normed())
+    call, counting = compiled(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for mode in (True, False, True):
+            model.train(mode)
+            for x in (X, -X):
+                assert_same_step(model, call, x)
+    assert all(heavy(graph) == 4 for graph in counting.graphs)
+
+
+def test_a_view_of_statistics_that_a_later_piece_writes(caplog):
+    class Viewed(Columns):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.ones(9, dtype=torch.float64))
+
+        def forward(self, x):
+            view = self.seen[1:]
+            y = Round.apply(x * 3)
+            self.seen.add_(y.detach().mean(0))
+            return torch.cat([net(y[:, i : i + 1]) for i, net in enumerate(self.nets)], 1) + view.sum()
+
+    model = randomized(Viewed())
+    call, _ = compiled(model)
+    with caplog.at_level("INFO", "fxfuse"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for x in (X, -X):
+            assert_same_step(model, call, x)
+
+
+def test_what_fails_in_a_piece_is_told(monkeypatch):
+    monkeypatch.setattr("fxfuse.dynamo.checked.rewrite", lambda *args: 1 / 0)
+    model = randomized(InCheckpoint())
+    call, _ = compiled(model)
+    with pytest.warns(UserWarning, match=r"fxfuse failed \(ZeroDivisionError"):
+        out = call(X)
+    torch.testing.assert_close(out, model(X), rtol=1e-10, atol=1e-12)
+
+
 def test_autocast_between_the_pieces_is_left_alone():
     class Mixed(Columns):
         def forward(self, x):
@@ -248,7 +300,7 @@ def test_an_inner_backend_that_fails_on_the_pieces_gets_dynamos():
 @COMPILER
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
-@pytest.mark.parametrize("kind", [InAndAfterCheckpoint, InCond, RegionsAndCheckpoint])
+@pytest.mark.parametrize("kind", [InAndAfterCheckpoint, BeforeCond, RegionsAndCheckpoint])
 def test_through_inductor(kind):
     model = randomized(kind())
     call, _ = compiled(model, "inductor")

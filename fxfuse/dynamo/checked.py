@@ -30,7 +30,8 @@ from .settings import Settings
 log = logging.getLogger(__name__)
 
 # Reasons that are no failure: there is no loop, or it is better left as it is. They are logged.
-DECISIONS = (NO_LOOP, NUMBERS, "left as a loop: ", " stays a loop: ")
+NO_PIECE = "no piece of it can be fused"  # a piece that fails is told of by itself
+DECISIONS = (NO_LOOP, NO_PIECE, NUMBERS, "left as a loop: ", " stays a loop: ")
 
 
 def rewritten_or_refused(graph: torch.fx.Graph, inputs: Sequence[Any], settings: Settings) -> tuple[Captured, Rewritten] | Refusal:

@@ -20,8 +20,9 @@ import torch
 import torch.fx
 
 from fxfuse.graph import Refusal
-from fxfuse.private.dynamo import is_higher_order, keep_origin, keep_source, random_example
+from fxfuse.private.dynamo import is_higher_order, is_weight, keep_origin, keep_source, random_example
 
+from .checked import NO_PIECE, tell
 from .in_place import fuse_in_place
 from .settings import Settings
 
@@ -102,7 +103,7 @@ def in_pieces(module: torch.fx.GraphModule, inputs: Sequence[Any], settings: Set
     if not fused:
         held = next(name_of(node) for node in graph.nodes if is_higher_order(node.target))
         why = said[0] if said else "it has none"
-        return Refusal(f"the graph calls {held}, which holds a graph of its own, and no piece of it can be fused: {why}")
+        return Refusal(f"the graph calls {held}, which holds a graph of its own, and {NO_PIECE}: {why}")
     _without_unread(graph)
     graph.lint()
     made.recompile()
@@ -139,10 +140,11 @@ def _fuse_body(
     asked = torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in given)
     if asked and kind == "cond":
         return "the gradients of both branches must lie alike in memory, and those of packed weights do not"
-    if (reason := _why_not(body.graph)) is not None:
+    if (reason := _why_not(body.graph, dict(zip(inputs, operands, strict=True)))) is not None:
         return reason
     refusal = fuse_in_place(body.graph, given, settings)
     if refusal is not None:
+        tell(refusal)
         return str(refusal)
     body.recompile()
     place.target = _held(module, body)
@@ -152,9 +154,14 @@ def _fuse_body(
 def _runs(graph: torch.fx.Graph) -> list[list[Node]]:
     """The calls between those that hold graphs, in their order."""
     runs: list[list[Node]] = [[]]
+    depth = 0  # of transforms of torch.func, in which a call means another thing
     for node in graph.nodes:
-        if is_higher_order(node.target):
+        name = name_of(node)
+        depth += ("increment_nesting" in name) - ("decrement_nesting" in name)
+        if is_higher_order(node.target) or "_nesting" in name or name == "lazy_load_decompositions":
             runs.append([])
+        elif depth:
+            continue
         elif node.op in ("call_function", "call_method") and not _is_result(node):
             runs[-1].append(node)
     return [run for run in runs if len(run) >= FEWEST]
@@ -187,12 +194,13 @@ def _fuse_run(graph: torch.fx.Graph, run: list[Node], numbers: Numbers, settings
     for node in run:
         known[node] = piece.node_copy(node, known.__getitem__)
     piece.output(tuple(known[node] for node in results))
-    if (reason := _why_not(piece)) is not None:
+    outer: dict[Node, Any] = dict(zip(piece.find_nodes(op="placeholder"), given, strict=True))
+    if (reason := _why_not(piece, outer)) is not None:
         return reason
     refusal = fuse_in_place(piece, [_number(node, numbers) for node in given], settings)
     if refusal is not None:
+        tell(refusal)
         return str(refusal)
-    outer: dict[Node, Any] = dict(zip(piece.find_nodes(op="placeholder"), given, strict=True))
     with graph.inserting_after(run[-1]):
         end = graph.call_function(tuple, ((),))  # where the piece ends, for as long as it takes
     with graph.inserting_before(end):
@@ -208,11 +216,18 @@ def _fuse_run(graph: torch.fx.Graph, run: list[Node], numbers: Numbers, settings
     return None
 
 
-def _why_not(piece: torch.fx.Graph) -> str | None:
-    """A piece that writes to what it is given is not taken out of its graph, in which others may read the same memory."""
+def _why_not(piece: torch.fx.Graph, given: dict[Node, Any]) -> str | None:
+    """A piece that writes to what it is given is not taken out of its graph, in which others may read the same memory.
+
+    Running statistics may be written, where nothing else that the piece is given is a view of them.
+    """
     for node in piece.nodes:
-        if node.op in ("call_function", "call_method") and _writes(node) and _root(node.args[0]).op == "placeholder":
-            return f"{node.name} writes to memory that comes from outside"
+        if node.op in ("call_function", "call_method") and _writes(node):
+            written = _root(node.args[0])
+            of = given.get(written)
+            views = [each for each in given.values() if isinstance(each, Node) and each is not of and _root(each) is of]
+            if written.op == "placeholder" and (not is_weight(written) or views):
+                return f"{node.name} writes to memory that comes from outside"
     return None
 
 
