@@ -1,4 +1,4 @@
-"""``python -m mutants [family ...] [--most N] [--seed N] [--kind injected|source] [--tests file ...]``: bugs made and found by family.
+"""``python -m mutants [family ...] [--most N] [--minutes N] [--seed N] [--kind injected|source] [--tests file ...]``: bugs made and found by family.
 
 Exit status 1 where a bug that makes some model compute something else was missed, at run time or by the tests, and is not in
 ``equivalent.txt`` with the reason why it is none.
@@ -51,6 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="mutants", description=__doc__)
     parser.add_argument("families", nargs="*", help="files of passes/rules by name, or passes/joins, fxfuse/recipes, ...")
     parser.add_argument("--most", type=int, help="as many bugs, drawn at random")
+    parser.add_argument("--minutes", type=float, help="no new bug after these; the order is random, so that what was done is a fair sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", choices=("injected", "source"))
     parser.add_argument("--tests", nargs="+", help="test files that are asked, without test_ (default: those of rules, joins and packing)")
@@ -69,9 +70,8 @@ def _work(suite: Suite, given: Any) -> int:
     start = time.perf_counter()
     chosen = bugs(given.families, given.kind or ["injected", "source"])
     total = len(chosen)
-    if given.most is not None and given.most < total:
-        kept = set(random.Random(given.seed).sample(range(len(chosen)), given.most))
-        chosen = [bug for i, bug in enumerate(chosen) if i in kept]
+    random.Random(given.seed).shuffle(chosen)
+    chosen = chosen[: given.most]
     print(f"{len(chosen)} of {total} bugs ({time.perf_counter() - start:.0f} s)", flush=True)
     if given.list:
         print("\n".join(bug.name for bug in chosen))
@@ -81,7 +81,11 @@ def _work(suite: Suite, given: Any) -> int:
     known = equivalent()
     rows: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(COLUMNS, 0))
     survivors: list[Verdict] = []
+    surveyed, done = time.perf_counter(), 0
     for number, bug in enumerate(chosen, 1):
+        if given.minutes is not None and time.perf_counter() - surveyed > 60 * given.minutes:
+            break
+        done = number
         verdict = judged(bug, suite)
         _count(rows[bug.family], verdict, bug.name in known)
         if verdict.survived and bug.name not in known:
@@ -91,7 +95,7 @@ def _work(suite: Suite, given: Any) -> int:
         if number % 100 == 0:
             print(f"... {number} of {len(chosen)}, {len(survivors)} survived ({time.perf_counter() - start:.0f} s)", flush=True)
     print(_table(rows))
-    print(f"{len(survivors)} survived; {time.perf_counter() - start:.0f} s")
+    print(f"{done} of {total} tried, {len(survivors)} survived; {time.perf_counter() - start:.0f} s")
     return 1 if survivors else 0
 
 
