@@ -1,4 +1,6 @@
-"""``python -m mutants [family ...] [--most N] [--minutes N] [--seed N] [--kind injected|source] [--tests file ...]``: bugs made and found by family.
+"""``python -m mutants [family ...] [--most N] [--minutes N] [--seed N] [--kind injected|source] [--tests file ...]``.
+
+Bugs made and found, by family.
 
 Exit status 1 where a bug that makes some model compute something else was missed, at run time or by the tests, and is not in
 ``equivalent.txt`` with the reason why it is none.
