@@ -27,6 +27,7 @@ from fxfuse.large import LARGE, weight_bytes
 from . import codes, options
 from .compare import compare, expected, fresh_calls
 from .explain import fuse, nothing_fused
+from .exported import Exported
 from .failure import CommandError
 from .options import Asked
 from .output import check_out, check_room, replacing
@@ -89,6 +90,7 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
     """Fuse, write, load again, compare, rename. Returns what was written, the report on the fused model and the verdict in words."""
     stage("running the original")
     call = subject.call
+    static = static or (isinstance(subject.model, Exported) and subject.model.static)
     calls = fresh_calls(call, seed=asked.seed, other_batches=not static)
     wanted = expected(subject.model, calls, seed=asked.seed)
     if len(wanted) < 3 and not static and len(calls) > 2:  # the source itself is for one batch size
@@ -113,6 +115,8 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
         if not result.ok:
             values_agree = all(row.ok for row in result.rows if row.name != "the call")
             hint = "; --static writes one batch size" if values_agree and not static else ""
+            if written.kind == "onnx" and asked.mode == "train":
+                hint = "; onnxruntime draws its own dropout, which cannot be compared: leave --mode train out, or write a .pt2"
             raise CommandError(f"{out} was not written: what was loaded again is {result.sentence()}{hint}", codes.DIFFERENT)
     return written, report, result.sentence()
 

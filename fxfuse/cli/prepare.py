@@ -44,9 +44,8 @@ def prepare(source: str, asked: Asked, stage: Callable[[str], None] = lambda nam
     model = ready(source, asked, device)
     if not isinstance(model, nn.Module):
         raise CommandError(f"{source} can be run and compared, not fused: give the model it was written from")
-    model = in_torch_functions(model)
-    answer(model, call, source)
-    return Subject(source, model, call)
+    answer(model, call, source)  # before it is respelled: an exported program checks sizes that it was not exported for
+    return Subject(source, in_torch_functions(model), call)
 
 
 def ready(source: str, asked: Asked, device: torch.device) -> Any:
