@@ -258,7 +258,7 @@ def test_specs_draw_what_they_say():
 
 def test_ctrl_c_is_one_line_and_leaves_nothing(place):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, str(ROOT / "fxfuse_command.py"), "convert", "cli_model:slow", "--inputs", X, "-o", "net.pt2"]
+    words = [sys.executable, "-m", "fxfuse", "convert", "cli_model:slow", "--inputs", X, "-o", "net.pt2"]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
