@@ -42,6 +42,10 @@ class Off(Net):
     def forward(self, x):
         return super().forward(x) * 1.001
 
+class Control(Net):
+    def forward(self, x):
+        return super().forward(x) if x.sum().item() > 0 else super().forward(-x)
+
 def broken():
     raise ValueError("no such configuration")
 
@@ -198,6 +202,8 @@ BAD = [
     (["convert", "cli_model:Net", "--inputs", X, "-o", "."], codes.USAGE, "name a new folder"),
     (["convert", "missing.pt2", "--inputs", X, "-o", "net.pt2"], codes.INPUT, "no file or folder"),
     (["convert", "cli_model:Net", "--weights", "no.safetensors", "--inputs", X, "-o", "net.pt2"], codes.INPUT, "no.safetensors"),
+    (["convert", "cli_model:Control", "--inputs", "float32[4,6]", "-o", "net.pt2"], codes.INPUT, "data-dependent"),
+    (["explain", "no_file.py:Net", "--inputs", X], codes.INPUT, "no file no_file.py"),
     (["restore", "nothing", "-o", "back.safetensors"], codes.INPUT, "no folder nothing"),
 ]
 

@@ -7,6 +7,7 @@ batch dimension is free unless ``static``.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import re
 import warnings
@@ -51,7 +52,8 @@ def export(model: nn.Module, example: Example, *, static: bool, notes: list[str]
     with silent(), deterministic_state():
         shapes = free.dynamic_shapes(ready, args, kwargs) if batched else None  # type: ignore[no-untyped-call]
         try:
-            program = torch.export.export(ready, args, kwargs, dynamic_shapes=shapes, strict=False)
+            with contextlib.redirect_stderr(io.StringIO()):  # where it prints the whole program when it fails
+                program = torch.export.export(ready, args, kwargs, dynamic_shapes=shapes, strict=False)
         except MemoryError:
             raise
         except Exception as error:
