@@ -100,7 +100,7 @@ def rows(seed: int = 0) -> DataLoader:
 def fit(module: Any, folder: Path, epochs: int = EPOCHS, callbacks: Any = (), **keywords: Any) -> Any:
     trainer = lightning.Trainer(
         max_epochs=epochs, default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=True, enable_checkpointing=False, gradient_clip_val=0.7, callbacks=[*callbacks],
+        enable_model_summary=False, enable_checkpointing=False, gradient_clip_val=0.7, callbacks=[*callbacks],
     )  # fmt: skip
     trainer.fit(module, rows(), rows(1), **keywords)
     return trainer
@@ -129,7 +129,7 @@ WAYS = {
     "the whole": fused,
     "in place": lambda module: fused(module, inplace=True),
     "training_step": lambda module: fxfuse.optimize(
-        module, methods={"forward": next(iter(rows()))[0], "training_step": (next(iter(rows())), 0)}, objective="launches", **QUICK
+        module, next(iter(rows()))[0], methods={"training_step": (next(iter(rows())), 0)}, objective="launches", **QUICK
     ),
 }
 
@@ -163,9 +163,9 @@ def test_checkpoints_resume(format: Any, kind: Any, tmp_path: Path) -> None:
     fit(again, tmp_path, ckpt_path=path)
     assert_trained_alike(again, plain)
     if format == "original":  # who has no fxfuse loads it
-        loaded = kind.load_from_checkpoint(path, map_location="cpu").double()
+        loaded = kind.load_from_checkpoint(path, map_location="cpu").state_dict()  # in float32, as it is made
         for name, value in fxfuse.original_state_dict(half).items():
-            assert torch.equal(loaded.state_dict()[name], value), name
+            assert torch.equal(loaded[name], value.to(loaded[name].dtype)), name
 
 
 class Fuse(lightning.Callback):
