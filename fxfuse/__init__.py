@@ -5,6 +5,7 @@
 True
 """
 
+from .averages import migrate_average
 from .backend import backend, inductor_pass
 from .checkpoint_format import checkpoint_format
 from .errors import ArgumentError, FallbackError, FxfuseError, OptimizerError, StateDictError, ValidationError
@@ -36,6 +37,7 @@ __all__ = [
     "graph",
     "inductor_pass",
     "load_original_state_dict",
+    "migrate_average",
     "migrate_optimizer",
     "named_original_parameters",
     "optimize",

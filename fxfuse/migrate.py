@@ -18,6 +18,7 @@ from fxfuse.cut import cut
 from fxfuse.elementwise import ELEMENTWISE, unsupported
 from fxfuse.errors import ArgumentError, OptimizerError
 from fxfuse.graph import Recipe
+from fxfuse.live_optimizers import unwrapped
 from fxfuse.places import Place, places
 from fxfuse.recipes import pack
 from fxfuse.region import RegionState
@@ -69,7 +70,7 @@ def migrate_optimizer(optimizer: Any, model: nn.Module, fused: nn.Module, *, inp
         if not isinstance(given, nn.Module):
             raise ArgumentError(f"{what} must be a torch.nn.Module, a {type(given).__name__} came")
     collected = collect(optimizer, model)
-    result = optimizer if inplace else _again(optimizer)
+    result = optimizer if inplace else _again(unwrapped(optimizer))
     place(collected, result, fused)
     return result
 
@@ -87,6 +88,7 @@ def _again(optimizer: Any) -> Any:
 
 def check_optimizer(optimizer: Any) -> None:
     """Raise ``OptimizerError`` for an optimizer that cannot be migrated, ``ArgumentError`` for what is none."""
+    optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentError(f"optimizer must be a torch.optim.Optimizer, a {type(optimizer).__name__} came")
     reason = unsupported(optimizer)
@@ -97,6 +99,7 @@ def check_optimizer(optimizer: Any) -> None:
 def collect(optimizer: Any, model: nn.Module) -> Collected:
     """What ``optimizer`` has of ``model``, by the original's names; changes nothing."""
     check_optimizer(optimizer)
+    optimizer = unwrapped(optimizer)
     at = {id(p): (g, k) for g, group in enumerate(optimizer.param_groups) for k, p in enumerate(group["params"])}
     members, holders, shapes, packed = {}, {}, {}, False
     for name, where in places(model).items():
@@ -131,6 +134,7 @@ def _member(optimizer: Any, name: str, where: Place, group: int, order: int) -> 
 
 def place(collected: Collected, optimizer: Any, model: nn.Module) -> None:
     """Give ``optimizer`` the Parameters of ``model`` for those that it was collected from. What can be wrong is found first."""
+    optimizer = unwrapped(optimizer)
     target = places(model)
     shapes = {name: where.shape for name, where in target.items()}
     if shapes != collected.shapes:

@@ -5,7 +5,6 @@ Marked ``zoo``: ``make zoo-test`` installs Lightning and runs these; elsewhere t
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from pathlib import Path
