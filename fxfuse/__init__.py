@@ -14,6 +14,7 @@ from .fused import graphs as graph
 from .fused import unfuse
 from .migrate import migrate_optimizer
 from .optimize import explain, optimize
+from .optimizer_state import load_original_optimizer_state_dict, original_optimizer_state_dict
 from .packing import load_original_state_dict, named_original_parameters, original_named_parameters, original_state_dict
 from .report import Report
 from .store import get_report as report
@@ -36,12 +37,14 @@ __all__ = [
     "freeze",
     "graph",
     "inductor_pass",
+    "load_original_optimizer_state_dict",
     "load_original_state_dict",
     "migrate_average",
     "migrate_optimizer",
     "named_original_parameters",
     "optimize",
     "original_named_parameters",
+    "original_optimizer_state_dict",
     "original_state_dict",
     "report",
     "unfreeze",

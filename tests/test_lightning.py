@@ -167,6 +167,28 @@ def test_checkpoints_resume(format: Any, kind: Any, tmp_path: Path) -> None:
             assert torch.equal(loaded[name], value.to(loaded[name].dtype)), name
 
 
+class Original(Inside):
+    """Writes the optimizer's state in the original's layout too."""
+
+    def configure_optimizers(self) -> Any:
+        made = super().configure_optimizers()
+        fxfuse.checkpoint_format(self, "original", optimizer=made["optimizer"])
+        return made
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_goes_on_where_fxfuse_is_not(first: bool, tmp_path: Path) -> None:
+    """The first half fused and the second not, or the other way about: checkpoints of the original's layout, moments and all."""
+    plain = made(Inside)
+    fit(plain, tmp_path)
+    halves = [made(Original if first else Inside), made(Inside if first else Original, 7)]
+    halves[0 if first else 1].net = fused(halves[0 if first else 1].net)
+    path = tmp_path / "half.ckpt"
+    fit(halves[0], tmp_path, EPOCHS // 2).save_checkpoint(path)
+    fit(halves[1], tmp_path, ckpt_path=path)
+    assert_trained_alike(halves[1], plain)
+
+
 class Fuse(lightning.Callback):
     """Fuses the network at the beginning of one epoch, and takes it apart at the beginning of a later one."""
 
