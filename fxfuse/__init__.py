@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .averages import migrate_average
     from .backend import backend, inductor_pass
     from .checkpoint_format import checkpoint_format
     from .errors import ArgumentError, FallbackError, FxfuseError, OptimizerError, StateDictError, ValidationError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .fused import unfuse
     from .migrate import migrate_optimizer
     from .optimize import explain, optimize
+    from .optimizer_state import load_original_optimizer_state_dict, original_optimizer_state_dict
     from .packing import load_original_state_dict, named_original_parameters, original_named_parameters, original_state_dict
     from .report import Report
     from .store import get_report as report
@@ -44,11 +46,14 @@ __all__ = [
     "freeze",
     "graph",
     "inductor_pass",
+    "load_original_optimizer_state_dict",
     "load_original_state_dict",
+    "migrate_average",
     "migrate_optimizer",
     "named_original_parameters",
     "optimize",
     "original_named_parameters",
+    "original_optimizer_state_dict",
     "original_state_dict",
     "report",
     "unfreeze",
@@ -64,9 +69,11 @@ _HOMES = {
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
     **dict.fromkeys(("freeze", "unfreeze"), "freeze"),
     **dict.fromkeys(("graph", "unfuse"), "fused"),
+    "migrate_average": "averages",
     "migrate_optimizer": "migrate",
     **dict.fromkeys(("explain", "optimize"), "optimize"),
-    **dict.fromkeys((name for name in __all__ if "original_" in name), "packing"),
+    **dict.fromkeys(("load_original_optimizer_state_dict", "original_optimizer_state_dict"), "optimizer_state"),
+    **dict.fromkeys(("load_original_state_dict", "named_original_parameters", "original_named_parameters", "original_state_dict"), "packing"),
     "Report": "report",
     "report": "store",
     **dict.fromkeys(("Validation", "verify"), "validate"),
