@@ -187,15 +187,15 @@ class Late(BaseException):
 
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """A bug may loop for ever: ``Late`` after so many seconds, and again each second."""
+    """A bug may loop for ever: ``Late`` after so many seconds of the processor (others work on it, too), and again each second."""
 
     def late(*_: Any) -> None:
         raise Late(f"longer than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
