@@ -1,6 +1,6 @@
-"""``python -m mutants [family ...] [--most N] [--minutes N] [--seed N] [--kind injected|source] [--tests file ...]``.
+"""``python -m mutants [family ...] [--each N | --all] [--most N] [--minutes N] [--seed N] [--kind injected|source] [--tests file ...]``.
 
-Bugs made and found, by family.
+Bugs made and found, by family: of every rule a few at every kind of step, of every function that writes programs a few in its source.
 
 Exit status 1 where a bug that makes some model compute something else was missed, at run time or by the tests, and is not in
 ``equivalent.txt`` with the reason why it is none.
@@ -52,6 +52,8 @@ def main() -> int:
     """Run; the exit status."""
     parser = argparse.ArgumentParser(prog="mutants", description=__doc__)
     parser.add_argument("families", nargs="*", help="files of passes/rules by name, or passes/joins, fxfuse/recipes, ...")
+    parser.add_argument("--each", type=int, default=1, help="as many of a kind of step of a rule, or of a function, drawn at random")
+    parser.add_argument("--all", action="store_true", help="all there are: some 13,000, a day")
     parser.add_argument("--most", type=int, help="as many bugs, drawn at random")
     parser.add_argument("--minutes", type=float, help="no new bug after these; the order is random, so that what was done is a fair sample")
     parser.add_argument("--seed", type=int, default=0)
@@ -73,6 +75,12 @@ def _work(suite: Suite, given: Any) -> int:
     chosen = bugs(given.families, given.kind or ["injected", "source"])
     total = len(chosen)
     random.Random(given.seed).shuffle(chosen)
+    if not given.all:
+        places: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+        for bug in chosen:
+            places[(bug.op, bug.kind) if isinstance(bug, injected.Bug) else (bug.file, bug.function)].append(bug)
+        chosen = [bug for number in range(given.each) for of in places.values() for bug in of[number : number + 1]]
+        random.Random(given.seed).shuffle(chosen)
     chosen = chosen[: given.most]
     print(f"{len(chosen)} of {total} bugs ({time.perf_counter() - start:.0f} s)", flush=True)
     if given.list:
