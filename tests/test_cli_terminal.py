@@ -23,7 +23,7 @@ def in_terminals(words):
     """What a command writes to stdout and to stderr, each a terminal of its own."""
     ends = [pty.openpty() for _ in range(2)]
     child = subprocess.Popen(words, stdout=ends[0][1], stderr=ends[1][1], env=ENV)
-    for reader, writer in ends:
+    for _, writer in ends:
         os.close(writer)
     found: dict[int, bytes] = {reader: b"" for reader, _ in ends}
     still = list(found)
