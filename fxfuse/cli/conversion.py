@@ -7,6 +7,7 @@ again and gives the same answers; then it becomes OUT.
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -56,6 +57,8 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
         if written.kind == "safetensors":
             return written, report, _same_weights(temporary, fused if large else subject.model)
         subject.model = fused = nn.Module()  # what was written shall stand alone, and a large model is not there twice
+        if large:
+            gc.collect()  # modules and what watches them refer to each other
         again = files.load(temporary, allow_pickle=written.kind == "aoti")  # ours, of this moment
         stage("comparing")
         result = compare(wanted, again, seed=asked.seed)
