@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.determinism import same_bits
+from fxfuse.sharded import own_share
 
 NAME = "load_state_dict"
 
@@ -49,15 +50,15 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             for tensor, data, requires_grad, values in saved:
                 if tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype or tensor.shape != data.shape:
                     tensor.data = data
-                if values is not None and not same_bits(tensor, values):
-                    tensor.data.copy_(values)
+                if values is not None and not same_bits(own_share(tensor), values):
+                    own_share(tensor.data).copy_(values)
                 if tensor.requires_grad is not requires_grad:
                     tensor.requires_grad_(requires_grad)
         raise
 
 
 def _values(tensor: Tensor) -> Tensor | None:
-    return None if tensor.is_meta else tensor.detach().clone()
+    return None if tensor.is_meta else own_share(tensor.detach()).clone()
 
 
 class Loader:

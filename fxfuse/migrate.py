@@ -24,6 +24,7 @@ from fxfuse.live_optimizers import unwrapped
 from fxfuse.places import Place, places
 from fxfuse.recipes import pack
 from fxfuse.region import RegionState
+from fxfuse.sharded import gathered, shared_as
 
 # Of an optimizer that was migrated: by id, each Parameter and where in its group its members were in the beginning, by name ("" where it
 # is no pack). A pack has no place among them, and a state dict of the original goes by places.
@@ -140,7 +141,7 @@ def _member(optimizer: Any, name: str, where: Place, group: int, order: int | No
         if key in numbers and (not isinstance(value, Tensor) or value.dim() == 0):
             whole[key] = value
         elif isinstance(value, Tensor) and value.shape == where.holder.shape:
-            shaped[key] = where.of(value)
+            shaped[key] = value if where.recipe is None else where.of(gathered(value))
         elif value is None:
             whole[key] = None
         else:
@@ -222,7 +223,7 @@ def _apart(collected: Collected, target: dict[str, Place]) -> None:
 
 def _joined(holder: Tensor, recipe: Recipe | None, values: list[Tensor]) -> Tensor:
     with torch.no_grad():
-        value = values[0] if recipe is None else pack(recipe, values)
+        value = shared_as(values[0] if recipe is None else pack(recipe, values), holder)
         return torch.empty_like(holder, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
