@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.determinism import same_bits
+from fxfuse.saved_recipes import noted, packs_in, unpacked
 from fxfuse.sharded import own_share
 
 NAME = "load_state_dict"
@@ -61,6 +62,19 @@ def _values(tensor: Tensor) -> Tensor | None:
     return None if tensor.is_meta else own_share(tensor.detach()).clone()
 
 
+def refitted(model: nn.Module, *args: Any) -> tuple[Any, ...]:
+    """The arguments of ``load_state_dict``; a state dict of a model that was fused in another way comes by the original's names.
+
+    Plans differ with the machine that measured, and with options.
+    """
+    notes = noted(args[0]) if args else {}
+    if not notes:
+        return args
+    states = {path: module.__dict__["_fxfuse"] for path, module in model.named_modules() if "_fxfuse" in module.__dict__}
+    mine = {path: {recipe.name for recipe in state.plan.recipes} for path, state in states.items() if state.packing == "packed"}
+    return args if mine == {path: packs_in(note) for path, note in notes.items()} else (unpacked(args[0]), *args[1:])
+
+
 class Loader:
     """Stands in for ``load_state_dict`` on a model above fused regions, whose class stays its own."""
 
@@ -70,7 +84,7 @@ class Loader:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
         with all_or_nothing(model):
-            return getattr(type(model), NAME)(model, *args, **kwargs)
+            return getattr(type(model), NAME)(model, *refitted(model, *args), **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loader:
         return Loader(copy.deepcopy(self.model, memo))

@@ -20,6 +20,7 @@ from fxfuse.lane import Pack, Slot, by_original_name, lane_info
 from fxfuse.lane_parameter import lane_parameter
 from fxfuse.private.state_dicts import set_versions, versions_of
 from fxfuse.recipes import lane_view, pack, packed_shape, unpack
+from fxfuse.saved_recipes import noted, unpacked
 from fxfuse.sharded import gathered, is_sharded, shared_as
 
 __all__ = [
@@ -34,8 +35,11 @@ __all__ = [
 ]
 
 
-def original_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
+def original_state_dict(model: nn.Module | Mapping[str, Any]) -> OrderedDict[str, Any]:
     """The ``state_dict()`` that the original model would give: its names in its order, tied names and buffers included.
+
+    Instead of a model, a state dict that ``torch.save(fused.state_dict())`` wrote will do, in any process: it carries the recipes (which
+    formats of tensors only, safetensors and torch.distributed.checkpoint, leave out; then ``StateDictError`` is raised).
 
     Tensors are detached, contiguous copies in the model's dtypes and on its devices. Works on any module, fused or not. Where weights are
     sharded over processes (FSDP2), every process calls it, and gets all of them whole.
@@ -43,6 +47,14 @@ def original_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     >>> list(original_state_dict(nn.Linear(2, 3)))
     ['weight', 'bias']
     """
+    if isinstance(model, Mapping):
+        odd = next((key for key in model if "packed" in str(key).split(".") and not noted(model)), None)
+        if odd is not None:
+            raise StateDictError(
+                f"the state dict has packed names ({odd}) and carries no recipes: load it into the fused model, "
+                "or save with torch.save(fused.state_dict()), or by the original's names"
+            )
+        return unpacked(model)
     with by_original_name():
         live = model.state_dict()
     saved: OrderedDict[str, Any] = OrderedDict()

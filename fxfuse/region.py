@@ -19,18 +19,20 @@ import torch.fx
 from torch import Tensor, nn
 
 from fxfuse.alias import AliasPack, StaleAlias
-from fxfuse.all_or_nothing import all_or_nothing
+from fxfuse.all_or_nothing import all_or_nothing, refitted
 from fxfuse.entries import FORWARD
 from fxfuse.errors import FallbackError, FxfuseError
 from fxfuse.graph import Program, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.held import Held, Kept, resolved
-from fxfuse.lane import LaneMixin, Slot, Watch, attribute_of, gathered_once, lane_info, shared_views
+from fxfuse.lane import LaneMixin, Slot, Watch, attribute_of, gathered_once, lane_info, saving_by_original_name, shared_views
 from fxfuse.parts import fit_parts
 from fxfuse.private.autocast import any_autocast_enabled
 from fxfuse.private.module_hooks import CALL_HOOKS, hooks_for_all
+from fxfuse.private.state_dicts import versions_of
 from fxfuse.recipes import lane_view, pack, packed_shape, unpack
 from fxfuse.runtime import MISS, Compiled, Source, compile_program, source
+from fxfuse.saved_recipes import NOTE, note_of, packs_in, unpack_region
 from fxfuse.serialize import program_from_data, program_to_data
 from fxfuse.sharded import gathered, is_sharded, shared_as
 from fxfuse.surroundings import Around, Piece
@@ -437,18 +439,27 @@ class RegionMixin(LaneMixin):
                 yield name, child
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As any module's."""
+        """As any module's. One of packed names carries the recipes in its metadata, where torch notes the versions of modules."""
+        state: RegionState = self.__dict__[STATE]
         with gathered_once():
-            return super().state_dict(*args, **kwargs)
+            saved = super().state_dict(*args, **kwargs)
+        versions = versions_of(saved)
+        if versions is not None and state.packing == "packed" and not (state.original_names or saving_by_original_name()):
+            path = str(args[1] if len(args) > 1 else kwargs.get("prefix", ""))[:-1]
+            versions.get(path, {})[NOTE] = note_of(self, state.plan)
+        return saved
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As any module's; a state dict that does not fit changes nothing."""
         with all_or_nothing(self):
-            return super().load_state_dict(*args, **kwargs)
+            return super().load_state_dict(*refitted(self, *args), **kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         state: RegionState = self.__dict__[STATE]
         metadata, missing = rest[0], rest[2]
+        note = metadata.get(NOTE)
+        if note is not None and packs_in(note) != {recipe.name for recipe in state.plan.recipes}:  # plans differ with the machine
+            unpack_region(prefix[:-1], note, state_dict)
         if state.packing == "packed":
             fit_parts(state.plan, state_dict, prefix)
         packed = any(prefix + recipe.name in state_dict for recipe in state.plan.recipes)

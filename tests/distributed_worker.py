@@ -134,7 +134,7 @@ def load(folder: str) -> None:
 
 
 def original(folder: str) -> None:
-    """Sharded packs in the original's layout: read, written, refused; the optimizer's state too. Six lanes lie unevenly on four processes."""
+    """Sharded packs in the original's layout: read, written, refused; the optimizer's state too. Six lanes are uneven on four processes."""
     x, y = batch()
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
