@@ -378,7 +378,7 @@ class LaneMixin(nn.Module):
         rest = ({k: v for k, v in rest[0].items() if k != "assign_to_params_buffers"}, *rest[1:])
         for name, slot in info.slots.items():
             if is_sharded(slot.packed()):
-                raise StateDictError(f"{prefix}{name} is a lane of a pack that is sharded over processes: load all lanes, through the region")
+                raise StateDictError(f"{prefix}{name} is a lane of a pack that is sharded over processes: load all lanes together")
             if assign and prefix + name in state_dict and slot.packed().is_meta:
                 raise StateDictError(f"{prefix}{name} cannot be loaded alone into a pack on the meta device: load all its lanes together")
         with _as_original(self, info):

@@ -191,9 +191,16 @@ def put(collected: Collected, optimizer: Any, target: Mapping[str, Place], names
             made[key] = _joined(where.holder, where.recipe, [member.shaped[key] for _, member in every if member is not None])
         if made:
             state.append((where.holder, made))
+    packed = any(where.recipe is not None for where in target.values())
+    held, ranks = {id(where.holder) for where in target.values()}, {key: number for number, key in enumerate(names_of)}
     for group, members in zip(optimizer.param_groups, groups, strict=True):
         before = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
         group["params"] = [parameter for _, parameter in sorted(members, key=lambda each: each[0])]
+        if packed:  # as an optimizer has them that is built from the packed model: their state dicts are the same
+            ours = [k for k, parameter in enumerate(group["params"]) if id(parameter) in held]
+            alike = sorted((group["params"][k] for k in ours), key=lambda parameter: ranks.get(id(parameter), len(ranks)))
+            for k, parameter in zip(ours, alike, strict=True):
+                group["params"][k] = parameter
         if "param_names" in group:
             group["param_names"] = [names_of.get(id(p), before.get(id(p), "")) for p in group["params"]]
     for holder in collected.holders:

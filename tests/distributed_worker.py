@@ -1,4 +1,4 @@
-"""What ``test_distributed.py`` runs on several processes: ``distributed_worker.py train|load|original FOLDER``. Raises where anything differs.
+"""What ``test_distributed.py`` runs on several processes: ``distributed_worker.py PHASE FOLDER``. Raises where anything differs.
 
 Every process makes the same model; each trains on its own rows of one batch. The reference trains in one process on all rows.
 """
