@@ -391,6 +391,15 @@ class LaneMixin(nn.Module):
                         if after[name].device != target.device or after[name].data_ptr() != target.data_ptr():
                             target.copy_(after[name].detach())
 
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module. A part of a region, asked for by itself, has the packs whose lanes it holds, or views of its lanes."""
+        region = getattr(self.__dict__[LANE].watch, "region", self)
+        if not recurse or region is self or self._fxfuse_base.named_parameters is not nn.Module.named_parameters:
+            return super().named_parameters(prefix, recurse, remove_duplicate)
+        from fxfuse.below import parameters_below  # imports this file
+
+        return cast("Iterator[tuple[str, nn.Parameter]]", parameters_below(self, prefix, remove_duplicate))
+
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """As of any module; where it would freeze some lanes of a pack only, raise instead of doing nothing."""
         own: dict[str, set[str]] = {}
