@@ -23,6 +23,7 @@ from fxfuse.held import objects_in
 from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, become
 from fxfuse.large import Moved
 from fxfuse.module_tree import all_modules, bare, named_modules
+from fxfuse.norm_pack import LayerNormPack, norm_nodes
 from fxfuse.private import recurrent
 from fxfuse.private.tensor_hooks import has_gradient_hooks
 from fxfuse.recipes import check, pack
@@ -285,8 +286,9 @@ def _operate(
         module: LaneInfo(path, state, slots[module], tuple(module._parameters), tuple(module._buffers)) for module, path in everyone.items()
     }
     if packing == "packed":
+        norms = norm_nodes(plan.recipes, [[walk(region, m.rpartition(".")[0]) for m in recipe.members] for recipe in plan.recipes])
         owners = [
-            _place(root, recipe, members, store, state, surgery, moved)
+            _place(root, recipe, members, store, state, surgery, moved, norms)
             for recipe, members, store in zip(plan.recipes, surgery.tensors, surgery.stores, strict=True)
         ]
         for module in everyone:
@@ -312,7 +314,7 @@ def _operate(
             undo.keep_data(members)
             _ = state.aliases[recipe.name].tensor  # binds
     for name, tensor in plan.constants.items():
-        owner = _container(root, name, state)
+        owner = _container(root, name, state, {})
         owner.register_buffer(name.rpartition(".")[2], tensor, persistent=False)
     if surgery.holder is not None:
         region._modules[surgery.holder] = root
@@ -335,21 +337,30 @@ def _operate(
     state.prepare()
 
 
-def _container(root: Pack, name: str, state: RegionState) -> nn.Module:
+def _container(root: Pack, name: str, state: RegionState, norms: dict[str, nn.LayerNorm]) -> nn.Module:
     """The node of the container tree that holds a packed name, made where it is missing."""
     owner: nn.Module = root
-    for part in name.split(".")[1:-1]:
+    path, *parts = name.split(".")[:-1]
+    for part in parts:
+        path = f"{path}.{part}"
         if part not in owner._modules:
-            owner.add_module(part, Pack(state))
+            owner.add_module(part, LayerNormPack(state, norms[path]) if path in norms else Pack(state))
         owner = cast(nn.Module, owner._modules[part])
     return owner
 
 
 def _place(
-    root: Pack, recipe: Recipe, members: list[Tensor], store: str, state: RegionState, surgery: _Surgery, moved: Moved | None
+    root: Pack,
+    recipe: Recipe,
+    members: list[Tensor],
+    store: str,
+    state: RegionState,
+    surgery: _Surgery,
+    moved: Moved | None,
+    norms: dict[str, nn.LayerNorm],
 ) -> nn.Module:
     """Pack the members into the container tree; their gradients, where any has one, come along."""
-    owner, name = _container(root, recipe.name, state), recipe.name.rpartition(".")[2]
+    owner, name = _container(root, recipe.name, state, norms), recipe.name.rpartition(".")[2]
     first = members[0]
     if moved is not None and recipe.kind == "parameter":
         packed = moved.pack(state.plan.path, recipe, members)

@@ -45,7 +45,7 @@ class Pack(nn.Module):
     """A node of the container tree that holds packed tensors: ``region.packed.nets.0.weight``."""
 
     def __init__(self, watch: Watch) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.__dict__["_fxfuse_watch"] = watch
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -77,6 +77,10 @@ class Watch:
     original_names: bool = False  # state_dict() writes the original's names
     loading: tuple[list[str], bool] | None = None  # the load in progress (its list of missing keys), by original names?
 
+    def unread(self, path: str, module: nn.Module, name: str) -> bool:
+        """Is an attribute that is set on a module one that no program rests on?"""
+        return False
+
     def by_original_name(self, missing: list[str]) -> bool:
         """Is the ``load_state_dict`` that this list belongs to one by original names?"""
         return self.loading is not None and self.loading[0] is missing and self.loading[1]
@@ -86,11 +90,12 @@ class Watch:
         compared with what they were whenever ``ready`` is None."""
         if name in _COMPILED or (path, name) in self.sets:
             return
-        self.ready = None
         own = module.__dict__
-        if name in _LOOKED_UP:
+        found = isinstance(value, nn.Module | nn.Parameter) or any(name in own[s] for s in ("_parameters", "_buffers", "_modules"))
+        if not found and self.unread(path, module, name):
             return
-        if isinstance(value, nn.Module | nn.Parameter) or any(name in own[store] for store in ("_parameters", "_buffers", "_modules")):
+        self.ready = None
+        if found or name in _LOOKED_UP:
             return
         if (path, name) not in self.written:
             found = name in own or hasattr(type(module), name)

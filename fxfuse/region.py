@@ -34,6 +34,7 @@ from fxfuse.recipes import pack, packed_shape, unpack
 from fxfuse.runtime import MISS, Compiled, Source, compile_program, source
 from fxfuse.serialize import program_from_data, program_to_data
 from fxfuse.surroundings import Around, Piece
+from fxfuse.unread import unread
 
 STATE = "_fxfuse"  # the key in a region's __dict__ under which its RegionState lies
 _HOOKS_FOR_ALL = "a hook for all modules is registered"
@@ -82,6 +83,13 @@ class RegionState(Watch):
     def region(self) -> nn.Module:
         """The region itself."""
         return self.modules[0]
+
+    def unread(self, path: str, module: nn.Module, name: str) -> bool:
+        """Is an attribute that is set on a module of the region one that no program rests on?"""
+        if not path and name == "forward":
+            # Who replaces the forward of the region itself is asked first; where it then comes here, it wants the class's own.
+            return not self.plan.methods.keys() - {FORWARD}
+        return unread(self.plan.spelled, module, name)
 
     def removed(self, region: nn.Module) -> None:
         """Called when the region is an ordinary module again: take the pack and this state out of it."""
@@ -193,10 +201,7 @@ class RegionState(Watch):
         now = registered(self.region, holder)
         if len(now) != len(self.modules) or any(a is not b for a, b in zip(now, self.modules, strict=True)):
             return "a submodule was replaced, added or removed"
-        reads: frozenset[str] | None = getattr(self.plan, "reads", None)  # "nets.0.scale": the attributes that forward read
         for (path, name), (existed, before) in self.written.items():
-            if reads is not None and name != "__class__" and (f"{path}.{name}" if path else name) not in reads:
-                continue
             module = next((m for m in self.members() if (info := lane_info(m)) is not None and info.path == path), None)
             if module is not None and not _unchanged(module, name, existed, before):
                 return f"attribute {f'{path}.{name}' if path else name} was set after fusing"

@@ -47,6 +47,7 @@ from .ran import Ears, code_noted, runs_torch_only
 from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
 from .trace import MOST_NUMBERS, Event, Frame, Key, Ref, Touch, Trace, Value
+from .unchecked import UNCHECKED
 from .unregistered import hidden_parameters, unregistered
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -319,6 +320,8 @@ class Recorder(TorchFunctionMode):
         if name[-1] == "_" or name in _MAYBE_IN_PLACE or kwargs:
             self._before_write(name, args, kwargs, tensors)
         before = _versions(tensors)
+        if name in UNCHECKED:
+            UNCHECKED[name](*args, **kwargs)
         cast = Watched(lambda *a, **k: self.run(func, a, k), args, kwargs) if any_autocast_enabled() else None
         out = self.run(func, args, kwargs) if cast is None else cast.out
         mutated: tuple[int, ...] = ()
