@@ -39,10 +39,11 @@ from .contents import Contents
 from .determinism import foreign_random_state, preserved_state
 from .graph import Place
 from .idle_draws import idle_draws_unseen
+from .module_tree import all_modules, named_modules
 from .moves import moves_noted
 from .outside import Change, Generators, Globals, drawing, draws_itself, is_generator, line_of_attribute
 from .passes.functional import autocast_to
-from .ran import Ears, code_noted
+from .ran import Ears, code_noted, runs_torch_only
 from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
 from .trace import MOST_NUMBERS, Event, Frame, Key, Ref, Touch, Trace, Value
@@ -137,7 +138,7 @@ def _no_hook(*args: Any, **kwargs: Any) -> None:
 def hooks_silent(model: nn.Module) -> Iterator[None]:
     """Hooks on the modules and Parameters of ``model`` do nothing inside: trial runs are none of theirs."""
     silenced: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-    for module in model.modules():
+    for module in all_modules(model):
         stores = [module.__dict__.get(name) for name in HOOK_DICTS]
         for parameter in module._parameters.values():
             if parameter is not None:
@@ -229,11 +230,12 @@ class Recorder(TorchFunctionMode):
     # -- calls --------------------------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ears.close()
+        heard = self.ears.close()
         try:
             return self.meaning(func, args, kwargs)
         finally:
-            self.ears.open()
+            if heard:
+                self.ears.open()
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The call itself, which may run Python of the model's: ``apply_``, a backward pass."""
@@ -519,11 +521,12 @@ class Recorder(TorchFunctionMode):
 
     def enter(self, path: str, module: nn.Module, forward: Callable[..., Any], poison: str, /, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the ``forward`` of ``module``. Runs with this mode on."""
-        self.ears.close()
+        heard = self.ears.close()
         try:
             return self.called(path, module, forward, poison, args, kwargs)
         finally:
-            self.ears.open()
+            if heard:
+                self.ears.open()
 
     def called(self, path: str, module: nn.Module, forward: Callable[..., Any], poison: str, args: Any, kwargs: Any) -> Any:
         """One call of ``module``, from ``enter``: its frame, and what its forward returns."""
@@ -560,7 +563,8 @@ class Recorder(TorchFunctionMode):
         own = module.__dict__
         before = list(own.values())
         try:
-            out = self.run(forward, args, kwargs)
+            deaf = not poison and runs_torch_only(type(module))
+            out = forward(*args, **kwargs) if deaf else self.run(forward, args, kwargs)
             frame.sets_own = len(own) != len(before) or not all(map(is_, own.values(), before))
             if given is not None and given.held and (changed := given.changed()):
                 frame.poison = frame.poison or f"changes the {changed} that it was given"
@@ -760,10 +764,11 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
     changed modules are marked."""
     attributes: dict[int, str] = {}
     generators: list[Any] = []
-    watched = [_Watched(path, module, attributes, generators) for path, module in model.named_modules()]
+    watched = [_Watched(path, module, attributes, generators) for path, module in named_modules(model)]
     hidden: dict[str, nn.Parameter] = {}
-    if not any(has_hooks(module) for _, module in unregistered(model)):  # they run while recording, and a fused forward does not call them
-        hidden = hidden_parameters(model)
+    beside = list(unregistered(model))
+    if not any(has_hooks(module) for _, module in beside):  # they run while recording, and a fused forward does not call them
+        hidden = hidden_parameters(model, beside)
         for path, parameter in hidden.items():
             attributes.setdefault(id(parameter), path)
     recorder = Recorder(attributes)
