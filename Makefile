@@ -4,7 +4,7 @@
 #   make bench   the figures of README.md, and a part of the grid (GRID="--whole --minutes 600" for all of it: results in .bench/)
 #   make zoo     models of other packages: launches before and after, right or wrong, speed (ZOO="--no-time --why subject ...")
 #   make stress  a gigabyte of weights, 100,000 calls, a failure in every function: an hour, 4 GB of memory; not in CI
-#   make zoo-test   the same as tests, without the table
+#   make zoo-test   the same as tests, without the table; and training by Lightning and transformers
 #   make mutants bugs put into every rule: are they found at run time, and by the tests? (MUTANTS="conv shape --most 200"; about an hour)
 #   make census  every architecture of transformers and every module of torch.nn: right or wrong (CENSUS="--jobs 4 --why bert ...")
 #   make fuzz    random models for as long as you say (FUZZ="--minutes 60 --seed 7"); what fails is appended to .fuzz/failures.txt
@@ -53,7 +53,7 @@ zoo: $(ZOO_VENV)/.installed
 	$(ZOO_PYTHON) benchmarks/zoo.py $(ZOO)
 
 zoo-test: $(ZOO_VENV)/.installed
-	$(ZOO_PYTHON) -m pytest -q -n 2 -m zoo tests/test_zoo.py
+	$(ZOO_PYTHON) -m pytest -q -n 2 -m zoo tests/test_zoo.py tests/test_lightning.py tests/test_hugging_face.py
 
 mutants: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m mutants $(MUTANTS)

@@ -17,6 +17,7 @@ from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
 from fxfuse.guards import Facts
 from fxfuse.lane import Pack, Slot, lane_info
+from fxfuse.norm_pack import LayerNormPack
 from fxfuse.parts import part_name, reading, whole_of
 from fxfuse.recipes import part, part_view
 from fxfuse.region import RegionState
@@ -104,7 +105,7 @@ def _divide(state: RegionState, each: _Cut) -> None:
         holder = name.split(".")[-2]
         node = tree._modules.get(holder)
         if node is None:
-            tree.add_module(holder, node := Pack(state))
+            tree.add_module(holder, node := LayerNormPack(state, tree) if isinstance(tree, LayerNormPack) else Pack(state))
         with torch.no_grad():
             piece = nn.Parameter(part_view(recipe, packed.detach(), a, b).clone(), packed.requires_grad)
         piece.__dict__.update(packed.__dict__)

@@ -22,6 +22,8 @@ from fxfuse.guards import Facts
 from fxfuse.held import objects_in
 from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, become
 from fxfuse.large import Moved
+from fxfuse.module_tree import all_modules, bare, named_modules
+from fxfuse.norm_pack import LayerNormPack, norm_nodes
 from fxfuse.private import recurrent
 from fxfuse.private.tensor_hooks import has_gradient_hooks
 from fxfuse.recipes import check, pack
@@ -102,7 +104,7 @@ def _packing(plan: RegionPlan, packing: Literal["packed", "alias"]) -> Literal["
 def held_unregistered(model: nn.Module, plan: RegionPlan) -> str | None:
     """The first member that belongs to a module which the model does not register; None where all are registered."""
     region = walk(model, plan.path)
-    modules = set(region.modules())
+    modules = set(all_modules(region))
     for recipe in plan.recipes:
         for member in recipe.members:
             if walk(region, member.rpartition(".")[0]) not in modules:
@@ -131,7 +133,7 @@ def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
     replaced = next((name for name in ("forward", *plan.methods) if name in region.__dict__), None)
     if replaced is not None:
         raise FxfuseError(f"{where}.{replaced} was replaced on the instance, which would bypass the fused {replaced}")
-    modules = {module: name for name, module in region.named_modules()}
+    modules = {module: name for name, module in named_modules(region)}
     if any(LANE in module.__dict__ for module in modules):
         raise FxfuseError(f"{where} is fused already, in whole or in part")
     scripted = next((name for module, name in modules.items() if isinstance(module, torch.jit.ScriptModule)), None)
@@ -225,15 +227,15 @@ def _check_other_names(model: nn.Module, surgery: _Surgery, packing: str) -> Non
     if packing == "alias":
         return
     ours = {**surgery.modules, **surgery.hidden}
-    for path, module in [*model.named_modules(), *((path, module) for module, path in surgery.hidden.items())]:
+    skip = ("_parameters", "_buffers", "_modules", *recurrent.LISTS)
+    for path, module in [*named_modules(model), *((path, module) for module, path in surgery.hidden.items())]:
         for store in ("_parameters", "_buffers"):
             for name, tensor in getattr(module, store).items():
                 if module not in ours and id(tensor) in surgery.names:
                     member = _member_name(surgery.plan, surgery.names[id(tensor)])
                     raise FxfuseError(f"{member} is also {path}.{name}, outside of the region")
         for name, value in module.__dict__.items():
-            skip = ("_parameters", "_buffers", "_modules", *recurrent.LISTS)
-            if name in skip or (module in ours and isinstance(value, Tensor) and _is_member(surgery, ours[module], name)):
+            if bare(value) or name in skip or (module in ours and isinstance(value, Tensor) and _is_member(surgery, ours[module], name)):
                 continue
             found = next((item for item in _tensors_in(value, 6) if id(item) in surgery.names), None)
             if found is not None:
@@ -284,8 +286,9 @@ def _operate(
         module: LaneInfo(path, state, slots[module], tuple(module._parameters), tuple(module._buffers)) for module, path in everyone.items()
     }
     if packing == "packed":
+        norms = norm_nodes(plan.recipes, [[walk(region, m.rpartition(".")[0]) for m in recipe.members] for recipe in plan.recipes])
         owners = [
-            _place(root, recipe, members, store, state, surgery, moved)
+            _place(root, recipe, members, store, state, surgery, moved, norms)
             for recipe, members, store in zip(plan.recipes, surgery.tensors, surgery.stores, strict=True)
         ]
         for module in everyone:
@@ -311,7 +314,7 @@ def _operate(
             undo.keep_data(members)
             _ = state.aliases[recipe.name].tensor  # binds
     for name, tensor in plan.constants.items():
-        owner = _container(root, name, state)
+        owner = _container(root, name, state, {})
         owner.register_buffer(name.rpartition(".")[2], tensor, persistent=False)
     if surgery.holder is not None:
         region._modules[surgery.holder] = root
@@ -334,21 +337,30 @@ def _operate(
     state.prepare()
 
 
-def _container(root: Pack, name: str, state: RegionState) -> nn.Module:
+def _container(root: Pack, name: str, state: RegionState, norms: dict[str, nn.LayerNorm]) -> nn.Module:
     """The node of the container tree that holds a packed name, made where it is missing."""
     owner: nn.Module = root
-    for part in name.split(".")[1:-1]:
+    path, *parts = name.split(".")[:-1]
+    for part in parts:
+        path = f"{path}.{part}"
         if part not in owner._modules:
-            owner.add_module(part, Pack(state))
+            owner.add_module(part, LayerNormPack(state, norms[path]) if path in norms else Pack(state))
         owner = cast(nn.Module, owner._modules[part])
     return owner
 
 
 def _place(
-    root: Pack, recipe: Recipe, members: list[Tensor], store: str, state: RegionState, surgery: _Surgery, moved: Moved | None
+    root: Pack,
+    recipe: Recipe,
+    members: list[Tensor],
+    store: str,
+    state: RegionState,
+    surgery: _Surgery,
+    moved: Moved | None,
+    norms: dict[str, nn.LayerNorm],
 ) -> nn.Module:
     """Pack the members into the container tree; their gradients, where any has one, come along."""
-    owner, name = _container(root, recipe.name, state), recipe.name.rpartition(".")[2]
+    owner, name = _container(root, recipe.name, state, norms), recipe.name.rpartition(".")[2]
     first = members[0]
     if moved is not None and recipe.kind == "parameter":
         packed = moved.pack(state.plan.path, recipe, members)

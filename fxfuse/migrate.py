@@ -8,8 +8,10 @@ differ in count of steps, are cut into parts (``fxfuse.cut``), each a Parameter 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,15 @@ from fxfuse.cut import cut
 from fxfuse.elementwise import ELEMENTWISE, unsupported
 from fxfuse.errors import ArgumentError, OptimizerError
 from fxfuse.graph import Recipe
+from fxfuse.live_optimizers import unwrapped
 from fxfuse.places import Place, places
 from fxfuse.recipes import pack
 from fxfuse.region import RegionState
+from fxfuse.sharded import gathered, shared_as
+
+# Of an optimizer that was migrated: by id, each Parameter and where in its group its members were in the beginning, by name ("" where it
+# is no pack). A pack has no place among them, and a state dict of the original goes by places.
+_ORDERS: WeakKeyDictionary[Any, dict[int, tuple[Tensor, dict[str, int]]]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -28,7 +36,7 @@ class _Member:
     """One parameter of the original, as the optimizer has it."""
 
     group: int
-    order: int
+    order: int | None  # its place in the group in the beginning; None where that is not known
     whole: dict[str, Any]  # states of one number
     shaped: dict[str, Tensor]  # states of the parameter's shape
 
@@ -46,7 +54,7 @@ class Collected:
     members: dict[str, _Member]
     shapes: dict[str, tuple[int, ...]]  # of all parameters of the model
     holders: list[Tensor]  # the Parameters that the optimizer gives up
-    packed: bool  # some of these are packs
+    others: dict[int, int]  # by id, the places of the Parameters that it keeps
 
 
 def migrate_optimizer(optimizer: Any, model: nn.Module, fused: nn.Module, *, inplace: bool = True) -> Any:
@@ -69,12 +77,12 @@ def migrate_optimizer(optimizer: Any, model: nn.Module, fused: nn.Module, *, inp
         if not isinstance(given, nn.Module):
             raise ArgumentError(f"{what} must be a torch.nn.Module, a {type(given).__name__} came")
     collected = collect(optimizer, model)
-    result = optimizer if inplace else _again(optimizer)
+    result = optimizer if inplace else again(unwrapped(optimizer))
     place(collected, result, fused)
     return result
 
 
-def _again(optimizer: Any) -> Any:
+def again(optimizer: Any) -> Any:
     """Another optimizer over the same Parameters, with groups and a state of its own."""
     made = object.__new__(type(optimizer))
     groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
@@ -87,6 +95,7 @@ def _again(optimizer: Any) -> Any:
 
 def check_optimizer(optimizer: Any) -> None:
     """Raise ``OptimizerError`` for an optimizer that cannot be migrated, ``ArgumentError`` for what is none."""
+    optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentError(f"optimizer must be a torch.optim.Optimizer, a {type(optimizer).__name__} came")
     reason = unsupported(optimizer)
@@ -97,20 +106,32 @@ def check_optimizer(optimizer: Any) -> None:
 def collect(optimizer: Any, model: nn.Module) -> Collected:
     """What ``optimizer`` has of ``model``, by the original's names; changes nothing."""
     check_optimizer(optimizer)
-    at = {id(p): (g, k) for g, group in enumerate(optimizer.param_groups) for k, p in enumerate(group["params"])}
-    members, holders, shapes, packed = {}, {}, {}, False
-    for name, where in places(model).items():
-        shapes[name] = where.shape
-        if id(where.holder) in at:
-            members[name] = _member(optimizer, name, where, *at[id(where.holder)])
-            holders[id(where.holder)] = where.holder
-            packed = packed or where.recipe is not None
-    if not members:
+    found = collect_from(unwrapped(optimizer), places(model))
+    if not found.members:
         raise OptimizerError(f"the {type(optimizer).__name__} holds no Parameter of the {type(model).__name__} that it shall come from")
-    return Collected(members, shapes, list(holders.values()), packed)
+    return found
 
 
-def _member(optimizer: Any, name: str, where: Place, group: int, order: int) -> _Member:
+def collect_from(optimizer: Any, where_by_name: Mapping[str, Place]) -> Collected:
+    """As ``collect``, of Parameters that lie there; there may be none of them."""
+    at = {id(p): (g, k) for g, group in enumerate(optimizer.param_groups) for k, p in enumerate(group["params"])}
+    known = _ORDERS.get(optimizer, {})
+    packed = any(where.recipe is not None and id(where.holder) in at for where in where_by_name.values())
+    members, holders, shapes = {}, {}, {}
+    for name, where in where_by_name.items():
+        key = id(where.holder)
+        shapes[name] = where.shape
+        if key in at:
+            group, order = at[key]
+            places_then = known[key][1] if key in known else {}
+            then = places_then.get(name, places_then.get("", None if packed else order))
+            members[name] = _member(optimizer, name, where, group, then)
+            holders[key] = where.holder
+    others = {key: known[key][1].get("", order) if key in known else order for key, (_, order) in at.items() if key not in holders}
+    return Collected(members, shapes, list(holders.values()), others)
+
+
+def _member(optimizer: Any, name: str, where: Place, group: int, order: int | None) -> _Member:
     numbers = ELEMENTWISE[type(optimizer)]
     whole: dict[str, Any] = {}
     shaped: dict[str, Tensor] = {}
@@ -120,7 +141,7 @@ def _member(optimizer: Any, name: str, where: Place, group: int, order: int) -> 
         if key in numbers and (not isinstance(value, Tensor) or value.dim() == 0):
             whole[key] = value
         elif isinstance(value, Tensor) and value.shape == where.holder.shape:
-            shaped[key] = where.of(value)
+            shaped[key] = value if where.recipe is None else where.of(gathered(value))
         elif value is None:
             whole[key] = None
         else:
@@ -131,21 +152,27 @@ def _member(optimizer: Any, name: str, where: Place, group: int, order: int) -> 
 
 def place(collected: Collected, optimizer: Any, model: nn.Module) -> None:
     """Give ``optimizer`` the Parameters of ``model`` for those that it was collected from. What can be wrong is found first."""
+    optimizer = unwrapped(optimizer)
     target = places(model)
     shapes = {name: where.shape for name, where in target.items()}
     if shapes != collected.shapes:
         odd = [name for name in {**shapes, **collected.shapes} if shapes.get(name) != collected.shapes.get(name)]
         raise ArgumentError(f"the two are no forms of one model: {', '.join(odd[:3])} is not in both, or of another shape")
     _apart(collected, target)
-    target = places(model)
+    put(collected, optimizer, places(model), {id(p): name for name, p in model.named_parameters()})
+
+
+def put(collected: Collected, optimizer: Any, target: Mapping[str, Place], names_of: Mapping[int, str]) -> None:
+    """As ``place``, where the Parameters lie as ``target`` says, cut as they have to be. ``names_of``: by id, for ``param_names``."""
     numbers = {name: number for number, name in enumerate(target)}
     lanes: dict[int, list[str]] = {}
     for name, where in target.items():
         lanes.setdefault(id(where.holder), []).append(name)
     gone = {id(holder) for holder in collected.holders}
     groups: list[list[tuple[Any, Tensor]]] = [
-        [((k, -1), p) for k, p in enumerate(group["params"]) if id(p) not in gone] for group in optimizer.param_groups
+        [((collected.others[id(p)], -1), p) for p in group["params"] if id(p) not in gone] for group in optimizer.param_groups
     ]
+    orders = {id(p): (p, {"": order}) for group in groups for ((order, _), p) in group}
     state: list[tuple[Tensor, dict[str, Any]]] = []
     for names in lanes.values():
         where = target[names[0]]
@@ -154,23 +181,33 @@ def place(collected: Collected, optimizer: Any, model: nn.Module) -> None:
         if first is None:
             continue
         every = sorted(zip(names, found, strict=True), key=lambda each: target[each[0]].index)
-        order = numbers[names[0]] if collected.packed else first.order  # in a pack the order of its lanes among the others is lost
+        order = numbers[names[0]] if first.order is None else first.order
         groups[first.group].append(((order, where.index), where.holder))
+        then = {name: member.order for name, member in every if member is not None and member.order is not None}
+        if len(then) == len(names):
+            orders[id(where.holder)] = where.holder, then if where.recipe is not None else {"": order}
         made: dict[str, Any] = {key: _copied(value) for key, value in first.whole.items()}
         for key in first.shaped:
             made[key] = _joined(where.holder, where.recipe, [member.shaped[key] for _, member in every if member is not None])
         if made:
             state.append((where.holder, made))
-    names_of = {id(p): name for name, p in model.named_parameters()}
+    packed = any(where.recipe is not None for where in target.values())
+    held, ranks = {id(where.holder) for where in target.values()}, {key: number for number, key in enumerate(names_of)}
     for group, members in zip(optimizer.param_groups, groups, strict=True):
         before = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
         group["params"] = [parameter for _, parameter in sorted(members, key=lambda each: each[0])]
+        if packed:  # as an optimizer has them that is built from the packed model: their state dicts are the same
+            ours = [k for k, parameter in enumerate(group["params"]) if id(parameter) in held]
+            alike = sorted((group["params"][k] for k in ours), key=lambda parameter: ranks.get(id(parameter), len(ranks)))
+            for k, parameter in zip(ours, alike, strict=True):
+                group["params"][k] = parameter
         if "param_names" in group:
             group["param_names"] = [names_of.get(id(p), before.get(id(p), "")) for p in group["params"]]
     for holder in collected.holders:
         optimizer.state.pop(holder, None)
     for holder, made in state:
         optimizer.state[holder] = made
+    _ORDERS[optimizer] = orders
 
 
 def _apart(collected: Collected, target: dict[str, Place]) -> None:
@@ -193,7 +230,7 @@ def _apart(collected: Collected, target: dict[str, Place]) -> None:
 
 def _joined(holder: Tensor, recipe: Recipe | None, values: list[Tensor]) -> Tensor:
     with torch.no_grad():
-        value = values[0] if recipe is None else pack(recipe, values)
+        value = shared_as(values[0] if recipe is None else pack(recipe, values), holder)
         return torch.empty_like(holder, dtype=value.dtype, requires_grad=False).copy_(value)
 
 

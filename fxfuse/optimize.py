@@ -27,7 +27,7 @@ from . import large, plan_cache
 from .attributes import attributes_kept
 from .build import Builder, Recorded, refuse
 from .casts import without_autocast
-from .collector import paused
+from .collector import collecting, paused
 from .contents import Contents
 from .copies import independent_copy, sharing_copy
 from .depth import deeper
@@ -42,7 +42,7 @@ from .inputs import resample
 from .large import Moved, sample, twin, weight_bytes, without_history
 from .launches import count
 from .lengths import tracked_len
-from .live_optimizers import holding
+from .live_optimizers import holding, parameter_ids, unwrapped
 from .migrate import collect, place
 from .observe import observe_modes, reads_offsets
 from .options import Options, make_inputs, make_options
@@ -129,9 +129,11 @@ def optimize(
     >>> [op.op for op in get_report(fast).fused[0].ops]
     ['linear']
     """
-    optimizers = [] if optimizer is None else [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
+    given = [] if optimizer is None else [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
+    optimizers = [unwrapped(each) for each in given]
     collected = [collect(each, model) for each in optimizers] if isinstance(model, nn.Module) else []
-    holders: list[str] = []
+    holders: list[Any] = []
+    before: set[int] = set()
     try:
         options = make_options(
             model, mode=mode, objective=objective, lowering=lowering, tune=tune, tune_for=tune_for, max_memory=max_memory,
@@ -144,7 +146,8 @@ def optimize(
             from .lazy import fuse_at_first_call
 
             return fuse_at_first_call(model, options, inplace)
-        holders = [type(each).__name__ for each in holding(model) if not any(each is known for known in optimizers)]
+        holders = [each for each in holding(model) if not any(each is known for known in optimizers)]
+        before = parameter_ids(model)
         result = run_entries(model, entries, options, inplace)
     except (ArgumentError, OptimizerError, MemoryError):
         raise
@@ -155,10 +158,11 @@ def optimize(
         return result
     for each, had in zip(optimizers, collected, strict=True):
         place(had, each, result)
-    mine = {id(parameter) for parameter in model.parameters()}
-    if holders and (get_report(result).fused or mine.isdisjoint(map(id, result.parameters()))):
+    lost = before - parameter_ids(result)
+    left = [type(each).__name__ for each in holders if any(id(p) in lost for group in each.param_groups for p in group["params"])]
+    if left:
         warnings.warn(
-            f"{' and '.join(holders)} holds Parameters of the model that was given to fxfuse.optimize: it would not train the fused model. "
+            f"{' and '.join(left)} holds Parameters of the model that was given to fxfuse.optimize: it would not train the fused model. "
             "Call fxfuse.migrate_optimizer(optimizer, model, fused), or fxfuse.optimize(model, x, optimizer=optimizer). Or: "
             "Build the optimizer from fused.parameters(), or call fxfuse.optimize(model) without inputs, which keeps the Parameters.",
             UserWarning,
@@ -224,7 +228,7 @@ def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool
         try:
             # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
             # Recorded without autocast, whoever calls: a region makes programs for calls under it when the first of them comes.
-            with quiet(), deeper(model), torch.inference_mode(False), without_autocast():
+            with quiet(), deeper(model), torch.inference_mode(False), without_autocast(), paused():
                 return _Pipeline(model, entries, options, report, undo).run(inplace)
         finally:
             given.restore()  # a cache among the example inputs is as it was
@@ -297,7 +301,7 @@ class _Pipeline:
         try:
             # The passes make a million objects and no garbage; what runs the model itself collects as usual.
             passes = name in ("record", "find lanes", "rewrite and pack", "measure") or (name == "plan" and not self.options.tune)
-            with paused() if passes else nullcontext():
+            with nullcontext() if passes else collecting():
                 yield
         finally:
             self.report.stages[name] = self.report.stages.get(name, 0.0) + time.perf_counter() - start

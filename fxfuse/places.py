@@ -1,6 +1,7 @@
-"""Where every parameter of the original lies: by its name, the registered Parameter that holds it.
+"""Where every parameter of the original lies: by its name, the Parameter that holds it.
 
 Comes in: a model, fused or not. Goes out: ``{original name: Place}``, in the original's order; a tied parameter once, by its first name.
+Those of modules in plain lists and dicts, which no module registers, come last, by the way to them (``nets.0.weight``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fxfuse.lane import LaneInfo, Slot, lane_info
 from fxfuse.packing import each_parameter
 from fxfuse.recipes import lane_view
 from fxfuse.region import RegionState
+from fxfuse.unregistered import hidden_parameters, unregistered
 
 
 @dataclass(frozen=True)
@@ -53,4 +55,7 @@ def places(model: nn.Module) -> dict[str, Place]:
             found[name] = Place(value)
         elif value.recipe.kind == "parameter":
             found[name] = Place(value.packed(), value.recipe, value.index, states[id(value)])
+    # These are never packed: a fused model keeps them, as views of one buffer.
+    for name, value in hidden_parameters(model, unregistered(model)).items():
+        found.setdefault(name, Place(value))
     return found

@@ -25,6 +25,7 @@ from torch import nn
 
 from .graph import Program
 from .outside import Cell, function_of
+from .own_fields import books_of, of_own_fields
 from .ran import Ran, of_library
 from .runtime import walk
 
@@ -46,13 +47,14 @@ class Piece:
     names: tuple[str, ...] | None
     values: Any
     attributes: bool = False  # of an object, not the items of a container
+    apart: frozenset[str] = frozenset()  # names that do not count where ``names`` is None
 
     def now(self) -> Any:
         """What it holds now, as ``values``."""
         holder = _attributes(self.thing) if self.attributes else self.thing
         if self.names is not None:
             return [holder.get(name, _Gone()) for name in self.names]
-        return _items(holder)
+        return _items(_without(holder, self.apart))
 
     def changed(self) -> str:
         """What is another now, in words; empty where nothing is. Equal numbers and strings are as good as the same."""
@@ -94,6 +96,10 @@ def _attributes(thing: Any) -> Any:
     return vars(thing)
 
 
+def _without(holder: Any, apart: frozenset[str]) -> Any:
+    return {name: value for name, value in holder.items() if name not in apart} if apart else holder
+
+
 def _items(holder: Any) -> Any:
     if isinstance(holder, dict):
         return [list(dict.keys(holder)), list(dict.values(holder))] if len(holder) <= _LARGE else len(holder)
@@ -129,10 +135,11 @@ class Spelled:
         """Those of the user's code: libraries keep books of their own, which say nothing of a model."""
         names: set[str] = set()
         computed = False
+        own = of_own_fields()
         for code in ran:
             if not of_library(code.co_filename):
                 names.update(code.co_names, (constant for constant in code.co_consts if isinstance(constant, str)))
-                computed = computed or not _COMPUTED.isdisjoint(code.co_names)
+                computed = computed or (code not in own and not _COMPUTED.isdisjoint(code.co_names))
         return Spelled(frozenset(names), computed)
 
     def chosen(self, attributes: Any) -> list[str]:
@@ -184,11 +191,12 @@ class _Looker:
         top = type(thing).__module__.partition(".")[0]
         if type(attributes) is not dict or top == "torch" or (top in sys.stdlib_module_names and top not in ("types", "argparse")):
             return
-        names = tuple(self.spelled.chosen(attributes))
+        apart = books_of(type(thing), self.spelled.names)
+        names = tuple(name for name in self.spelled.chosen(attributes) if name not in apart)
         if names:
             everything = self.spelled.computed
-            values = _items(attributes) if everything else [attributes[name] for name in names]
-            self.pieces.append(Piece(f"{said}.", thing, None if everything else names, values, attributes=True))
+            values = _items(_without(attributes, apart)) if everything else [attributes[name] for name in names]
+            self.pieces.append(Piece(f"{said}.", thing, None if everything else names, values, attributes=True, apart=apart))
         yield from ((attributes[name], f"{said}.{name}") for name in names)
 
     def name(self, space: Any, name: str, value: Any, said: str) -> None:
@@ -345,7 +353,11 @@ def _generated(pieces: list[Piece]) -> Callable[[], bool]:
             tests.append(f"len(t{i}) == v{i}")
         elif isinstance(holder, dict):
             space[f"k{i}"], space[f"v{i}"] = piece.values
-            tests.append(f"[*t{i}] == k{i} and all(map(is_, t{i}.values(), v{i}))")
+            if piece.apart:
+                space[f"a{i}"] = piece.apart
+                tests.append(f"[k for k in t{i} if k not in a{i}] == k{i} and all(map(is_, [t{i}[k] for k in k{i}], v{i}))")
+            else:
+                tests.append(f"[*t{i}] == k{i} and all(map(is_, t{i}.values(), v{i}))")
         elif isinstance(piece.values, bytes):
             tests.append(f"t{i}.tobytes() == v{i}")
         elif isinstance(holder, set):
@@ -379,7 +391,11 @@ def _traced(pieces: list[Piece]) -> Callable[[], bool]:
             tests.append(f"len(t{i}) == v{i}")
         elif isinstance(space[f"t{i}"], dict):
             space[f"k{i}"], space[f"v{i}"] = piece.values
-            tests.append(f"[*t{i}.values()] == v{i} and [*t{i}] == k{i}")
+            if piece.apart:
+                space[f"a{i}"] = sorted(piece.apart)
+                tests.append(f"[k for k in t{i} if k not in a{i}] == k{i} and [t{i}[k] for k in k{i}] == v{i}")
+            else:
+                tests.append(f"[*t{i}.values()] == v{i} and [*t{i}] == k{i}")
         elif not isinstance(piece.values, bytes):  # of an array, dynamo reads no bytes
             tests.append(f"t{i} == v{i}" if isinstance(piece.thing, (set, list)) else f"[*t{i}] == v{i}")
     exec(f"def same():\n    return {' and '.join(tests) or 'True'}", space)

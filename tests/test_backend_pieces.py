@@ -217,7 +217,8 @@ def test_running_statistics_inside_and_outside():
         def __init__(self):
             super().__init__()
             self.nets, self.last = (
-                nn.ModuleList(nn.Sequential(nn.Linear(1, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 1)) for _ in range(9)) for _ in range(2)
+                nn.ModuleList(nn.Sequential(nn.Linear(1, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 1)) for _ in range(9))
+                for _ in range(2)
             )
 
         def forward(self, x):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxfuse import fused, install, packing
 from fxfuse.errors import ArgumentError, FallbackError, FxfuseError
 from fxfuse.graph import Guard, Program, Recipe, RegionPlan, TensorGuard
+from fxfuse.surroundings import Spelled
 
 F64 = torch.float64
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -470,7 +471,7 @@ def test_keywords_constants_and_structured_results() -> None:
 
 def test_only_attributes_that_were_read_count_where_the_plan_knows_them() -> None:
     original, model = pair()
-    fused.regions(model)["core"].plan.reads = frozenset({"calls"})
+    fused.regions(model)["core"].plan.spelled = Spelled(frozenset({"calls"}), False)
     model.core.note = 1
     model.core.nets[0].note = 2
     assert_same_training(original, model)

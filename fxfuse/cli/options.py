@@ -14,10 +14,11 @@ from typing import Any, Literal, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from .failure import Interrupted
 from .screen import Screen
-from .specs import FLOATS
 
 F = TypeVar("F", bound=Callable[..., Any])
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 class Command(click.Command):
@@ -28,8 +29,11 @@ class Command(click.Command):
         screen = ctx.find_object(Screen)
         if screen is not None:
             screen.json = bool(ctx.params.get("json"))
-        with contextlib.redirect_stdout(sys.stderr):
-            return super().invoke(ctx)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ factory = several(
     click.option("--weights", metavar="FILE", type=_PATH, help="Weights to load first: .safetensors, or .pt, read weights-only."),
 )
 device = several(
-    click.option("--dtype", type=click.Choice(list(FLOATS)), help="Turn the model and its floating inputs into this dtype."),
+    click.option("--dtype", type=click.Choice(FLOATS), help="Turn the model and its floating inputs into this dtype."),
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to run: cpu, cuda, cuda:1, ..."),
 )
 fusing = several(
