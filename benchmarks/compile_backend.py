@@ -1,14 +1,12 @@
 """``torch.compile`` of the 128-lane feature network: backend "eager", "inductor", and fxfuse over Inductor.
 
-    python benchmarks/compile_backend.py [--lanes 128] [--hidden 32] [--batch 64] [--rounds 3] [--sweep] [--plot cold.svg] [--json]
+    python benchmarks/compile_backend.py [--lanes 128] [--hidden 32] [--batch 64] [--rounds 3] [--json]
 
 * cold: seconds from ``torch.compile`` to the end of the first training step, each in a process of its own in which another model has been
   compiled before (imports and what Inductor does once are not counted), with a fresh Inductor cache; medians of ``--rounds`` in turn.
 * run: inference and forward + backward of the compiled models, in one process, in turn, medians.
-* ``--sweep``: cold over 8 to 512 lanes, for "eager" and fxfuse, and for "inductor" up to ``--inductor-most`` lanes. The column "own" is
-  fxfuse's less "eager": dynamo's own tracing subtracted. ``--plot`` draws it, where matplotlib is installed.
 
-Quote the ratios, not the times.
+Over the number of lanes: ``benchmarks/compile_sweep.py``. Quote the ratios, not the times.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import sys
 import time
 import types
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.feature_networks import FeatureNetworks
 from benchmarks.timing import medians, table
 
-SWEEP = (8, 16, 32, 64, 128, 256, 512)
 BACKENDS = ("eager", "inductor", "fxfuse")
 
 
@@ -66,25 +64,25 @@ def cold(name: str, lanes: int, hidden: int, batch: int) -> float:
         return time.perf_counter() - start
 
 
-def measured(name: str, lanes: int, args: argparse.Namespace) -> float:
+def measured(name: str, lanes: int, hidden: int, batch: int) -> float:
     """``cold`` in a process of its own."""
-    given = ["--one", name, "--lanes", str(lanes), "--hidden", str(args.hidden), "--batch", str(args.batch)]
+    given = ["--one", name, "--lanes", str(lanes), "--hidden", str(hidden), "--batch", str(batch)]
     done = subprocess.run([sys.executable, __file__, *given], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return float(done.stdout.split()[-1])
 
 
-def cold_times(names: tuple[str, ...], lanes: int, args: argparse.Namespace) -> dict[str, float]:
+def cold_times(names: Sequence[str], lanes: int, hidden: int, batch: int, rounds: int) -> dict[str, float]:
     """Median cold seconds by backend, in turn."""
     found: dict[str, list[float]] = {name: [] for name in names}
-    for round_number in range(args.rounds):
+    for round_number in range(rounds):
         for name in names if round_number % 2 == 0 else names[::-1]:
-            found[name].append(measured(name, lanes, args))
+            found[name].append(measured(name, lanes, hidden, batch))
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def _of_its_own() -> type[FeatureNetworks]:
+def of_its_own() -> type[FeatureNetworks]:
     """The class once more, with a forward of its own: dynamo looks through what was compiled for all that share one, at every call."""
     forward = FeatureNetworks.forward
     return type("FeatureNetworks", (FeatureNetworks,), {"forward": types.FunctionType(forward.__code__.replace(), forward.__globals__)})
@@ -96,7 +94,7 @@ def run_times(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     first = FeatureNetworks(args.lanes, args.hidden)
     infer, step = {}, {}
     for name in ("loop", *BACKENDS):
-        model = _of_its_own()(args.lanes, args.hidden)
+        model = of_its_own()(args.lanes, args.hidden)
         model.load_state_dict(first.state_dict())
         call = model if name == "loop" else torch.compile(model, backend=backend(name))
         infer[name] = lambda call=call: torch.no_grad()(call)(x)
@@ -105,46 +103,12 @@ def run_times(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     return {"inference": medians(infer, seconds=args.seconds), "forward + backward": medians(step, seconds=args.seconds)}
 
 
-def sweep(args: argparse.Namespace) -> dict[int, dict[str, float]]:
-    """Cold seconds over the number of lanes."""
-    found: dict[int, dict[str, float]] = {}
-    print(f"{'lanes':>6}" + "".join(f"{name:>12}" for name in (*BACKENDS, "own")))
-    for lanes in SWEEP:
-        if lanes > args.most:
-            break
-        names = tuple(n for n in BACKENDS if n != "inductor" or lanes <= args.inductor_most)
-        times = found[lanes] = cold_times(names, lanes, args)
-        times["own"] = times["fxfuse"] - times["eager"]
-        print(f"{lanes:>6}" + "".join(f"{times[n]:>10.2f} s" if n in times else f"{'-':>12}" for n in (*BACKENDS, "own")), flush=True)
-    return found
-
-
-def plot(found: dict[int, dict[str, float]], path: str) -> None:
-    """The sweep as a picture."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
-    for name in (*BACKENDS, "own"):
-        points = [(lanes, times[name]) for lanes, times in found.items() if name in times]
-        label = "fxfuse without dynamo's own share" if name == "own" else name
-        plt.plot(*zip(*points, strict=True), marker="o", label=label)
-    plt.xscale("log", base=2)
-    plt.yscale("log")
-    plt.xlabel("lanes")
-    plt.ylabel("cold compile to the first training step, seconds")
-    plt.legend()
-    plt.savefig(path)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("lanes", 128), ("hidden", 32), ("batch", 64), ("rounds", 3), ("most", 512), ("inductor-most", 128)):
+    for name, default in (("lanes", 128), ("hidden", 32), ("batch", 64), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--plot", default="")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", choices=BACKENDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -153,14 +117,7 @@ def main() -> None:
     if args.one:
         print(cold(args.one, args.lanes, args.hidden, args.batch))
         return
-    if args.sweep or args.plot:
-        found = sweep(args)
-        if args.json:
-            print(json.dumps(found))
-        if args.plot:
-            plot(found, args.plot)
-        return
-    times = cold_times(BACKENDS, args.lanes, args)
+    times = cold_times(BACKENDS, args.lanes, args.hidden, args.batch, args.rounds)
     runs = run_times(args)
     if args.json:
         print(json.dumps({"cold": times, **runs}))

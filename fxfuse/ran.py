@@ -48,8 +48,41 @@ def of_library(file: str) -> bool:
     return known
 
 
+class Ears:
+    """What hears which code runs. Our own work in between is not listened to: each call and return in it costs as one of the model's.
+
+    >>> ears = Ears()
+    >>> ears.close(), ears.open()  # nothing listens
+    (None, None)
+    """
+
+    def __init__(self) -> None:
+        self._hook: Callable[[Any], None] | None = None
+        self._now: Callable[[], Any] = sys.getprofile
+        self._note: Any = None
+
+    def start(self, hook: Callable[[Any], None], now: Callable[[], Any], note: Any) -> None:
+        """Listen with ``note``, through ``sys.setprofile`` or ``sys.settrace``; ``now`` tells who listens there."""
+        self._hook, self._now, self._note = hook, now, note
+        hook(note)
+
+    def stop(self) -> None:
+        if self._hook is not None:
+            self._hook(None)
+        self._hook = None
+
+    def close(self) -> None:
+        """Until ``open``, nothing is noted on this thread. Whoever put a profiler of its own there meanwhile keeps it."""
+        if self._hook is not None and self._now() is self._note:
+            self._hook(None)
+
+    def open(self) -> None:
+        if self._hook is not None and self._now() is None:
+            self._hook(self._note)
+
+
 @contextmanager
-def code_noted(trace: Trace, stack: list[int], internal: Callable[[str], bool]) -> Iterator[None]:
+def code_noted(trace: Trace, stack: list[int], internal: Callable[[str], bool], ears: Ears) -> Iterator[None]:
     """Within, on this thread, what runs is noted on ``trace`` for the innermost frame of ``stack``, but for ``internal`` files."""
     ran, asked = trace.ran, []
 
@@ -67,17 +100,17 @@ def code_noted(trace: Trace, stack: list[int], internal: Callable[[str], bool]) 
             asked.append(_Asked(stack[-1], frame.f_code.co_filename, frame.f_lineno, arg, arg in _SETTINGS))
 
     # Somebody's profiler stays: a debugger's hook tells of calls as well, but for those to builtins. Both taken: nothing is known.
-    hook = sys.setprofile if sys.getprofile() is None else sys.settrace if sys.gettrace() is None else None
+    hook: Any = sys.setprofile if sys.getprofile() is None else sys.settrace if sys.gettrace() is None else None
     if hook is None:
         trace.ran_known = False
         yield
         return
     with paused():  # whoever listens to the collector (a library that times it) is called in the middle of anything, and is no part of it
-        hook(note)
+        ears.start(hook, sys.getprofile if hook is sys.setprofile else sys.gettrace, note)
         try:
             yield
         finally:
-            hook(None)
+            ears.stop()
         for codes in ran.values():
             for code in [code for code in codes if internal(code.co_filename)]:
                 del codes[code]

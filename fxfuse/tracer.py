@@ -42,10 +42,11 @@ from .idle_draws import idle_draws_unseen
 from .moves import moves_noted
 from .outside import Change, Generators, Globals, drawing, draws_itself, is_generator, line_of_attribute
 from .passes.functional import autocast_to
-from .ran import code_noted
+from .ran import Ears, code_noted
 from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
 from .trace import MOST_NUMBERS, Event, Frame, Key, Ref, Touch, Trace, Value
+from .unchecked import UNCHECKED
 from .unregistered import hidden_parameters, unregistered
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -167,6 +168,7 @@ class Recorder(TorchFunctionMode):
         self.trace.autocast = next(iter(self.autocast), None)
         self.kept: _Kept | None = None
         self.generators = Generators([])
+        self.ears = Ears()
         self.untracked = False  # inside of ``no_grad``
         self.in_function = False  # a custom autograd Function was seen, which switches tracking off unseen
 
@@ -227,6 +229,22 @@ class Recorder(TorchFunctionMode):
     # -- calls --------------------------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ears.close()
+        try:
+            return self.meaning(func, args, kwargs)
+        finally:
+            self.ears.open()
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The call itself, which may run Python of the model's: ``apply_``, a backward pass."""
+        self.ears.open()
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.ears.close()
+
+    def meaning(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a torch call, made by the frame around ``__torch_function__``, means to the record; and its result."""
         name = func.__name__
         action = _ACTIONS.get(name)
         if action is None:
@@ -246,16 +264,16 @@ class Recorder(TorchFunctionMode):
             if open_function is None:
                 return self.call(func, args, kwargs, name)
             with self:  # the mode is off here: with it on again, each step is a call of its own
-                return open_function(*args, **kwargs)
+                return self.run(open_function, args, kwargs)
         if action == "numel":
             return self.numel(args[0])
         if action == "layout":
             return self.layout(func, args, kwargs, name)
-        if action == "gradient" and not _is_internal(sys._getframe(1).f_code.co_filename):
-            self.mark(f"asks whether a tensor tracks gradients ({name})", sys._getframe(1))
+        if action == "gradient" and not _is_internal(sys._getframe(2).f_code.co_filename):
+            self.mark(f"asks whether a tensor tracks gradients ({name})", sys._getframe(2))
         if action == "read":
             self.event(func, args, kwargs, f"reads tensor data into Python ({name.strip('_')})")
-            found = func(*args, **kwargs)
+            found = self.run(func, args, kwargs)
             for tensor in found if isinstance(found, tuple) else (found,):  # where(mask), nonzero(), unique()
                 if isinstance(tensor, Tensor) and id(tensor) not in self.known:
                     self.add(tensor, "constant", name.strip("_"))
@@ -275,7 +293,7 @@ class Recorder(TorchFunctionMode):
                 return self.call(Tensor.to, (args[0], func(*args, **kwargs).dtype), {}, "to")
         elif action == "tracking":
             self._tracking(bool(args[0]))
-        return func(*args, **kwargs)
+        return self.run(func, args, kwargs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any], name: str) -> Any:
         """An operation. Runs with this mode off, as all of ``__torch_function__``."""
@@ -300,8 +318,10 @@ class Recorder(TorchFunctionMode):
         if name[-1] == "_" or name in _MAYBE_IN_PLACE or kwargs:
             self._before_write(name, args, kwargs, tensors)
         before = _versions(tensors)
-        cast = Watched(func, args, kwargs) if any_autocast_enabled() else None
-        out = func(*args, **kwargs) if cast is None else cast.out
+        if name in UNCHECKED:
+            UNCHECKED[name](*args, **kwargs)
+        cast = Watched(lambda *a, **k: self.run(func, a, k), args, kwargs) if any_autocast_enabled() else None
+        out = self.run(func, args, kwargs) if cast is None else cast.out
         mutated: tuple[int, ...] = ()
         after = _versions(tensors)
         if before != after:
@@ -406,7 +426,7 @@ class Recorder(TorchFunctionMode):
 
     def layout(self, func: Any, args: Any, kwargs: Any, name: str) -> Any:
         """How a tensor lies in memory. Where inputs lie in rows, sizes say it all."""
-        frame, tensor = sys._getframe(2), args[0]
+        frame, tensor = sys._getframe(3), args[0]
         if not _is_internal(frame.f_code.co_filename):
             self.trace.strides.update(self.stack[-1:])
             if name == "stride" and tensor.is_contiguous():
@@ -499,6 +519,14 @@ class Recorder(TorchFunctionMode):
 
     def enter(self, path: str, module: nn.Module, forward: Callable[..., Any], poison: str, /, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the ``forward`` of ``module``. Runs with this mode on."""
+        self.ears.close()
+        try:
+            return self.called(path, module, forward, poison, args, kwargs)
+        finally:
+            self.ears.open()
+
+    def called(self, path: str, module: nn.Module, forward: Callable[..., Any], poison: str, args: Any, kwargs: Any) -> Any:
+        """One call of ``module``, from ``enter``: its frame, and what its forward returns."""
         trace, known, stack = self.trace, self.known, self.stack
         ref = known.get(id(args[0])) if len(args) == 1 and not kwargs else None
         given: Contents | None = None
@@ -509,7 +537,7 @@ class Recorder(TorchFunctionMode):
             flat, spec = tree_flatten((args, kwargs))
             leaves = [self.describe(leaf) for leaf in flat]
         if transforming():
-            self.mark(_TRANSFORM, sys._getframe(1))
+            self.mark(_TRANSFORM, sys._getframe(2))
             poison = poison or _TRANSFORM
         index = len(trace.frames)
         parent = stack[-1] if stack else -1
@@ -522,7 +550,7 @@ class Recorder(TorchFunctionMode):
             frame.switched = _UNTRACKED
         elif autocast_on() != self.autocast:
             frame.switched = _AUTOCAST
-        frame.place = self.place(sys._getframe(1))
+        frame.place = self.place(sys._getframe(2))
         frame.poison = poison
         trace.frames.append(frame)
         if parent >= 0:
@@ -532,7 +560,7 @@ class Recorder(TorchFunctionMode):
         own = module.__dict__
         before = list(own.values())
         try:
-            out = forward(*args, **kwargs)
+            out = self.run(forward, args, kwargs)
             frame.sets_own = len(own) != len(before) or not all(map(is_, own.values(), before))
             if given is not None and given.held and (changed := given.changed()):
                 frame.poison = frame.poison or f"changes the {changed} that it was given"
@@ -861,7 +889,7 @@ def _draws(model: nn.Module, args: Any, kwargs: Any, generators: Generators) -> 
 
 def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) -> None:
     before = foreign_random_state()
-    with moves_noted(recorder.trace), code_noted(recorder.trace, recorder.stack, _is_internal), recorder:
+    with moves_noted(recorder.trace), code_noted(recorder.trace, recorder.stack, _is_internal, recorder.ears), recorder:
         model(*args, **kwargs)
     recorder.trace.draws = foreign_random_state() != before
 

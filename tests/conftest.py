@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,3 +27,12 @@ os.environ["FXFUSE_CACHE_DIR"] = os.path.join(_plans, "shared")
 @pytest.fixture(autouse=True)
 def _plans_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXFUSE_CACHE_DIR", os.path.join(_plans, str(next(_numbers))))
+
+
+@pytest.fixture
+def fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing compiled before or after; and what fuses does not depend on the machine's load."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("fxfuse.dynamo.rewrite.SLOWER", math.inf)
+    yield
+    torch._dynamo.reset()

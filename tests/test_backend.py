@@ -5,7 +5,6 @@ The inner backend is "eager" in most tests, so that what is compared is what fxf
 
 from __future__ import annotations
 
-import math
 import shutil
 import warnings
 
@@ -18,15 +17,8 @@ from torch import nn
 import fxfuse
 from checks import mlp, model_of, randn, randomized
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, and g++ is not there")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr("fxfuse.dynamo.rewrite.SLOWER", math.inf)  # what fuses does not depend on the machine's load
-    yield
-    torch._dynamo.reset()
 
 
 def _columns(self, x):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 
 import pytest
@@ -19,15 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import fxfuse
 from checks import mlp, model_of, randn, randomized
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 X = randn(5, 10)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr("fxfuse.dynamo.rewrite.SLOWER", math.inf)
-    yield
-    torch._dynamo.reset()
 
 
 def graphs_of(model, calls, **keywords):

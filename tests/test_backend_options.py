@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import subprocess
@@ -22,16 +21,9 @@ import fxfuse
 from checks import model_of, randn, randomized
 from fxfuse.backend import fxfuse as by_name
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 X = randn(5, 10)
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr("fxfuse.dynamo.rewrite.SLOWER", math.inf)
-    yield
-    torch._dynamo.reset()
 
 
 def entry_points(where: Path) -> None:

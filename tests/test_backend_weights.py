@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import weakref
 
 import pytest
@@ -16,15 +15,8 @@ from torch import nn
 import fxfuse
 from checks import model_of, randn, randomized
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 X = randn(5, 10)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr("fxfuse.dynamo.rewrite.SLOWER", math.inf)
-    yield
-    torch._dynamo.reset()
 
 
 def first_weights(model):
@@ -272,3 +264,114 @@ def test_gradient_hooks_of_parameters_run():
     twin = copy.deepcopy(nam())
     twin(X).sum().backward()
     torch.testing.assert_close(doubled, twin.nets[1][0].weight.grad * 2, rtol=1e-10, atol=1e-12)
+
+
+def test_frozen_weights_that_were_written_before_a_forward():
+    """With a gradient for the input alone: what was written before is no write between forward and backward."""
+    model, call = bound_model()
+    model.requires_grad_(False)
+    for seed in range(3):
+        with torch.no_grad():
+            model.nets[2][2].weight.copy_(randn(1, 6, seed=seed))
+        x, twin = X.clone().requires_grad_(), X.clone().requires_grad_()
+        call(x).square().sum().backward()
+        model(twin).square().sum().backward()
+        torch.testing.assert_close(x.grad, twin.grad, rtol=1e-10, atol=1e-12)
+    x = X.clone().requires_grad_()
+    out = call(x)
+    with torch.no_grad():
+        model.nets[2][2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.square().sum().backward()
+
+
+def shared_inputs(counting):
+    """Does the last graph take packs, and stack nothing?"""
+    graph = counting.graphs[-1].graph
+    return not graph.find_nodes(op="call_function", target=torch.stack) and len(graph.find_nodes(op="placeholder")) < 10
+
+
+def test_packs_stay_shared_while_requires_grad_and_modes_change(monkeypatch):
+    model = nam()
+    call, counting = compiled(model)
+    assert_same_step(model, call, X)
+    monkeypatch.setattr("fxfuse.dynamo.shared.pack", lambda *args: pytest.fail("stacked"))
+    for requires_grad in (False, True, False):
+        model.requires_grad_(requires_grad)
+        assert_same_step(model, call, X)
+        for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+            with context:
+                torch.testing.assert_close(call(X), model(X), rtol=1e-10, atol=1e-12)
+        assert shared_inputs(counting)
+
+
+def _tables(self, words):
+    return torch.cat([table(words[:, i]) for i, table in enumerate(self.tables)], 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (nam(), X),
+        (model_of(_tables, tables=nn.ModuleList(nn.Embedding(5 + i, 3) for i in range(9))), torch.arange(18).view(2, 9) % 5),
+        (model_of(_tables, tables=nn.ModuleList(nn.Embedding(5, 2 + i % 3) for i in range(9))), torch.arange(18).view(2, 9) % 5),
+    ],
+    ids=["stacked", "rows", "rows of unequal widths"],
+)
+def test_the_packed_tensor_is_the_members_memory_and_reaches_them(model, inputs, monkeypatch):
+    """Forward copies nothing, and every member gets its own slice of the gradient."""
+    model = randomized(model)
+    seen = []
+    aliased = fxfuse.dynamo.shared._aliased
+
+    def watching(buffer, recipe, members):
+        seen.append((buffer, aliased(buffer, recipe, members)))
+        return seen[-1][1]
+
+    monkeypatch.setattr("fxfuse.dynamo.shared._aliased", watching)
+    call, _ = compiled(model)
+    for _ in range(2):
+        assert_same_step(model, call, inputs)
+    for buffer, packed in seen:
+        assert packed.data_ptr() == buffer.data_ptr()
+        assert packed.requires_grad
+    assert len(seen) >= 2
+
+
+def test_gradients_of_gradients():
+    model, call = bound_model()
+    twin = copy.deepcopy(model)
+    second = []
+    for m, forward in ((model, call), (twin, twin)):
+        x = X.clone().requires_grad_()
+        (first,) = torch.autograd.grad(forward(x).square().sum(), x, create_graph=True)
+        second.append([first, *torch.autograd.grad(first.square().sum(), list(m.parameters()), allow_unused=True, materialize_grads=True)])
+    for a, b in zip(*second):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_a_lane_that_is_replaced_keeps_its_statistics(monkeypatch):
+    """Where the pack is made anew, and where somebody holds the old memory so that it is a copy at every call."""
+    for hold in (False, True):
+        torch._dynamo.reset()
+        model = norms(9)
+        x = randn(5, 4)
+        call, counting = compiled(model)
+        assert_same_step(model, call, x)
+        held = [b.detach() for b in model.buffers()] if hold else []
+        model.nets[1] = randomized(norms(1), seed=7).nets[0]
+        for _ in range(3):
+            assert_same_step(model, call, x)
+        together = lie_together(*(net[1].running_mean for net in model.nets))
+        assert together is not hold
+        assert shared_inputs(counting)
+        assert len(held) in (0, 27)
+
+
+def test_packs_are_made_anew_as_often_as_the_weights_go_elsewhere(monkeypatch):
+    model, call = bound_model()
+    for seed in range(20):
+        model.nets[3][0].weight = nn.Parameter(randn(6, 1, seed=seed))
+        same(call, model)
+    monkeypatch.setattr("fxfuse.dynamo.shared.pack", lambda *args: pytest.fail("stacked"))
+    assert_same_step(model, call, X)

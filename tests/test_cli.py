@@ -31,9 +31,20 @@ class Net(nn.Module):
         print("the model speaks")
         return torch.cat([net(x[:, i:i + 1]) for i, net in enumerate(self.nets)], 1)
 
+class Buffer(Net):
+    def forward(self, x):
+        out = torch.zeros(x.shape[0], len(self.nets), dtype=x.dtype)
+        for i, net in enumerate(self.nets):
+            out[:, i] = net(x[:, i:i + 1]).squeeze(-1)
+        return out
+
 class Off(Net):
     def forward(self, x):
         return super().forward(x) * 1.001
+
+class Control(Net):
+    def forward(self, x):
+        return super().forward(x) if x.sum().item() > 0 else super().forward(-x)
 
 def broken():
     raise ValueError("no such configuration")
@@ -141,6 +152,40 @@ def test_an_exported_program_is_a_source(run, place):
     assert [op["op"] for op in json.loads(out)["report"]["fused"][0]["ops"]] == ["linear", "tanh", "linear"]
 
 
+def test_an_exported_program_of_one_batch_size_stays_one(run, place):
+    import cli_model
+
+    program = torch.export.export(cli_model.Net().double(), (torch.randn(4, 6).double(),))
+    torch.export.save(program, place / "plain.pt2")
+    code, out, err = run("convert", "plain.pt2", *USUAL, "-o", "net.pt2", "--json")
+    assert code == codes.OK, err
+    assert "for this batch size only" in json.loads(out)["notes"]
+    code, _, err = run("convert", "plain.pt2", "--inputs", "float64[1,6]", "-o", "other.pt2")  # 1 row would be broadcast to 4
+    assert code == codes.INPUT
+    assert "check --inputs" in err
+
+
+def test_an_exported_program_that_names_the_dtype_of_its_input_fuses(run, place):
+    import cli_model
+
+    program = torch.export.export(cli_model.Buffer(), (torch.randn(4, 6),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.export.save(program, place / "plain.pt2")
+    code, out, _ = run("convert", "plain.pt2", "--inputs", "float32[4,6]", "--objective", "launches", "-o", "net.pt2", "--json")
+    assert code == codes.OK
+    assert [op["op"] for op in json.loads(out)["report"]["fused"][0]["ops"]] == ["linear", "tanh", "linear"]
+
+
+@pytest.mark.parametrize("source", ["first.pt2", "first"])
+def test_what_fxfuse_wrote_is_a_source(run, place, source):
+    assert run("convert", "cli_model:Net", *USUAL, "-o", source)[0] == codes.OK
+    assert run("explain", source, *USUAL)[0] == codes.OK
+    for out in ("again.pt2", "again"):
+        code, said, err = run("convert", source, *USUAL, "-o", out, "--json")
+        assert code == codes.OK, err
+        assert "equal" in json.loads(said)["compared"]
+        assert run("verify", "cli_model:Net", out, "--inputs", X, "--dtype", "float64")[0] == codes.OK
+
+
 BAD = [
     (["explain", "nowhere:Net", "--inputs", X], codes.INPUT, "no module nowhere"),
     (["explain", "cli_model:Nett", "--inputs", X], codes.INPUT, "did you mean Net?"),
@@ -157,6 +202,8 @@ BAD = [
     (["convert", "cli_model:Net", "--inputs", X, "-o", "."], codes.USAGE, "name a new folder"),
     (["convert", "missing.pt2", "--inputs", X, "-o", "net.pt2"], codes.INPUT, "no file or folder"),
     (["convert", "cli_model:Net", "--weights", "no.safetensors", "--inputs", X, "-o", "net.pt2"], codes.INPUT, "no.safetensors"),
+    (["convert", "cli_model:Control", "--inputs", "float32[4,6]", "-o", "net.pt2"], codes.INPUT, "data-dependent"),
+    (["explain", "no_file.py:Net", "--inputs", X], codes.INPUT, "no file no_file.py"),
     (["restore", "nothing", "-o", "back.safetensors"], codes.INPUT, "no folder nothing"),
 ]
 
@@ -217,7 +264,7 @@ def test_specs_draw_what_they_say():
 
 def test_ctrl_c_is_one_line_and_leaves_nothing(place):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, str(ROOT / "fxfuse_command.py"), "convert", "cli_model:slow", "--inputs", X, "-o", "net.pt2"]
+    words = [sys.executable, "-m", "fxfuse", "convert", "cli_model:slow", "--inputs", X, "-o", "net.pt2"]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     time.sleep(1)
     process.send_signal(signal.SIGINT)

@@ -26,6 +26,7 @@ from fxfuse.private import (
     dynamo,
     exported,
     fake_tensors,
+    known_result,
     module_hooks,
     parse_to,
     profiler,
@@ -624,3 +625,28 @@ def test_exported() -> None:
     assert found[0] == pytree.tree_flatten(((torch.zeros(2),), {"y": torch.ones(2)}))[1]
     assert any(node.target == exported.GUARDS for node in module.graph.nodes) or not hasattr(module, exported.GUARDS)
     assert exported.specs(torch.fx.symbolic_trace(nn.ReLU())) is None
+
+
+def test_known_result() -> None:
+    """Autograd records the join, whose result is memory that is there: no copy; gradients are views of one."""
+    for join, rows in ((torch.stack, [4] * 3), (torch.cat, [4, 2, 3])):
+        parts = [torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in rows]
+        memory = join([part.detach() for part in parts])
+        packed = known_result.joined(join, parts, memory)
+        assert packed.data_ptr() == memory.data_ptr()
+        assert packed.requires_grad
+        assert packed._version == memory._version
+        gradient = torch.randn_like(packed)
+        packed.backward(gradient)
+        expected = gradient.unbind() if join is torch.stack else gradient.split(rows)
+        for part, slice_ in zip(parts, expected):
+            assert part.grad is not None
+            assert torch.equal(part.grad, slice_)
+        assert len({part.grad.untyped_storage().data_ptr() for part in parts if part.grad is not None}) == 1
+        memory.mul_(2)
+        assert torch.equal(packed, memory)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        packed = known_result.joined(torch.cat, parts, memory)
+        squares = packed.square()
+        memory.mul_(2)
+        squares.sum().backward()

@@ -1,8 +1,4 @@
-"""``fxfuse convert``: a model, fused once, as a file that runs where fxfuse is not installed.
-
-Order: OUT is checked; the model is loaded and its answers to fresh calls are kept; it is fused, written under a temporary name, and let
-go; what was written is loaded again and gives the same answers; then it becomes OUT. So what is exported is what was verified.
-"""
+"""``fxfuse convert``: a model, fused once, as a file that runs where fxfuse is not installed. The work is in ``conversion``."""
 
 from __future__ import annotations
 
@@ -11,30 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from torch import nn
-
-import fxfuse
-from fxfuse import convert as files
-from fxfuse import inputs as fresh
-from fxfuse.convert import Written
-from fxfuse.convert.folder import RECIPES
-from fxfuse.convert.manifest import original_of
-from fxfuse.convert.packed import read_manifest, read_tensors
-from fxfuse.determinism import same_bits
-from fxfuse.large import LARGE, weight_bytes
 
 from . import codes, options
-from .compare import compare, expected, fresh_calls
-from .explain import fuse, nothing_fused
-from .failure import CommandError
 from .options import Asked
-from .output import check_out, check_room, replacing
-from .prepare import Subject, prepare, set_mode
-from .screen import Screen, Stage
+from .output import check_out
+from .screen import Screen
 
 
-@click.command(cls=options.Command, epilog="""\b
+@click.command(cls=options.Command, short_help="Fuse SOURCE and write it to OUT.", epilog="""\b
 Examples:
   fxfuse convert model:Net --args '[128]' --weights net.safetensors --inputs "float32[64,128]" -o net.pt2
   fxfuse convert model:Net --inputs "float32[64,128]" -o net.onnx
@@ -67,7 +47,11 @@ def convert(screen: Screen, /, source: str, out: str, static: bool, **values: An
     """
     asked, start = Asked.of(values), time.perf_counter()
     target = Path(out)
-    check_out(target, owned=RECIPES)
+    check_out(target, owned="recipes.json")
+    from .conversion import write
+    from .fusing import nothing_fused
+    from .prepare import prepare
+
     with screen.progress(8) as stage:
         subject = prepare(source, asked, stage)
         written, report, result = write(subject, asked, target, static, stage)
@@ -83,45 +67,3 @@ def convert(screen: Screen, /, source: str, out: str, static: bool, **values: An
         "compared": result, "seconds": time.perf_counter() - start, "report": report.to_dict(),
     })  # fmt: skip
     return codes.OK
-
-
-def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage) -> tuple[Written, fxfuse.Report, str]:
-    """Fuse, write, load again, compare, rename. Returns what was written, the report on the fused model and the verdict in words."""
-    stage("running the original")
-    call = subject.call
-    calls = fresh_calls(call, seed=asked.seed, other_batches=not static)
-    wanted = expected(subject.model, calls, seed=asked.seed)
-    if len(wanted) < 3 and not static and len(calls) > 2:  # the source itself is for one batch size
-        static = True
-    if not static and fresh.batch_size(*call) == 1:  # torch.export takes a size of 1 for a constant
-        call = fresh.resample(*call, batch=4, seed=asked.seed)
-    check_room(out, weight_bytes(subject.model))
-    stage("fusing")
-    large = weight_bytes(subject.model) > LARGE
-    fused = fuse(subject, asked, inplace=large)
-    set_mode(fused, asked.mode == "train")
-    report = fxfuse.report(fused)
-    with replacing(out) as temporary:
-        written = files.write(fused, None, call, temporary, static=static, progress=stage)
-        stage("loading it again")
-        if written.kind == "safetensors":
-            return written, report, _same_weights(temporary, fused if large else subject.model)
-        subject.model = fused = nn.Module()  # what was written shall stand alone, and a large model is not there twice
-        again = files.load(temporary, allow_pickle=written.kind == "aoti")  # ours, of this moment
-        stage("comparing")
-        result = compare(wanted, again, seed=asked.seed)
-        if not result.ok:
-            values_agree = all(row.ok for row in result.rows if row.name != "the call")
-            hint = "; --static writes one batch size" if values_agree and not static else ""
-            raise CommandError(f"{out} was not written: what was loaded again is {result.sentence()}{hint}", codes.DIFFERENT)
-    return written, report, result.sentence()
-
-
-def _same_weights(path: Path, model: nn.Module) -> str:
-    """Packed weights hold no program to run: they are compared bit for bit, as the original's checkpoint."""
-    found = original_of(read_manifest(path), read_tensors(path))
-    own = {name: tensor for name, tensor in fxfuse.original_state_dict(model).items() if isinstance(tensor, torch.Tensor)}
-    lost = [name for name, tensor in own.items() if name not in found or not same_bits(found[name], tensor.cpu())]
-    if lost or found.keys() - own.keys():
-        raise CommandError(f"{path.name} was not written: read again, {lost or sorted(found.keys() - own.keys())} differ", codes.DIFFERENT)
-    return f"equal: {len(own)} tensors of the checkpoint, bit for bit"

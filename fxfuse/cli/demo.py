@@ -5,41 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import click
-import torch
-from torch import Tensor, nn
 
 from . import options
-from .bench import measure, show
 from .options import Asked
-from .pages import show_report
-from .prepare import Subject
 from .screen import Screen
 
 
-class FeatureNetworks(nn.Module):
-    """One network per feature, each reading its own column of ``x [batch, features]`` and writing its own column of the result.
-
-    >>> FeatureNetworks(3, 4)(torch.zeros(2, 3)).shape
-    torch.Size([2, 3])
-    """
-
-    def __init__(self, features: int = 128, hidden: int = 32) -> None:
-        super().__init__()
-        self.feature_networks = nn.ModuleList()
-        for _ in range(features):
-            self.feature_networks.append(
-                nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[batch, features]`` in and out, written as people write it."""
-        output = torch.zeros(x.shape[0], len(self.feature_networks))
-        for i, network in enumerate(self.feature_networks):
-            output[:, i] = network(x[:, i : i + 1]).squeeze(-1)
-        return output
-
-
-@click.command(cls=options.Command, epilog="""\b
+@click.command(cls=options.Command, short_help="An example model, fused and timed here.", epilog="""\b
 Examples:
   fxfuse demo
   fxfuse demo --features 32 --mode train""")
@@ -53,6 +25,13 @@ Examples:
 @click.pass_obj
 def demo(screen: Screen, /, features: int, hidden: int, batch: int, seconds: float, **values: Any) -> None:
     """Fuse a loop over one small network per feature: the report, then the speed on this machine."""
+    import torch
+
+    from .feature_networks import FeatureNetworks
+    from .measuring import measure, show
+    from .pages import show_report
+    from .prepare import Subject
+
     asked = Asked.of(values)
     torch.manual_seed(asked.seed)
     model = FeatureNetworks(features, hidden).train(asked.mode == "train")

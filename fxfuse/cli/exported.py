@@ -14,6 +14,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.node import map_aggregate
 
 from fxfuse.private import exported as private
 from fxfuse.private.pytree import tree_flatten, tree_unflatten
@@ -37,7 +38,8 @@ _RENAMED: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
 
 
 class Exported(nn.Module):
-    """An exported program; each one is an instance of a class of its own, that has ``run`` over the flat inputs."""
+    """An exported program; each one is an instance of a class of its own, that has ``run`` over the flat inputs. ``static``: it is for
+    inputs of one size only."""
 
     def __init__(self, module: torch.fx.GraphModule, in_spec: Any, out_spec: Any) -> None:
         super().__init__()
@@ -49,6 +51,7 @@ class Exported(nn.Module):
         for name, buffer in module.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
         self.in_spec, self.out_spec, self.keywords = in_spec, out_spec, private.keywords(in_spec)
+        self.static = not _has_free_sizes(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the exported model's forward took and gave."""
@@ -80,22 +83,45 @@ def in_torch_functions(module: nn.Module) -> nn.Module:
 def _respelled(module: torch.fx.GraphModule) -> torch.fx.Graph:
     graph = torch.fx.Graph()
     nodes: dict[torch.fx.Node, torch.fx.Node] = {}
+    model, dtype = _dtype_of_inputs(module)
+    own: list[torch.fx.Node] = []  # the node that is that dtype, where it is needed
 
-    def copied(node: torch.fx.Node) -> torch.fx.Node:
-        return nodes[node]
+    def copied(value: Any) -> Any:
+        if isinstance(value, torch.fx.Node):
+            return nodes[value]
+        if value is not dtype or model not in nodes:
+            return value
+        if not own:
+            own.append(graph.call_function(getattr, (nodes[model], "dtype")))
+        return own[0]
 
     for node in module.graph.nodes:
         if node.op == "call_module" and node.target == private.GUARDS:
             continue
         if node.op == "output":
-            graph.output(torch.fx.map_arg(node.args[0], copied))
+            graph.output(map_aggregate(node.args[0], copied))
             continue
         if node.op != "call_function":
             nodes[node] = graph.node_copy(node, copied)
             continue
-        args, kwargs = torch.fx.map_arg(node.args, copied), torch.fx.map_arg(node.kwargs, copied)
+        args, kwargs = map_aggregate(node.args, copied), map_aggregate(node.kwargs, copied)
         nodes[node] = _call(graph, node.target, list(args), dict(kwargs))
     return graph
+
+
+def _has_free_sizes(module: torch.fx.GraphModule) -> bool:
+    given = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    return any(type(size) is not int for value in given if isinstance(value, Tensor) for size in value.shape)
+
+
+def _dtype_of_inputs(module: torch.fx.GraphModule) -> tuple[torch.fx.Node | None, torch.dtype | None]:
+    """The first input of floating numbers, and its dtype. Where the program names that dtype, the model may have said ``x.dtype``: so it
+    is computed in the dtype that comes, and can be compared in float64."""
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor) and value.is_floating_point():
+            return node, value.dtype
+    return None, None
 
 
 def _call(graph: torch.fx.Graph, target: Any, args: list[Any], kwargs: dict[str, Any]) -> torch.fx.Node:

@@ -7,12 +7,9 @@ import sys
 import traceback
 from types import TracebackType
 
-import torch
-
 from . import codes
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 _MOST = 300  # characters of somebody else's message
 
 
@@ -51,9 +48,15 @@ def said(error: BaseException) -> str:
     return f"{text} ({place})" if place else text
 
 
+def _torch() -> str:
+    """Its folder; torch may not have been imported when something fails."""
+    torch = sys.modules.get("torch")
+    return os.path.dirname(str(torch.__file__)) + os.sep if torch is not None else "<"
+
+
 def _place(trace: TracebackType | None) -> str:
     for frame in reversed(traceback.extract_tb(trace)):
-        if frame.filename.startswith((_HERE, _TORCH, "<")) or f"{os.sep}importlib{os.sep}" in frame.filename:
+        if frame.filename.startswith((_HERE, _torch(), "<")) or f"{os.sep}importlib{os.sep}" in frame.filename:
             continue
         return f"{os.path.basename(frame.filename)}:{frame.lineno}"
     return ""
@@ -69,7 +72,7 @@ def explained(error: BaseException) -> tuple[str, int]:
         return one_line(error), codes.PACKAGE
     if isinstance(error, (ConvertError, FxfuseError)):
         return one_line(error), codes.INPUT
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return "out of memory: give smaller inputs, or a machine with more", codes.INPUT
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was written", codes.INTERRUPTED

@@ -15,9 +15,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from .screen import Screen
-from .specs import FLOATS
 
 F = TypeVar("F", bound=Callable[..., Any])
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 class Command(click.Command):
@@ -95,7 +95,7 @@ factory = several(
     click.option("--weights", metavar="FILE", type=_PATH, help="Weights to load first: .safetensors, or .pt, read weights-only."),
 )
 device = several(
-    click.option("--dtype", type=click.Choice(list(FLOATS)), help="Turn the model and its floating inputs into this dtype."),
+    click.option("--dtype", type=click.Choice(FLOATS), help="Turn the model and its floating inputs into this dtype."),
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to run: cpu, cuda, cuda:1, ..."),
 )
 fusing = several(

@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from fxfuse.errors import ConvertError
+
 from . import codes
 from .failure import CommandError, said
 
@@ -84,6 +86,8 @@ def replacing(out: Path) -> Iterator[Path]:
         try:
             yield folder / out.name
             _move(folder, out)
+        except ConvertError as error:  # says what is wrong with the file that it was given
+            raise type(error)(str(error).replace(str(folder / out.name), str(out))) from None
         except OSError as error:
             raise CommandError(_cannot(out, error), codes.OUTPUT) from None
         except RuntimeError as error:  # torch's zip writer says no more than where it stopped
@@ -95,20 +99,22 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 def _move(folder: Path, out: Path) -> None:
-    made = folder / out.name
-    for path in sorted(folder.iterdir()):
-        if path != made:
-            os.replace(path, out.absolute().parent / path.name)
-    if made.is_dir() and out.is_dir():
-        aside = folder / f"{out.name}.before"
-        os.replace(out, aside)
-        try:
-            os.replace(made, out)
-        except BaseException:
-            os.replace(aside, out)
-            raise
-        return
-    os.replace(made, out)
+    """All that was written to its place: first what lies beside OUT. What stood there waits in ``folder`` until the last is done."""
+    made = [*sorted(path for path in folder.iterdir() if path.name != out.name), folder / out.name]
+    aside = Path(tempfile.mkdtemp(dir=folder))
+    places = [out.absolute().parent / path.name for path in made]
+    try:
+        for path, place in zip(made, places, strict=True):
+            if place.exists() and (len(made) > 1 or place.is_dir()):  # one file takes another's place at once
+                os.replace(place, aside / place.name)
+            os.replace(path, place)
+    except BaseException:
+        for path, place in zip(made, places, strict=True):
+            if not path.exists():
+                os.replace(place, path)
+            if (aside / place.name).exists():
+                os.replace(aside / place.name, place)
+        raise
 
 
 def _is_full(folder: Path) -> bool:

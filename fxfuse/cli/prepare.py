@@ -22,7 +22,7 @@ from .exported import in_torch_functions
 from .failure import CommandError, said
 from .options import Asked
 from .source import load_source
-from .specs import FLOATS, Call, make_inputs
+from .specs import DTYPES, Call, make_inputs
 
 T = TypeVar("T")
 
@@ -44,9 +44,8 @@ def prepare(source: str, asked: Asked, stage: Callable[[str], None] = lambda nam
     model = ready(source, asked, device)
     if not isinstance(model, nn.Module):
         raise CommandError(f"{source} can be run and compared, not fused: give the model it was written from")
-    model = in_torch_functions(model)
-    answer(model, call, source)
-    return Subject(source, model, call)
+    answer(model, call, source)  # before it is respelled: an exported program checks sizes that it was not exported for
+    return Subject(source, in_torch_functions(model), call)
 
 
 def ready(source: str, asked: Asked, device: torch.device) -> Any:
@@ -59,7 +58,7 @@ def ready(source: str, asked: Asked, device: torch.device) -> Any:
     if asked.weights is not None:
         load_weights(model, asked.weights, asked.allow_pickle)
     try:
-        model.to(device=device, dtype=FLOATS[asked.dtype] if asked.dtype else None)
+        model.to(device=device, dtype=DTYPES[asked.dtype] if asked.dtype else None)
     except Exception as error:
         raise CommandError(f"{source} cannot be moved to {asked.dtype or ''} {device}: {said(error)}") from None
     return set_mode(model, asked.mode == "train")
@@ -88,7 +87,7 @@ def checked_device(name: str) -> torch.device:
 def placed(call: Call, asked: Asked, device: torch.device) -> Call:
     """The arguments on the device and, where asked for, in the dtype."""
     call = cast(Call, tree_map_only(Tensor, lambda t: t.to(device), call))
-    return to_dtype(call, FLOATS[asked.dtype]) if asked.dtype else call
+    return to_dtype(call, DTYPES[asked.dtype]) if asked.dtype else call
 
 
 def load_weights(model: nn.Module, path: str, allow_pickle: bool) -> None:

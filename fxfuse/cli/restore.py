@@ -13,7 +13,7 @@ from .output import check_out, replacing
 from .screen import Screen
 
 
-@click.command(cls=options.Command, epilog="""\b
+@click.command(cls=options.Command, short_help="Weights in FOLDER as the original's checkpoint.", epilog="""\b
 Examples:
   fxfuse restore net -o back.safetensors
   fxfuse convert model:Net --weights back.safetensors --inputs "float32[64,128]" -o net.pt2""")

@@ -96,7 +96,7 @@ def _module(name: str) -> ModuleType:
         sys.path.insert(0, here)
     try:
         return _of_file(name) if name.endswith(".py") else importlib.import_module(name)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, CommandError):
         raise
     except ModuleNotFoundError as error:
         missing = error.name or ""

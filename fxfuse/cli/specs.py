@@ -26,7 +26,6 @@ DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
     for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128".split()
 }
-FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 HOW = 'write "float32[8,24]", "name=int64[8,16]<100", or the path of a .pt file'
 _SPEC = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dtype>[A-Za-z_]\w*)\[(?P<shape>[\d,\s]*)\](?:<(?P<bound>[^<]+))?")
 _SCALAR = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>true|false|null|none|True|False|None|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)")
@@ -101,13 +100,14 @@ def _drawn(spec: str, shape: list[int], dtype: torch.dtype, bound: str | None, r
         try:
             limit = float(bound)
         except ValueError:
-            raise CommandError(f"--inputs {spec!r}: {bound!r} after < is no number", codes.USAGE) from None
+            raise CommandError(f"--inputs {spec!r}: {bound!r} after < is no number: {HOW}", codes.USAGE) from None
         if dtype.is_complex or dtype is torch.bool:
             raise CommandError(f"--inputs {spec!r}: {str(dtype).removeprefix('torch.')} takes no range: leave <{bound} out", codes.USAGE)
         if not limit > 0 or not math.isfinite(limit) or (exact and limit != int(limit)):
             raise CommandError(f"--inputs {spec!r}: the range after < must be a {'whole ' if exact else ''}number above 0", codes.USAGE)
         if exact and limit - 1 > torch.iinfo(dtype).max:
-            raise CommandError(f"--inputs {spec!r}: {str(dtype).removeprefix('torch.')} holds no numbers up to {bound}", codes.USAGE)
+            what = f"{str(dtype).removeprefix('torch.')} holds no numbers up to {bound}"
+            raise CommandError(f"--inputs {spec!r}: {what}: use a wider dtype", codes.USAGE)
     if dtype is torch.bool:
         return torch.randint(0, 2, shape, generator=random).bool()
     if exact:

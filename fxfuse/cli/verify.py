@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import codes, options
-from .compare import Comparison, Row, compare, expected, fresh_calls
 from .failure import CommandError
 from .options import Asked
-from .prepare import checked_device, placed, ready
 from .screen import Screen
-from .specs import make_inputs
+
+if TYPE_CHECKING:
+    from .compare import Comparison, Row
 
 
-@click.command(cls=options.Command, epilog="""\b
+@click.command(cls=options.Command, short_help="Compare two models or files, in numbers.", epilog="""\b
 Examples:
   fxfuse verify model:Net net.pt2 --weights net.safetensors --inputs "float32[64,128]"
   fxfuse verify net.pt2 net.onnx --inputs "float32[64,128]" --rtol 1e-4
@@ -49,6 +49,10 @@ def verify(screen: Screen, /, a: str, b: str, **values: Any) -> int:
     rtol, gradients = values["rtol"], asked.mode == "train"
     if rtol is not None and not rtol >= 0:
         raise CommandError(f"--rtol {rtol} must be 0 or more", codes.USAGE)
+    from .compare import compare, expected, fresh_calls
+    from .prepare import checked_device, placed, ready
+    from .specs import make_inputs
+
     with screen.progress(4) as stage:
         device = checked_device(asked.device)
         call = placed(make_inputs(asked.inputs, seed=asked.seed), asked, device)

@@ -27,7 +27,8 @@ def write_aoti(model: nn.Module, example: Example, path: Path, *, static: bool) 
     wanted = os.environ.get("CXX", "g++")
     if not (shutil.which(wanted) or shutil.which("clang++")):
         raise ConvertError(f"AOTInductor needs a C++ compiler, and {wanted} is not there: install one, or write a .pt2")
-    program = export(model, example, static=static)
+    notes: list[str] = []
+    program = export(model, example, static=static, notes=notes)
     with silent():
         try:
             compile_package(program, path)
@@ -37,7 +38,7 @@ def write_aoti(model: nn.Module, example: Example, path: Path, *, static: bool) 
             reason = next((line for line in str(error).splitlines() if line.strip()), "")
             raise ConvertError(f"AOTInductor cannot compile the model ({type(error).__name__}: {reason[:300]}): write a .pt2") from error
     _written.add(_digest(path))
-    return ["for this batch size only" if static else "for any batch size", "for this kind of processor and this version of torch"]
+    return [*notes, "for this kind of processor and this version of torch"]
 
 
 def load_aoti(path: Path, *, allow_pickle: bool = False) -> Any:

@@ -75,7 +75,7 @@ def load(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Any:
         what = "a folder" if path.is_dir() else "a file"
         raise ConvertError(f"{path} is {what}: load reads .pt2, .onnx, .aoti.pt2, or a folder that fxfuse wrote")
     if kind == "safetensors":
-        raise ConvertError(f"{path} holds weights and no program: read_weights reads them, restore gives the original's checkpoint")
+        raise ConvertError(f"{path} holds weights and no program: fxfuse restore writes them as the original's checkpoint, for --weights")
     try:
         if kind == "onnx":
             return load_onnx(path)

@@ -7,6 +7,7 @@ takes what the model takes. The file's metadata say how a call is taken apart in
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fxfuse.errors import ConvertError
 from fxfuse.private.pytree import tree_flatten
 
+from .onnx_graph import copies_as_views
 from .packages import need
 from .program import Example, export, silent
 from .structure import flattened, put_together, structure_of
@@ -23,13 +25,15 @@ from .structure import flattened, put_together, structure_of
 _KEY = "fxfuse"
 # Bytes of weights that go to a file beside the model: protobuf holds less than 2 GiB, and writes what it holds from a second copy.
 _LARGE = 100_000_000
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def write_onnx(model: nn.Module, example: Example, path: Path, *, static: bool) -> list[str]:
     """Write the model, and let onnxruntime read it (a large one: when it is loaded)."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package, "writing .onnx")
-    program = export(model, example, static=static)
+    notes: list[str] = []
+    program = copies_as_views(export(model, example, static=static, notes=notes))
     large = sum(value.numel() * value.element_size() for value in program.state_dict.values()) > _LARGE
     with silent():
         try:
@@ -40,13 +44,19 @@ def write_onnx(model: nn.Module, example: Example, path: Path, *, static: bool) 
         except (OSError, MemoryError):
             raise
         except Exception as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            raise ConvertError(f"torch.onnx cannot export the model ({type(error).__name__}: {reason[:300]}): write a .pt2") from error
+            raise ConvertError(f"torch.onnx cannot export the model ({_reason(error)[:300]}): write a .pt2") from error
     del made, program
     if not large:  # else it waits for ``load``: onnxruntime's copy beside the model is what the memory may not hold
         load_onnx(path)
-    notes = ["for this batch size only" if static else "for any batch size", f"of the {'train' if model.training else 'eval'} mode"]
     return [*notes, f"weights in {path.name}.data"] if large else notes
+
+
+def _reason(error: BaseException) -> str:
+    """What the exporter stumbled over: it is what its own error, which gives advice to developers of torch, came from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {_COLOUR.sub('', first)}"
 
 
 def _signature(program: torch.export.ExportedProgram) -> dict[str, Any]:
@@ -113,5 +123,5 @@ def load_onnx(path: Path) -> OnnxModel:
         raise
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        advice = ": onnxruntime has few operators in float64, write the model in float32" if "NOT_IMPLEMENTED" in reason else ""
+        advice = ": onnxruntime lacks it in float64 or bfloat16, write the model in float32" if "NOT_IMPLEMENTED" in reason else ""
         raise ConvertError(f"{path} is no ONNX model that onnxruntime runs ({type(error).__name__}: {reason[:300]}){advice}") from error

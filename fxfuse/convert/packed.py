@@ -6,6 +6,7 @@ Comes in: a fused model; a path. Goes out: the file; its tensors and its manifes
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         name: value.clone(memory_format=torch.contiguous_format) if name in copied else value.resolve_conj().resolve_neg().contiguous()
         for name, value in tensors.items()
     }
+    path.touch()  # with the rights that this user's files have; the library makes it readable for nobody else
+    rights = stat.S_IMODE(path.stat().st_mode)
     try:
         library.save_file(own, str(path), metadata=metadata)
+        path.chmod(rights)
     except (OSError, MemoryError):
         raise
     except Exception as error:

@@ -7,6 +7,7 @@ batch dimension is free unless ``static``.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import re
 import warnings
@@ -21,15 +22,17 @@ from fxfuse.errors import ConvertError
 from fxfuse.private.pytree import tree_leaves
 from fxfuse.quiet import quiet
 
+from .containers import in_plain_tuples
 from .frozen import frozen
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def export(model: nn.Module, example: Example, *, static: bool) -> torch.export.ExportedProgram:
+def export(model: nn.Module, example: Example, *, static: bool, notes: list[str] | None = None) -> torch.export.ExportedProgram:
     """The program of the mode (train or eval) that ``model`` is in; it shares the model's tensors.
 
-    Dim 0 of every tensor with as many rows as the first one is free, unless ``static``. Raises ``ConvertError`` with torch.export's
+    Dim 0 of every tensor with as many rows as the first one is free, unless ``static``. To ``notes`` is added for what sizes and mode it
+    is, and what else is other than in the model. Raises ``ConvertError`` with torch.export's
     reason where the model cannot be exported.
     """
     args, kwargs = fresh.clone_inputs(example, requires_grad=False)
@@ -38,21 +41,27 @@ def export(model: nn.Module, example: Example, *, static: bool) -> torch.export.
         args, kwargs = fresh.resample(args, kwargs, batch=3) if rows else (args, kwargs)
     free = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     rows = None if static else fresh.batch_size(args, kwargs)
-    named = {}
+    batched = {}
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.ndim and rows and leaf.shape[0] == rows:
-            named[id(leaf)] = leaf
-    for leaf in named.values():
+            batched[id(leaf)] = leaf
+    for leaf in batched.values():
         free[leaf] = {0: torch.export.Dim.DYNAMIC}
-    ready = frozen(model)
+    ready, named = frozen(model), set[str]()
+    ready.__dict__["forward"] = in_plain_tuples(ready.forward, named)
     with silent(), deterministic_state():
-        shapes = free.dynamic_shapes(ready, args, kwargs) if named else None  # type: ignore[no-untyped-call]
+        shapes = free.dynamic_shapes(ready, args, kwargs) if batched else None  # type: ignore[no-untyped-call]
         try:
-            return torch.export.export(ready, args, kwargs, dynamic_shapes=shapes, strict=False)
+            with contextlib.redirect_stderr(io.StringIO()):  # where it prints the whole program when it fails
+                program = torch.export.export(ready, args, kwargs, dynamic_shapes=shapes, strict=False)
         except MemoryError:
             raise
         except Exception as error:
             raise ConvertError(_sentence(error, static)) from error
+    if notes is not None:
+        notes += ["for this batch size only" if static else "for any batch size", f"of the {'train' if model.training else 'eval'} mode"]
+        notes += [f"{name} is returned as a plain tuple" for name in sorted(named)]
+    return program
 
 
 @contextlib.contextmanager
@@ -75,8 +84,18 @@ def deterministic_state() -> Iterator[None]:
         yield
 
 
+def register(name: str) -> str:
+    """What to do about a class of containers that files cannot name."""
+    short = name.rpartition(".")[2]
+    how = f'torch.export.register_dataclass({short}, serialized_type_name="{name}")'
+    return f"register it where it is defined ({how} for a dataclass), or return a tuple or a dict"
+
+
 def _sentence(error: Exception, static: bool) -> str:
     """torch.export's reason in one line."""
+    unknown = re.search(r"Found <class '([^']+)'> in output, which is not a known type", str(error))
+    if unknown:
+        return f"the model returns a {unknown[1]}, which torch.export does not know: {register(unknown[1])}"
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" \t-*") for line in str(error).splitlines()]
     lines = [line for line in lines if line]
     telling = re.compile(r"data-dependent|specialized|specializ|constraint|Unsupported|not supported|Could not|cannot|missing|violat", re.I)

@@ -21,11 +21,11 @@ from fxfuse.known_functions import known_function
 from fxfuse.private.schemas import HigherOrderOperator
 
 from .archives import TRUST
+from .specs import strings
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*\Z")
 _PATH = re.compile(r"[^\"'\\\x00-\x1f\x7f(){};=#`]*\Z")  # of a tensor: keys of a ModuleDict may be any text, within reason
 _SYMBOL = re.compile(r"[A-Za-z_0-9]*\Z")
-_TREE = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 _SPACES = ("aten", "prims", "higher_order")
 _NO_OPERATORS = ("from_file", "save", "load")  # these open files
 _SYM = tuple("sym_int sym_float sym_not sym_max sym_min sym_ite sym_sum sym_sqrt sym_fresh_size".split())
@@ -139,27 +139,14 @@ def _check_expression(path: Path, text: str, *, methods: bool) -> None:
 
 
 def check_spec(path: Path, text: str) -> None:
-    """Containers: tuples, lists and dicts with plain keys. Others are made by code of whoever registered them, which may import modules."""
+    """Containers of the call and of the result: see ``specs``."""
     if not text:
         return
     protocol = json.loads(text)
     if not isinstance(protocol, list) or len(protocol) != 2:
         _refuse(path, "a container of an unknown form")
-    _spec(path, protocol[1])
-
-
-def _spec(path: Path, spec: Any) -> None:
-    kind, context = spec["type"], spec["context"]
-    if kind is not None and kind not in _TREE:
-        _refuse(path, f"a container of type {str(kind)[:80]!r}")
-    keys = json.loads(context) if isinstance(context, str) else context
-    for key in keys if isinstance(keys, list) else [keys]:
-        if isinstance(key, str):
-            _need(path, _PATH, key, "a key")
-        elif key is not None and type(key) not in (int, bool, float):
-            _refuse(path, f"a container with the key {str(key)[:80]}")
-    for child in spec["children_spec"]:
-        _spec(path, child)
+    for key in strings(path, protocol[1]):
+        _need(path, _PATH, key, "a key")
 
 
 def _need(path: Path, allowed: re.Pattern[str], text: str, what: str) -> None:

@@ -5,6 +5,7 @@ Comes in: a fused model; a path. Goes out: the file, and the callable that it ho
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -13,15 +14,15 @@ from torch import nn
 from fxfuse.errors import ConvertError
 
 from .inspection import inspect_pt2
-from .program import Example, export, silent
+from .program import Example, export, register, silent
 from .surviving import SurvivingFile
 
 
 def write_pt2(model: nn.Module, example: Example, path: Path, *, static: bool) -> list[str]:
     """Write the program; what to say of it comes back."""
-    program = export(model, example, static=static)
-    save(program, path)
-    return [_batch(static), f"of the {'train' if model.training else 'eval'} mode"]
+    notes: list[str] = []
+    save(export(model, example, static=static, notes=notes), path)
+    return notes
 
 
 def save(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -33,6 +34,10 @@ def save(program: torch.export.ExportedProgram, path: Path) -> None:
             raise
         except Exception as error:
             file.check()
+            unnamed = re.search(r"No registered serialization name for <class '([^']+)'>", str(error))
+            if unnamed:
+                what = f"the model takes or returns a {unnamed[1]}, which has no name in files"
+                raise ConvertError(f"{what}: {register(unnamed[1])}") from error
             reason = next(iter(str(error).splitlines()), "")
             raise ConvertError(f"torch.export cannot save the program ({type(error).__name__}: {reason[:300]})") from error
     file.check()
@@ -50,7 +55,3 @@ def load_pt2(path: Path, *, allow_pickle: bool = False) -> nn.Module:
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")
             raise ConvertError(f"{path} cannot be loaded ({type(error).__name__}: {reason[:300]}): write it again") from error
-
-
-def _batch(static: bool) -> str:
-    return "for this batch size only" if static else "for any batch size"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shared import FrozenPack, SharedPack
+from .shared import Bound, FrozenPack, SharedPack
 
 Pack = SharedPack | FrozenPack
 
@@ -28,10 +28,12 @@ class Call:
         packs: Sequence[tuple[Pack, Sequence[int]]],
         constants: Sequence[Tensor],
         autocast: str | None,
+        writes: bool = False,
     ) -> None:
         self.compiled, self.constants = compiled, tuple(constants)
         self.kept = tuple(kept)
         self.packs = [(pack, itemgetter(*members)) for pack, members in packs]
+        self.written = [index for index, (pack, _) in enumerate(packs) if writes and pack.recipe.kind == "buffer"]
         self.autocast = autocast  # the kind of device whose autocast is spelled out in the graph
 
     def __call__(self, *inputs: Any) -> Any:
@@ -40,13 +42,25 @@ class Call:
         packed = [pack.packed(each) for pack, each in members]
         with without_autocast(self.autocast):
             out = self.compiled(*[inputs[number] for number in self.kept], *packed, *self.constants)
-        if torch.is_grad_enabled() and members:
-            nodes = {o.grad_fn for o in out if isinstance(o, Tensor) and o.grad_fn is not None}
-            for pack, each in members:
-                if isinstance(pack, SharedPack):
-                    for node in nodes:
-                        pack.watch(each, node)
+        for index in self.written:
+            pack, each = members[index]
+            pack.write_back(each, packed[index])
+        if torch.is_grad_enabled():
+            watched = [(bound, each) for pack, each in members if (bound := pack.bound(each)) is not None]
+            if watched:
+                _watch(out, watched)
         return out
+
+
+def _watch(out: Any, watched: list[tuple[Bound, Sequence[Tensor]]]) -> None:
+    """Before a backward from ``out`` runs, note what was written to the members since."""
+
+    def note(gradients: Any) -> None:
+        for bound, members in watched:
+            bound.note_writes(members)
+
+    for node in {o.grad_fn for o in out if isinstance(o, Tensor) and o.grad_fn is not None}:
+        node.register_prehook(note)
 
 
 def without_autocast(kind: str | None) -> AbstractContextManager[Any]:

@@ -18,12 +18,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxfuse.alias import Alias
 from fxfuse.graph import Recipe
-from fxfuse.private.storages import holders
+from fxfuse.private.known_result import joined
+from fxfuse.private.storages import holders, storage_key
 from fxfuse.private.tensor_guards import alike
 from fxfuse.private.versions import version
 from fxfuse.recipes import lane_view, pack
 
 _binding = threading.RLock()
+MOST_MODES = 4  # of torch, in which one pack is used in turn, that are known by one call each
 MOST_MODELS = 16  # of one class that are called in turn through one compiled graph; further ones are packed at every call
 
 
@@ -32,17 +34,34 @@ class Bound:
 
     def __init__(self, recipe: Recipe, buffer: Tensor, members: Sequence[Tensor]) -> None:
         self.recipe, self.buffer = recipe, buffer
-        self.first = weakref.ref(members[0])
+        self.members = [*map(weakref.ref, members)]
         self.addresses = [*map(Tensor.data_ptr, members)]
         self.lie = _lie(members)
-        self.alike: Callable[..., bool] = alike(members, strides=True)
+        self.alike: list[Callable[..., bool]] = []  # the fast answers, for the modes of torch and ``requires_grad`` that were met
         self.versions = [*map(version, members)]
 
     def holds(self, members: Sequence[Tensor]) -> bool:
         """Do the members lie in the buffer, each at its place?"""
         if [*map(Tensor.data_ptr, members)] != self.addresses:
             return False
-        return self.alike(*members) or _lie(members) == self.lie  # the first may be false in another mode of torch
+        for known in self.alike:
+            if known(*members):
+                return True
+        if _lie(members) != self.lie:
+            return False
+        self.alike = [alike(members, strides=True), *self.alike[: MOST_MODES - 1]]
+        return True
+
+    def lies_at(self, address: int) -> bool:
+        """Does the first member live, and lie there?"""
+        first = self.members[0]()
+        return first is not None and first.data_ptr() == address
+
+    def alone(self) -> bool:
+        """Does nobody hold the buffer's memory but the members that still lie there, and the buffer?"""
+        key = storage_key(self.buffer.untyped_storage())
+        inside = sum(m is not None and storage_key(m.untyped_storage()) == key for m in (known() for known in self.members))
+        return holders(self.buffer) <= inside + 1
 
     def note_writes(self, members: Sequence[Tensor]) -> None:
         """Count writes to the members as writes to the buffer: what autograd saved of it is then found to be stale, as of a Parameter."""
@@ -54,11 +73,11 @@ class Bound:
 
 
 def _lie(members: Sequence[Tensor]) -> list[Any]:
-    return [(type(m), m.dtype, m.device, m.shape, m.stride(), m.requires_grad) for m in members]
+    return [(type(m), m.dtype, m.device, m.shape, m.stride()) for m in members]
 
 
 _bound: weakref.WeakValueDictionary[Any, Bound] = weakref.WeakValueDictionary()  # of all graphs, by what they pack and where it begins
-# By first member, whose memory the buffer is: as long as it lives, a graph compiled later (after ``torch.compiler.reset``) knows the pack.
+# By member, whose memory the buffer is: as long as one lives, a graph compiled later (after ``torch.compiler.reset``) knows the pack.
 _kept: Any = WeakIdKeyDictionary()
 
 
@@ -87,18 +106,15 @@ class SharedPack:
             bound = self._bind(members)
             if bound is None:
                 return pack(self.recipe, members)
-        if torch.is_grad_enabled() and any(map(_requires_grad, members)):
+        if torch.is_grad_enabled():
             bound.note_writes(members)
-            result: Tensor = Alias.apply(bound.buffer, self.recipe, *members)  # type: ignore[no-untyped-call]
-            return result
+            if any(map(_requires_grad, members)):
+                return _aliased(bound.buffer, self.recipe, members)
         return bound.buffer
 
-    def watch(self, members: Sequence[Tensor], node: Any) -> None:
-        """Before the backward of ``node`` runs, note what was written to the members since."""
-        bound = self.known.get(members[0].data_ptr())
-        if bound is not None:
-            held = [*members]
-            node.register_prehook(lambda _, bound=bound: bound.note_writes(held))
+    def bound(self, members: Sequence[Tensor]) -> Bound | None:
+        """The buffer in which ``packed`` found the members; None where it stacked them."""
+        return self.known.get(members[0].data_ptr())
 
     def _bind(self, members: Sequence[Tensor]) -> Bound | None:
         self.calls += 1
@@ -108,16 +124,35 @@ class SharedPack:
             key = (members[0].data_ptr(), _geometry(self.recipe))
             bound = _bound.get(key)
             if bound is None or not bound.holds(members):
-                self.known = {at: each for at, each in self.known.items() if each.first() is not None}
+                self.known = {at: each for at, each in self.known.items() if each.lies_at(at)}
                 if len(self.known) >= MOST_MODELS or why_fixed(members) is not None:
                     self.refused = self.calls
                     return None
                 bound = _moved(self.recipe, members)
                 _bound[members[0].data_ptr(), _geometry(self.recipe)] = bound
-                _kept[members[0]] = bound
+                for member in members:
+                    _kept[member] = bound
             self.refused = 0
             self.known[members[0].data_ptr()] = bound
             return bound
+
+
+    def write_back(self, members: Sequence[Tensor], packed: Tensor) -> None:
+        """Running statistics that were updated in a copy go where they belong."""
+        if packed.data_ptr() != members[0].data_ptr():
+            with torch.no_grad():
+                for index, member in enumerate(members):
+                    member.copy_(lane_view(self.recipe, packed, index))
+
+
+def _aliased(buffer: Tensor, recipe: Recipe, members: Sequence[Tensor]) -> Tensor:
+    """The buffer as a function of the members, which lie in it: no copy forward, slices backward."""
+    if recipe.style == "stack" and recipe.own_shapes is None and recipe.order == tuple(range(len(recipe.shape))):
+        return joined(torch.stack, members, buffer)
+    if recipe.style == "rows" and all(shape[1:] == recipe.shape[1:] for shape in recipe.own_shapes or ()):
+        return joined(torch.cat, members, buffer)
+    result: Tensor = Alias.apply(buffer, recipe, *members)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _requires_grad(tensor: Tensor) -> bool:
@@ -136,6 +171,7 @@ def _moved(recipe: Recipe, members: Sequence[Tensor]) -> Bound:
 def why_fixed(members: Sequence[Tensor]) -> str | None:
     """Why the members' memory must stay where it is: somebody else holds it, or it is no memory of their own. None where it may move."""
     first = members[0]
+    known: dict[int, bool] = {}  # by storage: is it a pack of ours, which nobody else holds?
     for member in members:
         if type(member) not in (Tensor, nn.Parameter) or member.layout is not torch.strided or member.is_inference():
             return "it is no plain tensor"
@@ -145,11 +181,22 @@ def why_fixed(members: Sequence[Tensor]) -> str | None:
             return "the lanes differ in dtype, device or requires_grad"
         if (member.device.type == "cpu" and member.is_shared()) or member.is_pinned():  # type: ignore[no-untyped-call]
             return "its memory is shared with another process, or pinned"
-        if member.untyped_storage().nbytes() != member.numel() * member.element_size() or holders(member) > 1:
+        if member.untyped_storage().nbytes() == member.numel() * member.element_size() and holders(member) == 1:
+            continue
+        key = storage_key(member.untyped_storage())
+        if key not in known:
+            known[key] = _is_pack(member)
+        if not known[key]:
             return "another tensor holds its memory"
     if len({*map(Tensor.data_ptr, members)}) < len(members):
         return "two lanes are one tensor"
     return None
+
+
+def _is_pack(member: Tensor) -> bool:
+    """Does the member lie in a pack of ours, of which some members have gone elsewhere, and that nobody else holds?"""
+    bound = _kept.get(member)
+    return bound is not None and storage_key(bound.buffer.untyped_storage()) == storage_key(member.untyped_storage()) and bound.alone()
 
 
 class FrozenPack:
@@ -169,3 +216,10 @@ class FrozenPack:
             self.made = {at: each for at, each in self.made.items() if each[0]() is not None}
             known = self.made[id(first)] = weakref.ref(first), made
         return known[1]
+
+    def bound(self, members: Sequence[Tensor]) -> Bound | None:
+        """None: writes to the members are not looked at."""
+        return None
+
+    def write_back(self, members: Sequence[Tensor], packed: Tensor) -> None:
+        """Only Parameters are frozen, which no graph writes."""

@@ -35,6 +35,7 @@ class Written:
     kept: list[int]
     outside: list[Recipe]
     constants: list[str]
+    writes: bool = False  # packs of buffers are updated in place: running statistics
 
 
 def outside_form(recipe: Recipe) -> Recipe | None:
@@ -92,7 +93,7 @@ def write(captured: Captured, rewritten: Rewritten, outside: Collection[str], ev
             known[node] = graph.create_node(node.op, node.target, args, kwargs)
             known[node].meta = {name: node.meta[name] for name in ("stack_trace", "val") if name in node.meta}
     assert recipes.keys() >= set(outside)
-    return Written(graph, kept, packs, constants)
+    return Written(graph, kept, packs, constants, writes)
 
 
 def _placeholder(graph: torch.fx.Graph, name: str) -> Node:

@@ -1,4 +1,6 @@
-"""``python -m mutants [family ...] [--most N] [--seed N] [--kind injected|source] [--tests file ...]``: bugs made and found by family.
+"""``python -m mutants [family ...] [--each N | --all] [--most N] [--minutes N] [--seed N] [--kind injected|source] [--tests file ...]``.
+
+Bugs made and found, by family: of every rule a few at every kind of step, of every function that writes programs a few in its source.
 
 Exit status 1 where a bug that makes some model compute something else was missed, at run time or by the tests, and is not in
 ``equivalent.txt`` with the reason why it is none.
@@ -50,7 +52,10 @@ def main() -> int:
     """Run; the exit status."""
     parser = argparse.ArgumentParser(prog="mutants", description=__doc__)
     parser.add_argument("families", nargs="*", help="files of passes/rules by name, or passes/joins, fxfuse/recipes, ...")
+    parser.add_argument("--each", type=int, default=1, help="as many of a kind of step of a rule, or of a function, drawn at random")
+    parser.add_argument("--all", action="store_true", help="all there are: some 13,000, a day")
     parser.add_argument("--most", type=int, help="as many bugs, drawn at random")
+    parser.add_argument("--minutes", type=float, help="no new bug after these; the order is random, so that what was done is a fair sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", choices=("injected", "source"))
     parser.add_argument("--tests", nargs="+", help="test files that are asked, without test_ (default: those of rules, joins and packing)")
@@ -69,9 +74,14 @@ def _work(suite: Suite, given: Any) -> int:
     start = time.perf_counter()
     chosen = bugs(given.families, given.kind or ["injected", "source"])
     total = len(chosen)
-    if given.most is not None and given.most < total:
-        kept = set(random.Random(given.seed).sample(range(len(chosen)), given.most))
-        chosen = [bug for i, bug in enumerate(chosen) if i in kept]
+    random.Random(given.seed).shuffle(chosen)
+    if not given.all:
+        places: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+        for bug in chosen:
+            places[(bug.op, bug.kind) if isinstance(bug, injected.Bug) else (bug.file, bug.function)].append(bug)
+        chosen = [bug for number in range(given.each) for of in places.values() for bug in of[number : number + 1]]
+        random.Random(given.seed).shuffle(chosen)
+    chosen = chosen[: given.most]
     print(f"{len(chosen)} of {total} bugs ({time.perf_counter() - start:.0f} s)", flush=True)
     if given.list:
         print("\n".join(bug.name for bug in chosen))
@@ -81,7 +91,11 @@ def _work(suite: Suite, given: Any) -> int:
     known = equivalent()
     rows: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(COLUMNS, 0))
     survivors: list[Verdict] = []
+    surveyed, done = time.perf_counter(), 0
     for number, bug in enumerate(chosen, 1):
+        if given.minutes is not None and time.perf_counter() - surveyed > 60 * given.minutes:
+            break
+        done = number
         verdict = judged(bug, suite)
         _count(rows[bug.family], verdict, bug.name in known)
         if verdict.survived and bug.name not in known:
@@ -91,7 +105,7 @@ def _work(suite: Suite, given: Any) -> int:
         if number % 100 == 0:
             print(f"... {number} of {len(chosen)}, {len(survivors)} survived ({time.perf_counter() - start:.0f} s)", flush=True)
     print(_table(rows))
-    print(f"{len(survivors)} survived; {time.perf_counter() - start:.0f} s")
+    print(f"{done} of {total} tried, {len(survivors)} survived; {time.perf_counter() - start:.0f} s")
     return 1 if survivors else 0
 
 

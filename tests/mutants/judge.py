@@ -18,7 +18,7 @@ from mutants.injected import JOIN
 from mutants.subjects import Subject, family_of, subjects_of, table_models
 from mutants.subjects import ops as all_ops
 from mutants.suite import Facts, Suite
-from mutants.verdicts import Late, difference, fuse, limited
+from mutants.verdicts import Late, difference, fuse, limited, silent
 
 PATIENCE = 60  # seconds for all that is done with one bug
 GENERATED = "tests/test_rules_generated.py::test_the_rule_equals_vmap_and_the_loop"
@@ -58,7 +58,7 @@ def shown(bug: Any, subject: Subject) -> Verdict:
         verdict.effect = "none" if made.fused else "refused"
         return verdict
     verdict.effect, verdict.difference = "wrong", made.difference
-    verdict.passed = fuse(subject, validate=True).difference
+    verdict.passed = silent(fuse(subject, validate=True).difference)
     return verdict
 
 
@@ -91,7 +91,7 @@ def _of_source(bug: sources.SourceBug, suite: Suite) -> Verdict:
                     _usual[killer] = _witnessed(suite, killer)
             for (effect, passed), (random, _) in zip(_witnessed(suite, killer), _usual[killer], strict=False):
                 if effect and not random:  # a model that draws random numbers differs from itself
-                    return Verdict(bug, "wrong", effect, passed, killer, said)
+                    return Verdict(bug, "wrong", effect, silent(passed), killer, said)
         for subject in _candidates(op, killer, ops, bug):
             seen = shown(bug, subject)
             if seen.effect == "wrong":

@@ -70,6 +70,14 @@ def optimized(subject: Subject, model: nn.Module, example: tuple[Any, ...], vali
         Emitter.choose = choose  # type: ignore[method-assign]
 
 
+LOUD = "its weights cannot be loaded or saved"
+
+
+def silent(said: str) -> str:
+    """What ``difference`` said, or "" where the user hears of it by an exception: there is nothing for validation to catch."""
+    return "" if said.startswith(LOUD) else said
+
+
 def difference(model: nn.Module, fused: nn.Module, trials: Sequence[tuple[Any, ...]], kwargs: dict[str, Any] | None = None) -> str:
     """The first difference, or "". Neither model is changed."""
     one, other = copy.deepcopy(model), copy.deepcopy(fused)
@@ -81,7 +89,7 @@ def difference(model: nn.Module, fused: nn.Module, trials: Sequence[tuple[Any, .
                 fxfuse.load_original_state_dict(other, one.state_dict())
             saved = fxfuse.original_state_dict(other)
         except Exception as error:
-            return f"its weights cannot be loaded or saved: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return f"{LOUD}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         said = _unequal("state dict", saved, one.state_dict(), exact=True)
         for training in (True, False):
             one.train(training)
@@ -179,15 +187,15 @@ class Late(BaseException):
 
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """A bug may loop for ever: ``Late`` after so many seconds, and again each second."""
+    """A bug may loop for ever: ``Late`` after so many seconds of the processor (others work on it, too), and again each second."""
 
     def late(*_: Any) -> None:
         raise Late(f"longer than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

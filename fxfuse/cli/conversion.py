@@ -1,0 +1,77 @@
+"""The work of ``fxfuse convert``: fuse, write, load again, compare, rename.
+
+Comes in: a model and an example call. Goes out: OUT, which is what was verified; what was written, the report, the verdict in words.
+Order: the model's answers to fresh calls are kept; it is fused, written under a temporary name, and let go; what was written is loaded
+again and gives the same answers; then it becomes OUT.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse import convert as files
+from fxfuse import inputs as fresh
+from fxfuse.convert import Written
+from fxfuse.convert.manifest import original_of
+from fxfuse.convert.packed import read_manifest, read_tensors
+from fxfuse.determinism import same_bits
+from fxfuse.large import LARGE, weight_bytes
+
+from . import codes
+from .compare import compare, expected, fresh_calls
+from .exported import Exported
+from .failure import CommandError
+from .fusing import fuse
+from .options import Asked
+from .output import check_room, replacing
+from .prepare import Subject, set_mode
+from .screen import Stage
+
+
+def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage) -> tuple[Written, fxfuse.Report, str]:
+    """Fuse, write, load again, compare, rename. Returns what was written, the report on the fused model and the verdict in words."""
+    stage("running the original")
+    call = subject.call
+    static = static or (isinstance(subject.model, Exported) and subject.model.static)
+    calls = fresh_calls(call, seed=asked.seed, other_batches=not static)
+    wanted = expected(subject.model, calls, seed=asked.seed)
+    if len(wanted) < 3 and not static and len(calls) > 2:  # the source itself is for one batch size
+        static = True
+    if not static and fresh.batch_size(*call) == 1:  # torch.export takes a size of 1 for a constant
+        call = fresh.resample(*call, batch=4, seed=asked.seed)
+    check_room(out, weight_bytes(subject.model))
+    stage("fusing")
+    large = weight_bytes(subject.model) > LARGE
+    fused = fuse(subject, asked, inplace=large)
+    set_mode(fused, asked.mode == "train")
+    report = fxfuse.report(fused)
+    with replacing(out) as temporary:
+        written = files.write(fused, None, call, temporary, static=static, progress=stage)
+        stage("loading it again")
+        if written.kind == "safetensors":
+            return written, report, _same_weights(temporary, fused if large else subject.model)
+        subject.model = fused = nn.Module()  # what was written shall stand alone, and a large model is not there twice
+        again = files.load(temporary, allow_pickle=written.kind == "aoti")  # ours, of this moment
+        stage("comparing")
+        result = compare(wanted, again, seed=asked.seed)
+        if not result.ok:
+            values_agree = all(row.ok for row in result.rows if row.name != "the call")
+            hint = "; --static writes one batch size" if values_agree and not static else ""
+            if written.kind == "onnx" and asked.mode == "train":
+                hint = "; onnxruntime draws its own dropout, which cannot be compared: leave --mode train out, or write a .pt2"
+            raise CommandError(f"{out} was not written: what was loaded again is {result.sentence()}{hint}", codes.DIFFERENT)
+    return written, report, result.sentence()
+
+
+def _same_weights(path: Path, model: nn.Module) -> str:
+    """Packed weights hold no program to run: they are compared bit for bit, as the original's checkpoint."""
+    found = original_of(read_manifest(path), read_tensors(path))
+    own = {name: tensor for name, tensor in fxfuse.original_state_dict(model).items() if isinstance(tensor, torch.Tensor)}
+    lost = [name for name, tensor in own.items() if name not in found or not same_bits(found[name], tensor.cpu())]
+    if lost or found.keys() - own.keys():
+        raise CommandError(f"{path.name} was not written: read again, {lost or sorted(found.keys() - own.keys())} differ", codes.DIFFERENT)
+    return f"equal: {len(own)} tensors of the checkpoint, bit for bit"
