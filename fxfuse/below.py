@@ -21,15 +21,15 @@ def parameters_below(module: nn.Module, prefix: str, remove_duplicate: bool) -> 
     lanes: dict[int, set[int]] = {}  # by pack, those that lie here
     for below in module.modules():
         info = lane_info(below)
-        for slot in info.slots.values() if info is not None else ():
-            lanes.setdefault(id(slot.packed()), set()).add(slot.index)
+        for each in info.slots.values() if info is not None else ():
+            lanes.setdefault(id(each.packed()), set()).add(each.index)
     seen: set[Any] = set()
     for path, below in module.named_modules(prefix=prefix, remove_duplicate=remove_duplicate):
         info = lane_info(below)
         slots: dict[str, Slot] = {} if info is None else {n: s for n, s in info.slots.items() if s.recipe.kind == "parameter"}
         own = below._parameters
         for name in dict.fromkeys((*(() if info is None else info.parameters), *own)):
-            slot: Slot | None = slots.get(name)
+            slot = slots.get(name)
             value = own.get(name)
             if slot is not None:
                 packed = slot.packed()

@@ -194,8 +194,8 @@ def test_what_does_not_fit_changes_nothing() -> None:
     fewer["param_groups"][0]["params"] = fewer["param_groups"][0]["params"][:-1]
     odd = fxfuse.original_optimizer_state_dict(optimizer, fused)
     odd["state"][2]["exp_avg"] = torch.zeros(3, 3)
-    groups = "not one of a Adam over the original"
-    for wrong, said in ((before, groups), (fewer, groups), (odd, "neither of the parameter's shape")):
+    foreign = "not one of a Adam over the original"
+    for wrong, said in ((before, foreign), (fewer, foreign), (odd, "neither of the parameter's shape")):
         with pytest.raises(fxfuse.OptimizerError, match=said):
             fxfuse.load_original_optimizer_state_dict(optimizer, fused, wrong)
         assert_same_state(optimizer.state_dict(), before)
