@@ -33,9 +33,9 @@ from .progress import Progress
 from .ran import Ran, ran_in
 from .regions import Region, RegionFinder
 from .report import Report
+from .silent_hooks import hooks_silent
 from .surroundings import Outside, Spelled, closed_modules, outside
 from .trace import Frame, Ref, Trace
-from .tracer import hooks_silent
 from .weights import unpackable
 from .workbench import Case
 

@@ -51,10 +51,10 @@ from .plan import LEAST_GAIN
 from .quiet import quiet
 from .regions import Region, RegionFinder
 from .report import Report
+from .silent_hooks import hooks_silent
 from .staying import times_faster
 from .store import get_report, set_report
 from .timing import medians
-from .tracer import hooks_silent
 from .undo import Undo
 from .validate import other_examples
 from .validate import validate as compare

@@ -16,8 +16,8 @@ from .containers import opened
 from .determinism import preserved_state
 from .entries import Entry
 from .private.pytree import tree_leaves
+from .silent_hooks import hooks_silent
 from .timing import medians
-from .tracer import hooks_silent
 from .unregistered import hidden_parameters, unregistered
 
 
