@@ -1,6 +1,7 @@
 """Every peer over a grid of loops: lanes x width x batch, six families, shared and own inputs, concatenated and summed.
 
-    python benchmarks/grid.py [--whole] [--minutes M] [--out FOLDER] [--seconds S] [--compile] [--device cuda] [--lanes N] [--only mlp]
+    python benchmarks/grid.py [--whole | --sample N] [--minutes M] [--out FOLDER] [--seconds S] [--compile]
+                              [--device cuda] [--lanes N] [--only mlp]
 
 Three measures of each case: inference, forward + backward, a whole training step with Adam. All peers run in turn in one process, in
 changing order; figures are medians, and what counts are their ratios. Where the fused model reads slower than the loop it is timed twice
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fxfuse
-from benchmarks.grid_cases import FAMILIES, Case, Loop, cases, example, short
+from benchmarks.grid_cases import FAMILIES, Case, Loop, cases, example, sample, short
 from benchmarks.grid_goals import goals, passes_seconds, printed, table
 from benchmarks.grid_peers import made
 from fxfuse.fingerprint import device_name
@@ -110,7 +111,7 @@ def read(path: Path, where: str) -> list[dict[str, Any]]:
 
 def chosen(options: argparse.Namespace) -> list[Case]:
     """The cases that were asked for."""
-    found = cases() if options.whole else short()
+    found = cases() if options.whole else short() if options.sample is None else sample(options.sample)
     if options.lanes:
         found = [case for case in found if case.lanes in options.lanes]
     return [case for case in found if not options.only or case.family in options.only]
@@ -120,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, and print all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--whole", action="store_true", help="the whole grid; without it the part that takes minutes")
+    parser.add_argument("--sample", type=int, metavar="N", help="N cases that speak to every goal and family")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so long")
     parser.add_argument("--seconds", type=float, default=2.0, help="per measure of a case")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile too; default with --whole")

@@ -64,6 +64,18 @@ def short() -> list[Case]:
     return [*middle, *goals, Case("mlp", 128, 32, 64, False, "sum"), Case("mlp", 2, 256, 256)]
 
 
+def sample(count: int) -> list[Case]:
+    """So many cases of the whole grid, in an order of which every beginning speaks to each goal: those that goals and past troubles name,
+    then every family in turn, and after each round one of the MLP lanes for which there are goals of their own."""
+    named = [Case("mlp", 128, 32, 1024), Case("mlp", 16, 32, 16), Case("norm", 8, 4, 64, False, "sum"), Case("mlp", 128, 32, 64)]
+    whole = cases()
+    queues = [[case for case in whole if case.family == family] for family in FAMILIES]
+    small = [case for case in whole if 16 <= case.lanes <= 256 and 4 <= case.width <= 128 and case.batch <= 64]
+    queues.append([case for case in small if case.family == "mlp"])
+    in_turn = [case for turn in itertools.zip_longest(*queues) for case in turn if case is not None]
+    return list(dict.fromkeys([*named, *in_turn]))[:count]
+
+
 class Attention(nn.Module):
     """One head over a sequence."""
 

@@ -46,7 +46,7 @@ from .region import STATE, RegionState
 from .regions import RegionFinder
 from .runs import run
 from .runtime import walk
-from .tracer import hooks_silent
+from .silent_hooks import hooks_silent
 from .validate import other_examples, validate
 from .weights import unpackable
 

@@ -21,8 +21,8 @@ def parameters_below(module: nn.Module, prefix: str, remove_duplicate: bool) -> 
     lanes: dict[int, set[int]] = {}  # by pack, those that lie here
     for below in module.modules():
         info = lane_info(below)
-        for each in info.slots.values() if info is not None else ():
-            lanes.setdefault(id(each.packed()), set()).add(each.index)
+        for lane in info.slots.values() if info is not None else ():
+            lanes.setdefault(id(lane.packed()), set()).add(lane.index)
     seen: set[Any] = set()
     for path, below in module.named_modules(prefix=prefix, remove_duplicate=remove_duplicate):
         info = lane_info(below)

@@ -21,6 +21,7 @@ from .errors import ArgumentError
 from .graph import Making, Program, Refusal, RegionPlan
 from .held import Places
 from .inputs import resample
+from .module_tree import all_modules
 from .observe import Observation
 from .options import Options
 from .passes.lifted import Lifted
@@ -32,9 +33,9 @@ from .progress import Progress
 from .ran import Ran, ran_in
 from .regions import Region, RegionFinder
 from .report import Report
+from .silent_hooks import hooks_silent
 from .surroundings import Outside, Spelled, closed_modules, outside
 from .trace import Frame, Ref, Trace
-from .tracer import hooks_silent
 from .weights import unpackable
 from .workbench import Case
 
@@ -267,8 +268,8 @@ class Builder:
             resolve_packed(graph, packs)
             program = self.places.named(make_program(observation.trace, lifted, graph))
             for same in [observation, *(o for o in way.observations if o.same_as is observation)]:
-                flags = dict(zip(way.root.modules(), same.flags, strict=True))
-                key = tuple(flags[m] for m in owner.modules())
+                flags = dict(zip(all_modules(way.root), same.flags, strict=True))
+                key = tuple(flags[m] for m in all_modules(owner))
                 if method == FORWARD and key not in plan.programs:
                     plan.programs[key] = program
                     continue
@@ -292,7 +293,7 @@ class Builder:
         spelled = Spelled.of(ran)
         spelled.computed = spelled.computed or not all(observation.trace.ran_known for _, observation, _, _, _ in built.graphs)
         built.plan.spelled = spelled
-        built.plan.outside = Outside(outside([module for module in region.modules() if module not in closed], ran, spelled))
+        built.plan.outside = Outside(outside([module for module in all_modules(region) if module not in closed], ran, spelled))
 
     def _cases(self, frame: Frame, prepared: Prepared, way: Recorded) -> list[Case]:
         """The inputs of the region at the sizes of ``tune_for``: its call is caught while the model runs on them."""
@@ -368,5 +369,5 @@ def _holder(module: nn.Module) -> str:
 
 
 def _set_training(model: nn.Module, flags: Any) -> None:
-    for module, flag in zip(model.modules(), flags, strict=True):
+    for module, flag in zip(all_modules(model), flags, strict=True):
         module.__dict__["training"] = flag

@@ -8,6 +8,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+_before: ContextVar[bool] = ContextVar("_before", default=False)  # was it on, outside of all ``paused``?
 
 
 @contextmanager
@@ -22,8 +25,28 @@ def paused() -> Iterator[None]:
     """
     was = gc.isenabled()
     gc.disable()
+    token = _before.set(_before.get() or was)
     try:
         yield
     finally:
+        _before.reset(token)
         if was:
             gc.enable()
+
+
+@contextmanager
+def collecting() -> Iterator[None]:
+    """Within ``paused``, the collector as it was outside: for work that runs somebody's model, whose garbage may be large.
+
+    >>> with paused(), collecting():
+    ...     gc.isenabled()
+    True
+    """
+    now = gc.isenabled()
+    if _before.get() and not now:
+        gc.enable()
+    try:
+        yield
+    finally:
+        if not now:
+            gc.disable()

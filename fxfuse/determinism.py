@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fxfuse.module_tree import all_modules
 from fxfuse.private.dispatch import TorchDispatchMode
 from fxfuse.private.pytree import tree_leaves
 from fxfuse.private.schemas import schema_of
@@ -48,7 +49,7 @@ def preserved_state(*models: torch.nn.Module) -> Iterator[None]:
     cuda_states = torch.cuda.get_rng_state_all() if cuda else []
     numpy_state = numpy_random.get_state() if numpy_random is not None else None
     grad = torch.is_grad_enabled()
-    modules = list({id(m): m for model in models for m in model.modules()}.values())
+    modules = list({id(m): m for model in models for m in all_modules(model)}.values())
     flags = [m.training for m in modules]
     buffers = [[(name, b, None if b is None else b.detach().clone()) for name, b in m._buffers.items()] for m in modules]
     try:
@@ -64,7 +65,8 @@ def preserved_state(*models: torch.nn.Module) -> Iterator[None]:
         for module, flag, entries in zip(modules, flags, buffers, strict=True):
             if module.training is not flag:
                 module.training = flag
-            _restore_buffers(module, entries)
+            if entries or module._buffers:
+                _restore_buffers(module, entries)
 
 
 def foreign_random_state() -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from fxfuse.all_or_nothing import loads_as_before
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Program
 from fxfuse.lane import restore
+from fxfuse.module_tree import named_modules
 from fxfuse.runtime import graph_module, source, walk
 from fxfuse.sharded import is_sharded
 from fxfuse.widen import widened
@@ -27,7 +28,7 @@ from .region import STATE, RegionState
 
 def regions(model: nn.Module) -> dict[str, RegionState]:
     """The state of every fused region by its module path: ``plan``, ``fallbacks`` (reason -> calls) and so on."""
-    return {path: module.__dict__[STATE] for path, module in model.named_modules() if STATE in module.__dict__}
+    return {path: module.__dict__[STATE] for path, module in named_modules(model) if STATE in module.__dict__}
 
 
 def attributes_set(model: nn.Module, by_programs: bool = False) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .graph import Guard, Program
+from .module_tree import all_modules, named_modules
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _SKIPPED = frozenset(vars(nn.Module()))
@@ -91,9 +92,9 @@ class Places:
     """Where a model holds its objects, looked up by identity."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = set(model.modules())
+        self.modules = set(all_modules(model))
         self.found: dict[int, tuple[Any, Held]] = {}
-        for path, module in model.named_modules():
+        for path, module in named_modules(model):
             for name, value in vars(module).items():
                 if name not in _SKIPPED and len(self.found) < _MOST:
                     self._look(value, Held(path, name))

@@ -22,6 +22,7 @@ from fxfuse.guards import Facts
 from fxfuse.held import objects_in
 from fxfuse.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, become
 from fxfuse.large import Moved
+from fxfuse.module_tree import all_modules, bare, named_modules
 from fxfuse.norm_pack import LayerNormPack, norm_nodes
 from fxfuse.private import recurrent
 from fxfuse.private.tensor_hooks import has_gradient_hooks
@@ -103,7 +104,7 @@ def _packing(plan: RegionPlan, packing: Literal["packed", "alias"]) -> Literal["
 def held_unregistered(model: nn.Module, plan: RegionPlan) -> str | None:
     """The first member that belongs to a module which the model does not register; None where all are registered."""
     region = walk(model, plan.path)
-    modules = set(region.modules())
+    modules = set(all_modules(region))
     for recipe in plan.recipes:
         for member in recipe.members:
             if walk(region, member.rpartition(".")[0]) not in modules:
@@ -132,7 +133,7 @@ def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
     replaced = next((name for name in ("forward", *plan.methods) if name in region.__dict__), None)
     if replaced is not None:
         raise FxfuseError(f"{where}.{replaced} was replaced on the instance, which would bypass the fused {replaced}")
-    modules = {module: name for name, module in region.named_modules()}
+    modules = {module: name for name, module in named_modules(region)}
     if any(LANE in module.__dict__ for module in modules):
         raise FxfuseError(f"{where} is fused already, in whole or in part")
     scripted = next((name for module, name in modules.items() if isinstance(module, torch.jit.ScriptModule)), None)
@@ -226,15 +227,15 @@ def _check_other_names(model: nn.Module, surgery: _Surgery, packing: str) -> Non
     if packing == "alias":
         return
     ours = {**surgery.modules, **surgery.hidden}
-    for path, module in [*model.named_modules(), *((path, module) for module, path in surgery.hidden.items())]:
+    skip = ("_parameters", "_buffers", "_modules", *recurrent.LISTS)
+    for path, module in [*named_modules(model), *((path, module) for module, path in surgery.hidden.items())]:
         for store in ("_parameters", "_buffers"):
             for name, tensor in getattr(module, store).items():
                 if module not in ours and id(tensor) in surgery.names:
                     member = _member_name(surgery.plan, surgery.names[id(tensor)])
                     raise FxfuseError(f"{member} is also {path}.{name}, outside of the region")
         for name, value in module.__dict__.items():
-            skip = ("_parameters", "_buffers", "_modules", *recurrent.LISTS)
-            if name in skip or (module in ours and isinstance(value, Tensor) and _is_member(surgery, ours[module], name)):
+            if bare(value) or name in skip or (module in ours and isinstance(value, Tensor) and _is_member(surgery, ours[module], name)):
                 continue
             found = next((item for item in _tensors_in(value, 6) if id(item) in surgery.names), None)
             if found is not None:

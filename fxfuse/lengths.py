@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .module_tree import all_modules
 from .sizes import TracedInt, fixed
 
 _lock = threading.Lock()
@@ -48,7 +49,7 @@ _NAMES: dict[str, Any] = {"len": _len, "range": _Range}
 def tracked_len(model: nn.Module) -> Iterator[None]:
     """``len(tensor)`` is a tracked size while a recording runs, in the source files of the model's modules."""
     found: dict[int, dict[str, Any]] = {}
-    for module in model.modules():
+    for module in all_modules(model):
         for owner in type(module).__mro__:
             forward = vars(owner).get("forward")
             names = getattr(forward, "__globals__", None)

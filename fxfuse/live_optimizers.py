@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxfuse.module_tree import all_modules, bare
 from fxfuse.unregistered import unregistered
 
 _WRAPPERS = frozenset(("AcceleratedOptimizer", "LightningOptimizer"))
@@ -58,14 +59,14 @@ def _alive() -> Iterator[Any]:
 
 
 def _in_attributes(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        for value in list(module.__dict__.values()):
+    for module in all_modules(model):
+        for value in [value for value in module.__dict__.values() if not bare(value)]:
             yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _of_lightning(model: nn.Module) -> Iterator[Any]:
     module: Any
-    for module in model.modules():
+    for module in all_modules(model):
         if any(base.__name__ == "LightningModule" for base in type(module).__mro__):
             try:
                 found = module.optimizers(use_pl_optimizer=False)

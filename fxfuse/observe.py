@@ -16,6 +16,7 @@ from torch import nn
 
 from .collector import paused
 from .inputs import batch_size, other_variations, resample, vary
+from .module_tree import all_modules
 from .trace import Frame, Key, Ref, Trace
 from .tracer import record
 from .unify import Mismatch, Unifier, interchangeable
@@ -137,7 +138,7 @@ class _Mode:
     def enter(self, model: nn.Module) -> None:
         model.train(self.training)
         if self.flags is not None:
-            for module, flag in zip(model.modules(), self.flags, strict=True):
+            for module, flag in zip(all_modules(model), self.flags, strict=True):
                 module.__dict__["training"] = flag
 
 
@@ -281,7 +282,7 @@ class _Checker:
 
 
 def _flags(model: nn.Module) -> tuple[bool, ...]:
-    return tuple([module.training for module in model.modules()])
+    return tuple([module.training for module in all_modules(model)])
 
 
 def _by_call(trace: Trace) -> dict[tuple[str, int], Frame]:
@@ -301,9 +302,9 @@ def _asks_for_mode(model: nn.Module) -> bool:
     Then Python may take sizes into account in one mode only, which one run in each mode does not show. (torch's own modules hand
     the flag to the call that depends on it, where it is seen.)
     """
-    classes = {base for module in model.modules() for base in type(module).__mro__}
+    classes = {base for module in all_modules(model) for base in type(module).__mro__}
     own = [cls for cls in classes if cls is not object and not cls.__module__.startswith("torch.")]
-    replaced = [vars(module)["forward"] for module in model.modules() if "forward" in vars(module)]
+    replaced = [vars(module)["forward"] for module in all_modules(model) if "forward" in vars(module)]
     if any("train" in vars(cls) or "eval" in vars(cls) for cls in own):
         return True
     return any(_mentions(value, 0) for value in (*replaced, *(value for cls in own for value in vars(cls).values())))

@@ -27,7 +27,7 @@ from . import large, plan_cache
 from .attributes import attributes_kept
 from .build import Builder, Recorded, refuse
 from .casts import without_autocast
-from .collector import paused
+from .collector import collecting, paused
 from .contents import Contents
 from .copies import independent_copy, sharing_copy
 from .depth import deeper
@@ -51,10 +51,10 @@ from .plan import LEAST_GAIN
 from .quiet import quiet
 from .regions import Region, RegionFinder
 from .report import Report
+from .silent_hooks import hooks_silent
 from .staying import times_faster
 from .store import get_report, set_report
 from .timing import medians
-from .tracer import hooks_silent
 from .undo import Undo
 from .validate import other_examples
 from .validate import validate as compare
@@ -228,7 +228,7 @@ def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool
         try:
             # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
             # Recorded without autocast, whoever calls: a region makes programs for calls under it when the first of them comes.
-            with quiet(), deeper(model), torch.inference_mode(False), without_autocast():
+            with quiet(), deeper(model), torch.inference_mode(False), without_autocast(), paused():
                 return _Pipeline(model, entries, options, report, undo).run(inplace)
         finally:
             given.restore()  # a cache among the example inputs is as it was
@@ -301,7 +301,7 @@ class _Pipeline:
         try:
             # The passes make a million objects and no garbage; what runs the model itself collects as usual.
             passes = name in ("record", "find lanes", "rewrite and pack", "measure") or (name == "plan" and not self.options.tune)
-            with paused() if passes else nullcontext():
+            with nullcontext() if passes else collecting():
                 yield
         finally:
             self.report.stages[name] = self.report.stages.get(name, 0.0) + time.perf_counter() - start

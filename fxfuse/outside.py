@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 
 from .graph import Place
+from .module_tree import all_modules
 
 _PLAIN = (int, float, complex, str, bytes, type(None))
 _NOT_THE_USERS = frozenset({"torch", "builtins", "fxfuse", "typing", "abc"})
@@ -191,7 +192,7 @@ class Globals:
     def __init__(self, model: nn.Module) -> None:
         self.held: list[_Held] = []
         seen: set[tuple[int, str]] = set()
-        for kind in dict.fromkeys(type(module) for module in model.modules()):
+        for kind in dict.fromkeys(type(module) for module in all_modules(model)):
             for space, name, owner, place in _named(kind):  # type: ignore[arg-type]  # classes are hashable
                 value = space.get(name)
                 container = isinstance(value, (list, dict, set, deque))

@@ -15,7 +15,7 @@ from fxfuse.lane import LaneInfo, Slot, lane_info
 from fxfuse.packing import each_parameter
 from fxfuse.recipes import lane_view
 from fxfuse.region import RegionState
-from fxfuse.unregistered import hidden_parameters
+from fxfuse.unregistered import hidden_parameters, unregistered
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def places(model: nn.Module) -> dict[str, Place]:
             found[name] = Place(value)
         elif value.recipe.kind == "parameter":
             found[name] = Place(value.packed(), value.recipe, value.index, states[id(value)])
-    for name, value in hidden_parameters(model).items():  # these are never packed: a fused model keeps them, as views of one buffer
+    # These are never packed: a fused model keeps them, as views of one buffer.
+    for name, value in hidden_parameters(model, unregistered(model)).items():
         found.setdefault(name, Place(value))
     return found

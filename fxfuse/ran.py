@@ -52,8 +52,8 @@ class Ears:
     """What hears which code runs. Our own work in between is not listened to: each call and return in it costs as one of the model's.
 
     >>> ears = Ears()
-    >>> ears.close(), ears.open()  # nothing listens
-    (None, None)
+    >>> ears.close()  # nothing listens
+    False
     """
 
     def __init__(self) -> None:
@@ -71,14 +71,31 @@ class Ears:
             self._hook(None)
         self._hook = None
 
-    def close(self) -> None:
-        """Until ``open``, nothing is noted on this thread. Whoever put a profiler of its own there meanwhile keeps it."""
+    def close(self) -> bool:
+        """Until ``open``, nothing is noted on this thread. Were they open? Whoever put a profiler of its own there meanwhile keeps it."""
         if self._hook is not None and self._now() is self._note:
             self._hook(None)
+            return True
+        return False
 
     def open(self) -> None:
         if self._hook is not None and self._now() is None:
             self._hook(self._note)
+
+
+_TORCH_ONLY = frozenset(
+    f"torch.nn.modules.{name}"
+    for name in "activation batchnorm conv dropout flatten fold instancenorm linear normalization padding pooling sparse".split()
+)
+
+
+def runs_torch_only(kind: type) -> bool:
+    """Does the forward of this very class run torch's code alone, and the forwards of submodules?
+
+    >>> runs_torch_only(nn.Linear), runs_torch_only(nn.Sequential), runs_torch_only(nn.TransformerEncoderLayer)  # it calls what it is given
+    (True, True, False)
+    """
+    return kind.__module__ in _TORCH_ONLY or kind is nn.Sequential
 
 
 @contextmanager

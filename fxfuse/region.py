@@ -26,6 +26,7 @@ from fxfuse.graph import Program, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.held import Held, Kept, resolved
 from fxfuse.lane import LaneMixin, Slot, Watch, attribute_of, gathered_once, lane_info, saving_by_original_name, shared_views
+from fxfuse.module_tree import all_modules
 from fxfuse.parts import fit_parts
 from fxfuse.private.autocast import any_autocast_enabled
 from fxfuse.private.module_hooks import CALL_HOOKS, hooks_for_all
@@ -559,8 +560,8 @@ def _slots(module: nn.Module) -> dict[str, Slot]:
 
 def registered(region: nn.Module, holder: nn.Module | None = None) -> list[nn.Module]:
     """``region.modules()``, in order, without the pack."""
-    skip = set() if holder is None else set(holder.modules())
-    return [module for module in region.modules() if module not in skip]
+    skip = set() if holder is None else set(all_modules(holder))
+    return [module for module in all_modules(region) if module not in skip]
 
 
 def _hide_pack(name: str) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from fxfuse.lane import by_original_name
 from fxfuse.packing import original_gradients, original_named_parameters
 from fxfuse.private.pytree import tree_leaves
 from fxfuse.private.versions import version
-from fxfuse.unregistered import hidden_parameters
+from fxfuse.unregistered import hidden_parameters, unregistered
 
 
 @dataclass
@@ -75,7 +75,7 @@ def run(
     named = [*named_leaves(args, "input"), *named_leaves(kwargs, "input")]
     inputs = {name: leaf for name, leaf in named if isinstance(leaf, Tensor)}
     versions = {name: version(leaf) for name, leaf in inputs.items()}
-    hidden = hidden_parameters(model)
+    hidden = hidden_parameters(model, unregistered(model))
     saved = {p: p.grad for p in [*model.parameters(), *hidden.values()]}
     before, missed = _fallbacks(model), _missed(model)
     held = [vars(model.get_submodule(path)).get(name) for path, name in attributes]

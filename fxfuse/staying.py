@@ -16,9 +16,9 @@ from .containers import opened
 from .determinism import preserved_state
 from .entries import Entry
 from .private.pytree import tree_leaves
+from .silent_hooks import hooks_silent
 from .timing import medians
-from .tracer import hooks_silent
-from .unregistered import hidden_parameters
+from .unregistered import hidden_parameters, unregistered
 
 
 def times_faster(original: nn.Module, fused: nn.Module, entry: Entry, train: bool, budget: float = 0.5) -> float:
@@ -30,7 +30,8 @@ def times_faster(original: nn.Module, fused: nn.Module, entry: Entry, train: boo
     with preserved_state(original, fused), hooks_silent(original), hooks_silent(fused), torch.set_grad_enabled(train):
         for model in (original, fused):
             model.train(train)
-            wanted = [p for p in (*model.parameters(), *hidden_parameters(model).values()) if p.requires_grad] if train else []
+            parameters = (*model.parameters(), *hidden_parameters(model, unregistered(model)).values())
+            wanted = [p for p in parameters if p.requires_grad] if train else []
             calls.append(partial(_step, entry.root(model), entry, wanted))
         before, after = medians(calls, budget=budget)
     return before / after

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .module_tree import bare, named_modules
+
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 _DEEPEST = 3  # containers inside of containers
 
@@ -29,26 +31,30 @@ def unregistered(model: nn.Module, owners: Iterable[tuple[str, nn.Module]] | Non
     >>> [path for path, module in unregistered(Hidden())]
     ['nets.0', 'nets.1']
     """
-    known = set(model.modules())
-    for path, owner in model.named_modules() if owners is None else owners:
+    named = named_modules(model)
+    known = {module for _, module in named}
+    for path, owner in named if owners is None else owners:
         for name, value in list(vars(owner).items()):
-            if name not in _REGISTERED:
+            if name not in _REGISTERED and not bare(value):
                 for way, found in _modules_in(value, _DEEPEST):
-                    for below, module in found.named_modules():
+                    for below, module in named_modules(found):
                         if module not in known and not isinstance(module, torch.jit.ScriptModule):
                             known.add(module)
                             yield ".".join(part for part in (path, name, way, below) if part), module
 
 
-def hidden_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The Parameters of a model's unregistered modules, by path; not where a key has a dot in it, which a path cannot say.
+def hidden_parameters(model: nn.Module, beside: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
+    """The Parameters of the modules ``beside`` a model, ``unregistered(model)``, by path.
 
-    >>> hidden_parameters(nn.Linear(2, 3))
+    Those where a key has a dot in it are left out: a path cannot say that.
+
+    >>> hidden_parameters(nn.Linear(2, 3), [])
     {}
     """
-    own = {id(parameter) for parameter in model.parameters()}
+    beside = list(beside)
+    own = {id(parameter) for parameter in model.parameters()} if beside else set()
     found: dict[str, nn.Parameter] = {}
-    for path, module in unregistered(model):
+    for path, module in beside:
         for name, parameter in module._parameters.items() if _leads_to(model, path, module) else ():
             if parameter is not None and id(parameter) not in own:
                 own.add(id(parameter))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fxfuse.module_tree import named_modules
 from fxfuse.private.tensor_hooks import has_gradient_hooks, hook_stores
 from fxfuse.unregistered import unregistered
 
@@ -78,10 +79,10 @@ def _reason(tensor: torch.Tensor, kind: str, module: nn.Module, key: str) -> str
 
 def carry_over(model: nn.Module, copied: nn.Module) -> None:
     """Give the Parameters of a copy what copy.deepcopy leaves out: attributes, gradient hooks, and memory that two of them share."""
-    others = dict(copied.named_modules())
+    others = dict(named_modules(copied))
     done: set[int] = set()
     memory: dict[tuple[Any, ...], torch.Tensor] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         for name, tensor in module._parameters.items():
             made = others[path]._parameters.get(name) if path in others else None
             if tensor is None or made is None or made is tensor or id(made) in done:
@@ -97,7 +98,7 @@ def carry_over(model: nn.Module, copied: nn.Module) -> None:
                 continue
             made.requires_grad_()
             for hook in hooks:
-                made.register_hook(hook)
+                made.register_hook(hook)  # type: ignore[no-untyped-call]
             for hook in late:
-                made.register_post_accumulate_grad_hook(hook)
+                made.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             made.requires_grad_(tensor.requires_grad)

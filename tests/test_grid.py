@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks import grid, grid_goals, grid_peers
-from benchmarks.grid_cases import FAMILIES, Case, Loop, by_hand, cases, example, short, smallest
+from benchmarks.grid_cases import FAMILIES, Case, Loop, by_hand, cases, example, sample, short, smallest
 
 CPU = torch.device("cpu")
 
@@ -121,3 +121,12 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert measured == [other.key]
     grid.main([*arguments, "--out", str(tmp_path / "later"), "--minutes", "-1"])
     assert measured == [other.key], "no case is started after the time is up"
+
+
+def test_every_beginning_of_a_sample_is_spread():
+    whole, first = set(cases()), sample(40)
+    assert len(first) == len(set(first)) == 40
+    assert set(first) <= whole
+    assert {case.family for case in first[:16]} == set(FAMILIES)
+    assert sample(12) == first[:12]
+    assert set(sample(10**6)) == whole

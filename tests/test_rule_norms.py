@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import checks
 import fxfuse
 from checks import QUICK, randn, randomized
+from fxfuse.memory import peak_bytes
 
 
 @pytest.mark.parametrize("kind", BATCH_NORMS)
@@ -123,6 +124,29 @@ class OverTwoDims(nn.Module):
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"elementwise_affine": False}], ids=str)
 def test_layer_norm_over_two_dims(options: dict[str, Any]) -> None:
     checks.assert_fused_equals(randomized(OverTwoDims(**options)), randn(5, 9, 4), **QUICK)
+
+
+def _scaled_and_shifted() -> tuple[set[Any], int]:
+    """The calls of the fused model, and the bytes that a training step takes at its peak."""
+    model, x = randomized(OverTwoDims()), randn(64, 9, 4)
+    fused = checks.assert_fused_equals(model, x, **QUICK)
+    calls = {node.target for node in fxfuse.graph(fused)[""].graph.nodes if node.op == "call_function"}
+
+    def step() -> None:
+        sum(out.sum() for out in fused(x)).backward()
+
+    step()  # from here on there are gradients to add to
+    return calls, peak_bytes(step)
+
+
+def test_scale_and_shift_in_one_launch_or_in_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``addcmul`` for launches; a product and a sum where time counts, whose backward holds one tensor of all lanes less."""
+    few, more = _scaled_and_shifted()
+    monkeypatch.setattr("fxfuse.plan._preferred", lambda options: "")
+    many, less = _scaled_and_shifted()
+    assert torch.addcmul in few
+    assert {torch.mul, torch.add} <= many - {torch.addcmul} == many
+    assert less < more
 
 
 class UnitVectors(nn.Module):

@@ -20,9 +20,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from fxfuse.internal_files import is_internal
 from fxfuse.private.dynamo import is_higher_order, is_open, is_wanted_open, is_weight, is_wrapped_number
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.tracer import is_internal
 from fxfuse.widen import widen
 
 NUMBERS = "the graph takes Python's numbers as tensors, which dynamo fixes in a second attempt where the inner backend needs them"

@@ -35,7 +35,11 @@ def _over_last_dims(emitter: Emitter, bundle: Bundle) -> tuple[Packed, str]:
         value = Packed(emitter.call("type_as", given_as, weight), value.dim)
     out = Packed(emitter.call(function, value.node, shape, *([None] * len(names)), eps), value.dim)
     nodes, lane = aligned(emitter, [(out, lane_rank), *((v, len(shape)) for v in affine.values())], lane_rank)
-    if len(affine) == 2:
+    # A launch less; but the backward of addcmul holds, and writes, one more tensor of all lanes: that decides where time does not.
+    options = ("addcmul", "mul_add") if emitter.prefer else ("mul_add", "addcmul")
+    if len(affine) == 2 and emitter.choose(bundle, options) == "mul_add":
+        node = emitter.call(torch.add, emitter.call(torch.mul, nodes[0], nodes[1]), nodes[2])
+    elif len(affine) == 2:
         node = emitter.call(torch.addcmul, nodes[2], nodes[0], nodes[1])
     else:
         node = emitter.call(torch.mul if "weight" in affine else torch.add, nodes[0], nodes[1])
