@@ -497,7 +497,11 @@ def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
         if hasattr(mixin, "_fxfuse_forward"):
 
             def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-                return self._fxfuse_forward(args, kwargs)
+                try:
+                    run = self._fxfuse_forward
+                except AttributeError:  # taken apart; who wrapped the forward of the fused model (accelerate does) still comes here
+                    return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+                return run(args, kwargs)
 
             forward.__doc__ = base.forward.__doc__  # type: ignore[attr-defined]
             with suppress(TypeError, ValueError):  # a builtin or a wrapper without one
