@@ -232,3 +232,19 @@ def test_the_pass_has_an_identity_of_its_settings_and_its_source(monkeypatch, tm
     assert fxfuse.inductor_pass().uuid() == before
     (copy / "passes" / "bundle.py").write_text("# another version")
     assert fxfuse.inductor_pass().uuid() != before
+
+
+def test_guards_are_filtered_as_with_any_backend():
+    model = nam()
+    seen = []
+
+    def without_modules(guards):
+        seen.extend(guards)
+        return torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe(guards)
+
+    call = torch.compile(model, backend=by_name, options={"inner": Counting(), "guard_filter_fn": without_modules})
+    for _ in range(2):
+        assert_same_step(model, call, X)
+    assert seen
+    model.nets[3][0].weight.data = randn(6, 1, seed=9)  # where the weights are is looked at without dynamo's guards
+    assert_same_step(model, call, X)
