@@ -5,11 +5,12 @@ Also: nothing outside ``fxfuse/private`` names such an API, and importing fxfuse
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
 import tokenize
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,30 @@ def test_every_file_has_a_check_here() -> None:
 
 
 def test_importing_is_cheap() -> None:
-    code = "import torch, sys; before = set(sys.modules); import fxfuse; print(*sorted({'sympy', 'torch._dynamo'} & set(sys.modules)))"
+    code = "import torch, sys, fxfuse; fxfuse.optimize, fxfuse.backend\n"  # its names are imported when they are asked for
+    code += "print(*sorted({'sympy', 'torch._dynamo'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_names_of_containers_in_files() -> None:
+    """By which an exported program names the classes of its call and its result, and how it reads them."""
+
+    @dataclasses.dataclass
+    class Registered:
+        x: torch.Tensor
+
+    @dataclasses.dataclass
+    class Nameless:
+        x: torch.Tensor
+
+    torch.export.register_dataclass(Registered, serialized_type_name="test_private.Registered")
+    torch.export.register_dataclass(Nameless)
+    assert pytree.serialized_name(Registered) == "test_private.Registered"
+    assert pytree.serialized_type("test_private.Registered") is Registered
+    assert pytree.reads_plain_data(Registered)
+    assert pytree.serialized_name(Nameless) is None
+    assert pytree.serialized_type("test_private.Nameless") is None
+    assert not pytree.reads_plain_data(defaultdict)  # imports what the file names
 
 
 def test_pytree() -> None:
