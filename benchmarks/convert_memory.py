@@ -1,64 +1,73 @@
-"""Peak memory of converting a checkpoint of 300 MB, per kind of output; each in a process of its own.
+"""Peak memory of ``fxfuse convert`` for a checkpoint of 300 MB, per kind of output; each command in a process of its own.
 
-    python benchmarks/convert_memory.py [--megabytes 300] [--kinds pt2 onnx safetensors folder]
+    python benchmarks/convert_memory.py [--megabytes 300] [--kinds safetensors pt2 onnx folder aoti]
 
-The process reads the checkpoint into the model, fuses it, writes it, and loads what it wrote, as ``fxfuse convert`` does. What torch and
-the packages need by themselves (the same steps with a small model) is taken off.
+What is measured is the whole command: it reads the checkpoint into the model, fuses it, writes OUT, loads OUT again and compares. Then
+``fxfuse restore``, where OUT can be restored. What python, torch and the packages need by themselves (the same command for a small
+model) is taken off; both figures are shown. aoti needs a C++ compiler, whose own processes are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import resource
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-KINDS = {"pt2": "net.pt2", "onnx": "net.onnx", "safetensors": "net.safetensors", "folder": "net"}
+KINDS = {"safetensors": "net.safetensors", "pt2": "net.pt2", "onnx": "net.onnx", "folder": "net", "aoti": "net.aoti.pt2"}
+LANES = 16
+MODEL = f'''
+import torch
+from torch import nn
+
+class Nets(nn.Module):
+    def __init__(self, hidden):
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden)) for _ in range({LANES}))
+
+    def forward(self, x):
+        return torch.stack([net(x[:, i]) for i, net in enumerate(self.nets)], 1)
+
+def nets(hidden):
+    with torch.device("meta"):  # the checkpoint's tensors take their place
+        return Nets(hidden)
+
+def make(hidden, path):
+    from safetensors.torch import save_file
+    save_file(Nets(hidden).state_dict(), path)
+'''
+MEASURED = """
+import resource, sys
+from fxfuse.cli import main
+code = main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
 
 
-def child(kind: str, hidden: int, folder: Path) -> None:
-    """One conversion; prints the peak in KiB."""
-    import torch
-    from torch import nn
+def command(words: list[str], folder: Path) -> int:
+    """Run a command; its peak in bytes."""
+    root = Path(__file__).resolve().parents[1]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", MEASURED, *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"fxfuse {' '.join(words)}: exit code {done.returncode}\n{done.stderr}")
+    return int(done.stdout.rpartition("peak ")[2])
 
-    import fxfuse
-    from fxfuse import convert
 
-    class Nets(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.nets = nn.ModuleList(nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden)) for _ in range(16))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.stack([net(x[:, i]) for i, net in enumerate(self.nets)], 1)
-
-    weights = folder / f"{hidden}.safetensors"
-    x = torch.randn(4, 16, hidden)
-    if kind == "make":
-        from safetensors.torch import save_file
-
-        save_file(Nets().state_dict(), weights)
-        return
-    with torch.device("meta"):
-        model = Nets().eval()
-    model.load_state_dict(convert.read_weights(weights), assign=True)
-    with torch.no_grad():
-        expected = model(x)
-    fused = fxfuse.optimize(model, x, objective="launches", tune=False, mode="infer", inplace=True)
-    del model
-    out = folder / KINDS[kind]
-    convert.write(fused, None, ((x,), {}), out)
-    del fused
-    gc.collect()  # modules and what watches them refer to each other
-    if kind == "safetensors":
-        convert.restore(out, folder / "back.safetensors")
-    else:
-        with torch.no_grad():
-            torch.testing.assert_close(convert.load(out)(x), expected)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+def peaks(kind: str, hidden: int) -> dict[str, int]:
+    """The peaks of converting and, where it can be restored, of restoring."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, out = Path(place), KINDS[kind]
+        (folder / "model.py").write_text(MODEL)
+        subprocess.run([sys.executable, "-c", f"import model; model.make({hidden}, 'w.safetensors')"], cwd=folder, check=True)
+        words = ["model:nets", "--args", f"[{hidden}]", "--weights", "w.safetensors", "--inputs", f"float32[4,{LANES},{hidden}]"]
+        found = {f"convert to {kind}": command(["convert", *words, "--objective", "launches", "-o", out], folder)}
+        if kind in ("safetensors", "folder"):
+            found[f"restore of {kind}"] = command(["restore", out, "-o", "back.safetensors"], folder)
+        return found
 
 
 def main() -> None:
@@ -66,26 +75,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS])
     parser.add_argument("--megabytes", type=int, default=300)
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
-        child(given.child[0], int(given.child[1]), Path(given.child[2]))
-        return
-    large = int((given.megabytes * 1e6 / 4 / 32) ** 0.5)
-    size = 32 * (large * large + large) * 4
+    hidden = int((given.megabytes * 1e6 / 4 / (2 * LANES)) ** 0.5)
+    size = 2 * LANES * (hidden * hidden + hidden) * 4
     print(f"checkpoint: {size / 1e6:.0f} MB")
     for kind in given.kinds:
-        peaks = []
-        for hidden in (8, large):
-            with tempfile.TemporaryDirectory() as folder:
-                for step in ("make", kind):
-                    command = [sys.executable, __file__, "--child", step, str(hidden), folder]
-                    done = subprocess.run(command, capture_output=True, text=True, check=False)
-                    if done.returncode:
-                        sys.exit(done.stderr)
-                peaks.append(int(done.stdout.split()[-1]) * 1024)
-        ratio = (peaks[1] - peaks[0]) / size
-        print(f"{kind:12} peak {peaks[1] / 1e6:6.0f} MB, {peaks[0] / 1e6:4.0f} MB without weights: {ratio:.2f} x the checkpoint")
+        small, large = peaks(kind, 8), peaks(kind, hidden)
+        for what, peak in large.items():
+            own, whole = (peak - small[what]) / size, peak / size
+            figures = f"peak {peak / 1e6:6.0f} MB, {small[what] / 1e6:4.0f} MB without weights"
+            print(f"{what:24} {figures}: {own:.2f} x (in all {whole:.2f} x)", flush=True)
 
 
 if __name__ == "__main__":

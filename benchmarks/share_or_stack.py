@@ -3,11 +3,11 @@
     python benchmarks/share_or_stack.py [--members 2 4 8 16 64] [--kib 0.125 4 64 512] [--seconds 0.4] [--train]
     python benchmarks/share_or_stack.py --compiled 4 8 32 [--inner inductor]
 
-Above the table's line are ``SHARED_MEMBERS`` and ``SHARED_BYTES`` of ``fxfuse/dynamo/compiled.py``, the choice that they lead to is marked
-with a star. Shared: the members are looked at where they lie (``SharedPack.packed``); stacked: one ``torch.stack``. With ``--train`` each
-is followed by a backward of the pack alone. ``--compiled``: the feature network with so many lanes, compiled both ways: seconds to the
-first training step, and of a call. What is stacked makes every member an input of the compiled graph, which costs Inductor time to
-compile and AOTAutograd time to pass. One thread; about a minute for the table, and for ``--compiled 4 8 32``.
+Above the table's line are ``SHARED_MEMBERS`` and ``SHARED_BYTES`` of ``fxfuse/dynamo/compiled.py``, the choice that they lead to is
+marked with a star. Shared: the members are looked at where they lie (``SharedPack.packed``); stacked: one ``torch.stack``. With
+``--train`` each is followed by a backward of the pack alone. ``--compiled``: the feature network with so many lanes, compiled both ways:
+seconds to the first training step, and of a call. What is stacked makes every member an input of the compiled graph, which costs
+Inductor time to compile and AOTAutograd time to pass. One thread; about a minute for the table, and for ``--compiled 4 8 32``.
 """
 
 from __future__ import annotations

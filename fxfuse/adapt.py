@@ -144,7 +144,7 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     """The region recorded under ``casts`` and rewritten over its packs."""
     plan, making = state.plan, state.plan.making
     assert making is not None
-    region = unfuse(state.region)
+    region = _bare(unfuse(state.region))
     for whole in plan.wholes.values():  # frozen lanes are lanes of their pack still: its parts are joined at every call
         for member in whole.members:
             walk(region, member).requires_grad_(whole.requires_grad)
@@ -172,6 +172,12 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     return _Made(program, constants, entry, not reads_offsets(observation.trace))
 
 
+def _bare(region: nn.Module) -> nn.Module:
+    """The region with its class's own forward: a wrapper around that (accelerate's) has done its part already."""
+    region.__dict__.pop("forward", None)
+    return region
+
+
 def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments as leaves: the call's own tensors belong to somebody's autograd graph."""
     found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(
@@ -193,7 +199,7 @@ def _packs(state: RegionState, region: nn.Module) -> Packs:
 
 def _prove(state: RegionState, made: _Made, casts: tuple[str, torch.dtype]) -> None:
     """Raise ``Unfit`` where the program is not the loop: without its casts, as far as the loop runs without autocast; and with them."""
-    original, fused = unfuse(state.region), copy.deepcopy(state.region)
+    original, fused = _bare(unfuse(state.region)), _bare(copy.deepcopy(state.region))
     entry, trial = made.entry, fused.__dict__[STATE]
     roots, example = (entry.root(original), entry.root(fused)), (entry.args, entry.kwargs)
     examples = [example, *(other_examples(example)[:2] if made.fresh else [])]

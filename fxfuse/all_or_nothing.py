@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.determinism import same_bits
+from fxfuse.saved_recipes import noted, packs_in, unpacked
+from fxfuse.sharded import own_share
 
 NAME = "load_state_dict"
 
@@ -49,15 +51,28 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             for tensor, data, requires_grad, values in saved:
                 if tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype or tensor.shape != data.shape:
                     tensor.data = data
-                if values is not None and not same_bits(tensor, values):
-                    tensor.data.copy_(values)
+                if values is not None and not same_bits(own_share(tensor), values):
+                    own_share(tensor.data).copy_(values)
                 if tensor.requires_grad is not requires_grad:
                     tensor.requires_grad_(requires_grad)
         raise
 
 
 def _values(tensor: Tensor) -> Tensor | None:
-    return None if tensor.is_meta else tensor.detach().clone()
+    return None if tensor.is_meta else own_share(tensor.detach()).clone()
+
+
+def refitted(model: nn.Module, *args: Any) -> tuple[Any, ...]:
+    """The arguments of ``load_state_dict``; a state dict of a model that was fused in another way comes by the original's names.
+
+    Plans differ with the machine that measured, and with options.
+    """
+    notes = noted(args[0]) if args else {}
+    if not notes:
+        return args
+    states = {path: module.__dict__["_fxfuse"] for path, module in model.named_modules() if "_fxfuse" in module.__dict__}
+    mine = {path: {recipe.name for recipe in state.plan.recipes} for path, state in states.items() if state.packing == "packed"}
+    return args if mine == {path: packs_in(note) for path, note in notes.items()} else (unpacked(args[0]), *args[1:])
 
 
 class Loader:
@@ -69,7 +84,7 @@ class Loader:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
         with all_or_nothing(model):
-            return getattr(type(model), NAME)(model, *args, **kwargs)
+            return getattr(type(model), NAME)(model, *refitted(model, *args), **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loader:
         return Loader(copy.deepcopy(self.model, memo))

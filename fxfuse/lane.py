@@ -27,6 +27,7 @@ from fxfuse.private.module_hooks import BOOKKEEPING
 from fxfuse.private.state_dicts import forget_version
 from fxfuse.private.transforms import transforming
 from fxfuse.recipes import lane_view, lane_views
+from fxfuse.sharded import gathered, is_sharded
 
 LANE = "_fxfuse_lane"  # the key in an instance's __dict__ under which its LaneInfo lies
 
@@ -142,6 +143,17 @@ class Slot:
             entry = cache[id(packed)] = (packed, lane_views(self.recipe, packed))  # the entry keeps packed, and so its id, alive
         return entry[1][self.index]
 
+    def saved(self) -> Tensor:
+        """As ``view``, for state dicts: of a pack that is sharded over processes, a view of all of it."""
+        packed = self.packed()
+        if not is_sharded(packed):
+            return self.view()
+        kept: dict[int, tuple[Tensor, Tensor]] | None = getattr(_thread, "whole", None)
+        cache = {} if kept is None else kept
+        if id(packed) not in cache:
+            cache[id(packed)] = packed, gathered(packed)
+        return lane_view(self.recipe, cache[id(packed)][1], self.index)
+
     def write(self, name: str, value: Any) -> None:
         """Copy an assigned tensor into the pack. Raises ``ArgumentError`` for what a view cannot become."""
         shape, kind = self.recipe.member_shape(self.index), self.recipe.kind
@@ -189,7 +201,7 @@ class LaneInfo:
 
 
 def _in_order(order: tuple[str, ...], kept: dict[str, Any], slots: dict[str, Slot]) -> dict[str, Any]:
-    merged = {name: slots[name].view() if name in slots else kept[name] for name in order if name in slots or name in kept}
+    merged = {name: slots[name].saved() if name in slots else kept[name] for name in order if name in slots or name in kept}
     return {**merged, **kept}
 
 
@@ -207,6 +219,17 @@ def shared_views() -> Iterator[None]:
         yield
     finally:
         _thread.views = outer
+
+
+@contextmanager
+def gathered_once() -> Iterator[None]:
+    """Within, on this thread, a pack that is sharded over processes is gathered once for all its lanes."""
+    outer = getattr(_thread, "whole", None)
+    _thread.whole = {} if outer is None else outer
+    try:
+        yield
+    finally:
+        _thread.whole = outer
 
 
 @contextmanager
@@ -354,6 +377,8 @@ class LaneMixin(nn.Module):
         assign = rest[0].get("assign_to_params_buffers", False)
         rest = ({k: v for k, v in rest[0].items() if k != "assign_to_params_buffers"}, *rest[1:])
         for name, slot in info.slots.items():
+            if is_sharded(slot.packed()):
+                raise StateDictError(f"{prefix}{name} is a lane of a pack that is sharded over processes: load all lanes together")
             if assign and prefix + name in state_dict and slot.packed().is_meta:
                 raise StateDictError(f"{prefix}{name} cannot be loaded alone into a pack on the meta device: load all its lanes together")
         with _as_original(self, info):
@@ -365,6 +390,15 @@ class LaneMixin(nn.Module):
                         target = info.slots[name].view().detach()
                         if after[name].device != target.device or after[name].data_ptr() != target.data_ptr():
                             target.copy_(after[name].detach())
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module. A part of a region, asked for by itself, has the packs whose lanes it holds, or views of its lanes."""
+        region = getattr(self.__dict__[LANE].watch, "region", self)
+        if not recurse or region is self or self._fxfuse_base.named_parameters is not nn.Module.named_parameters:
+            return super().named_parameters(prefix, recurse, remove_duplicate)
+        from fxfuse.below import parameters_below  # imports this file
+
+        return cast("Iterator[tuple[str, nn.Parameter]]", parameters_below(self, prefix, remove_duplicate))
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """As of any module; where it would freeze some lanes of a pack only, raise instead of doing nothing."""
@@ -463,7 +497,11 @@ def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
         if hasattr(mixin, "_fxfuse_forward"):
 
             def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-                return self._fxfuse_forward(args, kwargs)
+                try:
+                    run = self._fxfuse_forward
+                except AttributeError:  # taken apart; who wrapped the forward of the fused model (accelerate does) still comes here
+                    return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+                return run(args, kwargs)
 
             forward.__doc__ = base.forward.__doc__  # type: ignore[attr-defined]
             with suppress(TypeError, ValueError):  # a builtin or a wrapper without one

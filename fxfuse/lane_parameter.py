@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfuse.errors import FxfuseError
 from fxfuse.lane import Slot
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.recipes import lane_view
+from fxfuse.sharded import is_sharded
 
 
 class LaneParameter(Tensor):
@@ -44,7 +46,10 @@ class LaneParameter(Tensor):
 
 
 def lane_parameter(slot: Slot) -> Tensor:
-    """The parameter of a lane."""
+    """The parameter of a lane. Raises ``FxfuseError`` where its pack is sharded over processes."""
+    if is_sharded(slot.packed()):
+        name = slot.recipe.members[slot.index]
+        raise FxfuseError(f"{name} is a lane of a pack that is sharded over processes, and has no view there: see original_state_dict")
     view = slot.view().as_subclass(LaneParameter)
     view._fxfuse_slot = slot
     return view

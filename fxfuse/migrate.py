@@ -24,6 +24,7 @@ from fxfuse.live_optimizers import unwrapped
 from fxfuse.places import Place, places
 from fxfuse.recipes import pack
 from fxfuse.region import RegionState
+from fxfuse.sharded import gathered, shared_as
 
 # Of an optimizer that was migrated: by id, each Parameter and where in its group its members were in the beginning, by name ("" where it
 # is no pack). A pack has no place among them, and a state dict of the original goes by places.
@@ -140,7 +141,7 @@ def _member(optimizer: Any, name: str, where: Place, group: int, order: int | No
         if key in numbers and (not isinstance(value, Tensor) or value.dim() == 0):
             whole[key] = value
         elif isinstance(value, Tensor) and value.shape == where.holder.shape:
-            shaped[key] = where.of(value)
+            shaped[key] = value if where.recipe is None else where.of(gathered(value))
         elif value is None:
             whole[key] = None
         else:
@@ -190,9 +191,16 @@ def put(collected: Collected, optimizer: Any, target: Mapping[str, Place], names
             made[key] = _joined(where.holder, where.recipe, [member.shaped[key] for _, member in every if member is not None])
         if made:
             state.append((where.holder, made))
+    packed = any(where.recipe is not None for where in target.values())
+    held, ranks = {id(where.holder) for where in target.values()}, {key: number for number, key in enumerate(names_of)}
     for group, members in zip(optimizer.param_groups, groups, strict=True):
         before = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
         group["params"] = [parameter for _, parameter in sorted(members, key=lambda each: each[0])]
+        if packed:  # as an optimizer has them that is built from the packed model: their state dicts are the same
+            ours = [k for k, parameter in enumerate(group["params"]) if id(parameter) in held]
+            alike = sorted((group["params"][k] for k in ours), key=lambda parameter: ranks.get(id(parameter), len(ranks)))
+            for k, parameter in zip(ours, alike, strict=True):
+                group["params"][k] = parameter
         if "param_names" in group:
             group["param_names"] = [names_of.get(id(p), before.get(id(p), "")) for p in group["params"]]
     for holder in collected.holders:
@@ -222,7 +230,7 @@ def _apart(collected: Collected, target: dict[str, Place]) -> None:
 
 def _joined(holder: Tensor, recipe: Recipe | None, values: list[Tensor]) -> Tensor:
     with torch.no_grad():
-        value = values[0] if recipe is None else pack(recipe, values)
+        value = shared_as(values[0] if recipe is None else pack(recipe, values), holder)
         return torch.empty_like(holder, dtype=value.dtype, requires_grad=False).copy_(value)
 
 

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxfuse.errors import ArgumentError, OptimizerError
 from fxfuse.live_optimizers import unwrapped
 from fxfuse.migrate import Collected, again, check_optimizer, collect, collect_from, place, put
 from fxfuse.places import Place, places
+from fxfuse.sharded import is_sharded
 
 
 def original_optimizer_state_dict(optimizer: Any, model: nn.Module) -> dict[str, Any]:
@@ -82,6 +84,9 @@ def _over_the_original(optimizer: Any, model: nn.Module, collected: Collected) -
 
 
 def _stand_in(where: Place) -> nn.Parameter:
+    if where.recipe is not None and is_sharded(where.holder):  # it has the shape, which is all that is asked
+        made = torch.empty(where.shape, dtype=where.holder.dtype, device=where.holder.device)
+        return nn.Parameter(made, requires_grad=where.holder.requires_grad)
     return nn.Parameter(where.of(where.holder.detach()), requires_grad=where.holder.requires_grad)
 
 

@@ -20,6 +20,8 @@ from fxfuse.lane import Pack, Slot, by_original_name, lane_info
 from fxfuse.lane_parameter import lane_parameter
 from fxfuse.private.state_dicts import set_versions, versions_of
 from fxfuse.recipes import lane_view, pack, packed_shape, unpack
+from fxfuse.saved_recipes import noted, unpacked
+from fxfuse.sharded import gathered, is_sharded, shared_as
 
 __all__ = [
     "load_original_state_dict",
@@ -33,19 +35,31 @@ __all__ = [
 ]
 
 
-def original_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
+def original_state_dict(model: nn.Module | Mapping[str, Any]) -> OrderedDict[str, Any]:
     """The ``state_dict()`` that the original model would give: its names in its order, tied names and buffers included.
 
-    Tensors are detached, contiguous copies in the model's dtypes and on its devices. Works on any module, fused or not.
+    Instead of a model, a state dict that ``torch.save(fused.state_dict())`` wrote will do, in any process: it carries the recipes (which
+    formats of tensors only, safetensors and torch.distributed.checkpoint, leave out; then ``StateDictError`` is raised).
+
+    Tensors are detached, contiguous copies in the model's dtypes and on its devices. Works on any module, fused or not. Where weights are
+    sharded over processes (FSDP2), every process calls it, and gets all of them whole.
 
     >>> list(original_state_dict(nn.Linear(2, 3)))
     ['weight', 'bias']
     """
+    if isinstance(model, Mapping):
+        odd = next((key for key in model if "packed" in str(key).split(".") and not noted(model)), None)
+        if odd is not None:
+            raise StateDictError(
+                f"the state dict has packed names ({odd}) and carries no recipes: load it into the fused model, "
+                "or save with torch.save(fused.state_dict()), or by the original's names"
+            )
+        return unpacked(model)
     with by_original_name():
         live = model.state_dict()
     saved: OrderedDict[str, Any] = OrderedDict()
     for name, value in live.items():
-        saved[name] = value.detach().clone(memory_format=torch.contiguous_format) if _plain(value) else value
+        saved[name] = gathered(value.detach()).clone(memory_format=torch.contiguous_format) if _plain(value) else value
     metadata = versions_of(live)
     if metadata is not None:
         packs = {path for path, module in model.named_modules() if isinstance(module, Pack)}
@@ -91,6 +105,9 @@ def load_original_state_dict(model: nn.Module, state_dict: Mapping[str, Any], st
             problems.append("it has the names of a fused model's packs: fused.load_state_dict takes these")
         raise StateDictError(f"the state dict does not fit {type(model).__name__}: " + "; ".join(problems))
     given = OrderedDict((name, value) for name, value in state_dict.items() if name in expected)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in given and is_sharded(tensor):
+            given[name] = shared_as(given[name], tensor)
     versions = versions_of(state_dict)
     if versions is not None:
         set_versions(given, versions)

@@ -19,20 +19,23 @@ import torch.fx
 from torch import Tensor, nn
 
 from fxfuse.alias import AliasPack, StaleAlias
-from fxfuse.all_or_nothing import all_or_nothing
+from fxfuse.all_or_nothing import all_or_nothing, refitted
 from fxfuse.entries import FORWARD
 from fxfuse.errors import FallbackError, FxfuseError
 from fxfuse.graph import Program, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.held import Held, Kept, resolved
-from fxfuse.lane import LaneMixin, Slot, Watch, attribute_of, lane_info, shared_views
+from fxfuse.lane import LaneMixin, Slot, Watch, attribute_of, gathered_once, lane_info, saving_by_original_name, shared_views
 from fxfuse.module_tree import all_modules
 from fxfuse.parts import fit_parts
 from fxfuse.private.autocast import any_autocast_enabled
 from fxfuse.private.module_hooks import CALL_HOOKS, hooks_for_all
-from fxfuse.recipes import pack, packed_shape, unpack
+from fxfuse.private.state_dicts import versions_of
+from fxfuse.recipes import lane_view, pack, packed_shape, unpack
 from fxfuse.runtime import MISS, Compiled, Source, compile_program, source
+from fxfuse.saved_recipes import NOTE, note_of, packs_in, unpack_region
 from fxfuse.serialize import program_from_data, program_to_data
+from fxfuse.sharded import gathered, is_sharded, shared_as
 from fxfuse.surroundings import Around, Piece
 from fxfuse.unread import unread
 
@@ -101,6 +104,11 @@ class RegionState(Watch):
         """All modules that were given a generated class."""
         yield from self.modules
         yield from self.hidden
+
+    def slots(self) -> Iterator[Slot]:
+        """Where the tensors of all lanes lie."""
+        for module in self.members():
+            yield from _slots(module).values()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in self.__dict__.items() if k not in _UNSAVED}
@@ -431,17 +439,33 @@ class RegionMixin(LaneMixin):
             if not (name == state.holder and id(state) in _loops()):
                 yield name, child
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's. One of packed names carries the recipes in its metadata, where torch notes the versions of modules."""
+        state: RegionState = self.__dict__[STATE]
+        with gathered_once():
+            saved = super().state_dict(*args, **kwargs)
+        versions = versions_of(saved)
+        if versions is not None and state.packing == "packed" and not (state.original_names or saving_by_original_name()):
+            path = str(args[1] if len(args) > 1 else kwargs.get("prefix", ""))[:-1]
+            versions.get(path, {})[NOTE] = note_of(self, state.plan)
+        return saved
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As any module's; a state dict that does not fit changes nothing."""
         with all_or_nothing(self):
-            return super().load_state_dict(*args, **kwargs)
+            return super().load_state_dict(*refitted(self, *args), **kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         state: RegionState = self.__dict__[STATE]
         metadata, missing = rest[0], rest[2]
+        note = metadata.get(NOTE)
+        if note is not None and packs_in(note) != {recipe.name for recipe in state.plan.recipes}:  # plans differ with the machine
+            unpack_region(prefix[:-1], note, state_dict)
         if state.packing == "packed":
             fit_parts(state.plan, state_dict, prefix)
         packed = any(prefix + recipe.name in state_dict for recipe in state.plan.recipes)
+        if not packed and state.packing == "packed" and any(is_sharded(slot.packed()) for slot in state.slots()):
+            packed = _share_keys(state, state_dict, prefix, missing, rest[4])
         if not packed and state.packing == "packed" and metadata.get("assign_to_params_buffers", False):
             packed = _pack_keys(state, state_dict, prefix)
         if state.packing == "alias":
@@ -451,12 +475,41 @@ class RegionMixin(LaneMixin):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def _pack_keys(state: RegionState, state_dict: Any, prefix: str) -> bool:
-    """Replace the original keys by packed ones where all are there and fit: ``assign=True`` then takes over dtype and device."""
-    names = {(s.recipe.name, s.index): [] for m in state.members() for s in _slots(m).values()}  # type: ignore[var-annotated]
+def _names_of_lanes(state: RegionState, prefix: str) -> dict[tuple[str, int], list[str]]:
+    """By pack and lane, the original's keys for it: several where it is tied."""
+    names: dict[tuple[str, int], list[str]] = {(slot.recipe.name, slot.index): [] for slot in state.slots()}
     for path, module in state.region.named_modules(remove_duplicate=False):
         for name, slot in _slots(module).items():
             names[(slot.recipe.name, slot.index)].append(prefix + (f"{path}.{name}" if path else name))
+    return names
+
+
+def _share_keys(state: RegionState, state_dict: Any, prefix: str, missing: list[str], errors: list[str]) -> bool:
+    """Replace the original keys by packed ones, laid out over the processes as the packs are: a lane's view cannot be written there."""
+    names = _names_of_lanes(state, prefix)
+    if not any(key in state_dict for keys in names.values() for key in keys):
+        return False
+    packs = {slot.recipe.name: (slot.recipe, slot.packed()) for slot in state.slots()}
+    with torch.no_grad():
+        for recipe, packed in packs.values():
+            full = gathered(packed).clone()
+            for index in range(len(recipe.members)):
+                keys = names[(recipe.name, index)]
+                missing += [key for key in keys if key not in state_dict]
+                for key in (key for key in keys if key in state_dict):
+                    given = state_dict.pop(key)
+                    if not isinstance(given, Tensor) or tuple(given.shape) != recipe.member_shape(index):
+                        said = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+                        errors.append(f"size mismatch for {key}: {said} in the checkpoint, the model has {recipe.member_shape(index)}")
+                    else:
+                        lane_view(recipe, full, index).copy_(gathered(given))
+            state_dict[prefix + recipe.name] = shared_as(full, packed)
+    return True
+
+
+def _pack_keys(state: RegionState, state_dict: Any, prefix: str) -> bool:
+    """Replace the original keys by packed ones where all are there and fit: ``assign=True`` then takes over dtype and device."""
+    names = _names_of_lanes(state, prefix)
     made: dict[str, Tensor] = {}
     for recipe in state.plan.recipes:
         tensors = []

@@ -1,4 +1,4 @@
-"""What ``test_distributed.py`` runs on several processes: ``distributed_worker.py train|load FOLDER``. Raises where anything differs.
+"""What ``test_distributed.py`` runs on several processes: ``distributed_worker.py PHASE FOLDER``. Raises where anything differs.
 
 Every process makes the same model; each trains on its own rows of one batch. The reference trains in one process on all rows.
 """
@@ -6,9 +6,11 @@ Every process makes the same model; each trains on its own rows of one batch. Th
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -131,10 +133,80 @@ def load(folder: str) -> None:
     dcp.save({"model": model.state_dict()}, checkpoint_id=os.path.join(folder, "again"))
 
 
+def original(folder: str) -> None:
+    """Sharded packs in the original's layout: read, written, refused; the optimizer's state too. Six lanes are uneven on four processes."""
+    x, y = batch()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    plain = network()
+    one, stepping = trained_with(plain, x, y)
+    model, each = trained_with(sharded(), x[mine], y[mine])
+    state = fxfuse.original_state_dict(model)
+    assert all(type(value) is Tensor and value.is_contiguous() for value in state.values())
+    assert_same(dict(state), one.state_dict(), "original_state_dict")
+    with fxfuse.checkpoint_format(model, "original"):
+        written = model.state_dict()
+    assert_same({name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in written.items()}, state, "written")
+    dcp.save({"model": written}, checkpoint_id=os.path.join(folder, "written"))
+
+    again = sharded(3)
+    with fxfuse.checkpoint_format(again, "original"):
+        read = {"model": again.state_dict()}
+    dcp.load(read, checkpoint_id=os.path.join(folder, "written"))
+    again.load_state_dict(read["model"])
+    assert_same(dict(fxfuse.original_state_dict(again)), state, "read")
+    for load in (again.load_state_dict, lambda given: fxfuse.load_original_state_dict(again, given)):
+        before = fxfuse.original_state_dict(again)
+        lacking = {name: value + 1 for name, value in written.items() if name != "nets.2.0.weight"}
+        odd = {**lacking, "nets.2.0.weight": torch.zeros(3, 3)}
+        for given, said in ((lacking, "nets.2.0.weight"), (odd, "nets.2.0.weight")):
+            assert_raises(RuntimeError, said, load, given)
+            assert_same(dict(fxfuse.original_state_dict(again)), before, "a state dict that does not fit")
+    fxfuse.load_original_state_dict(again, {"nets.1.0.bias": torch.full((5,), 2.0, dtype=torch.float64)}, strict=False)
+    expected = {**state, "nets.1.0.bias": torch.full((5,), 2.0, dtype=torch.float64)}
+    assert_same(dict(fxfuse.original_state_dict(again)), expected, "one lane")
+    fxfuse.load_original_state_dict(again, state)
+    assert_same(dict(fxfuse.original_state_dict(again)), state, "load_original_state_dict")
+
+    ours, theirs = fxfuse.original_optimizer_state_dict(each, model), stepping.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for number, values in theirs["state"].items():
+        for key, value in values.items():
+            found = ours["state"][number][key]
+            found = found.full_tensor() if hasattr(found, "full_tensor") else found
+            assert torch.allclose(found, value, rtol=1e-9, atol=1e-12), (number, key)
+    later = OPTIMIZERS["adamw"](again.parameters())
+    fxfuse.load_original_optimizer_state_dict(later, again, ours)
+    for _ in range(2):
+        for trained_model, optimizer, rows in ((one, stepping, slice(None)), (again, later, mine)):
+            optimizer.zero_grad()
+            (trained_model(x[rows]) - y[rows]).square().mean().backward()
+            optimizer.step()
+    assert_same(dict(fxfuse.original_state_dict(again)), one.state_dict(), "trained on")
+
+    assert_raises(fxfuse.FxfuseError, "sharded over processes", fxfuse.unfuse, model)
+    assert_raises(fxfuse.FxfuseError, "sharded over processes", lambda: [*fxfuse.named_original_parameters(model)])
+    assert_raises(fxfuse.FxfuseError, "DTensor, and only plain Parameters", fxfuse.freeze, model, "nets.3.*")
+    assert_raises(fxfuse.StateDictError, "sharded over processes", model.nets[1][0].load_state_dict, plain.nets[1][0].state_dict())
+
+
+def trained_with(model: nn.Module, x: Tensor, y: Tensor) -> tuple[nn.Module, Any]:
+    """The model after four steps, and the optimizer."""
+    made: list[Any] = []
+    OPTIMIZERS["kept"] = lambda parameters: made.append(OPTIMIZERS["adamw"](parameters)) or made[0]
+    return trained(model, "kept", x, y), made[0]
+
+
+def assert_raises(kind: type[Exception], said: str, call: Any, *args: Any) -> None:
+    """It raises this, in these words."""
+    with pytest.raises(kind, match=re.escape(said)):
+        call(*args)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    {"train": train, "load": load}[sys.argv[1]](sys.argv[2])
+    {"train": train, "load": load, "original": original}[sys.argv[1]](sys.argv[2])
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads now and then end a process that takes itself apart ("terminate called without an active exception")

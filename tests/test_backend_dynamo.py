@@ -13,7 +13,6 @@ from test_backend import _columns, nam, norms
 from torch import nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
 
 import fxfuse
 from checks import mlp, model_of, randn, randomized
@@ -156,42 +155,11 @@ def one_warning(call, match):
     return out
 
 
-def _checkpointed(self, x):
-    return torch.cat([checkpoint(net, x[:, i : i + 1], use_reentrant=False) for i, net in enumerate(self.nets)], 1)
-
-
-def test_a_graph_that_holds_graphs_goes_to_the_inner_backend():
-    model = randomized(model_of(_checkpointed, nets=nn.ModuleList(mlp() for _ in range(9))))
-    call = torch.compile(model, backend=fxfuse.backend("aot_eager"))
-    out = one_warning(lambda: call(X[:, :9]), "which holds a graph of its own")
-    torch.testing.assert_close(out, model(X[:, :9]), rtol=1e-10, atol=1e-12)
-
-
-def test_nested_compile_regions():
-    class Outer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.nets = nn.ModuleList(mlp() for _ in range(9))
-
-        @torch.compiler.nested_compile_region
-        def one(self, net, x):
-            return net(x)
-
-        def forward(self, x):
-            return torch.cat([self.one(net, x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
-
-    model = randomized(Outer())
-    call = torch.compile(model, backend=fxfuse.backend("aot_eager"), fullgraph=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.testing.assert_close(call(X[:, :9]), model(X[:, :9]), rtol=1e-10, atol=1e-12)
-
-
 def test_a_failure_inside_costs_no_compilation(monkeypatch):
     def fails(*args, **keywords):
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr("fxfuse.dynamo.compiled.rewrite", fails)
+    monkeypatch.setattr("fxfuse.dynamo.checked.rewrite", fails)
     model = nam()
     call, counting = compiled(model)
     out = one_warning(lambda: call(X), "fxfuse failed (ZeroDivisionError: of all things)")

@@ -141,7 +141,7 @@ def test_tuning():
 
 
 def test_without_validation_nothing_is_compared(monkeypatch):
-    monkeypatch.setattr("fxfuse.dynamo.compiled.check", lambda *args: pytest.fail("compared"))
+    monkeypatch.setattr("fxfuse.dynamo.checked.check", lambda *args: pytest.fail("compared"))
     model = nam()
     call, _ = compiled(model, validate=False)
     assert_same_step(model, call, X)
@@ -184,7 +184,7 @@ def test_the_pass_leaves_what_it_cannot_fuse(monkeypatch):
     model = randomized(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))
     call = torch.compile(model, backend=lambda graph, inputs: fxfuse.inductor_pass()(graph.graph) or graph.forward)
     torch.testing.assert_close(call(randn(5, 3)), model(randn(5, 3)), rtol=1e-10, atol=1e-12)
-    monkeypatch.setattr("fxfuse.dynamo.compiled.rewrite", lambda *args: 1 / 0)
+    monkeypatch.setattr("fxfuse.dynamo.checked.rewrite", lambda *args: 1 / 0)
     torch._dynamo.reset()
     with pytest.warns(UserWarning, match="fxfuse failed"):
         torch.testing.assert_close(call(randn(5, 3)), model(randn(5, 3)), rtol=1e-10, atol=1e-12)

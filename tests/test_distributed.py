@@ -52,6 +52,12 @@ def test_several_processes_train_as_one_and_checkpoints_are_resharded(tmp_path):
     worker.assert_same(dict(fxfuse.original_state_dict(model)), expected, "original")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_sharded_packs_in_the_original_s_layout(processes, tmp_path):
+    torchrun(processes, "original", tmp_path)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant):
     class Around(nn.Module):

@@ -57,6 +57,7 @@ def new() -> nn.Module:
 
 def functions() -> dict[str, list[tuple[dict[str, Any] | type, str, FunctionType]]]:
     """Every function and method of fxfuse by its full name, with all the places where it is found by a name."""
+    assert all(hasattr(fxfuse, name) for name in fxfuse.__all__)  # which imports what is behind them
     modules = [module for name, module in sorted(sys.modules.items()) if name.split(".")[0] == "fxfuse"]
     found: dict[str, list[tuple[Any, str, FunctionType]]] = {}
     for module in modules:

@@ -186,15 +186,15 @@ def test_save_pretrained_and_from_pretrained(kind: Any, tmp_path: Path) -> None:
     assert not fxfuse.report(model).fallbacks
 
 
-def test_the_trainer_s_autocast_goes_through_the_programs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "way"), [(Flat, fused), (Scorer, submodule)])
+def test_the_trainer_s_autocast_goes_through_the_programs(kind: Any, way: Any, tmp_path: Path) -> None:
     """It wraps the forward of the model that it trains; below, and there too, packed programs run."""
-    results = []
-    for way in (lambda model: model, fused, submodule):
-        model = way(made(Scorer).float())
-        trainer(model, tmp_path / "bf16", arguments={"bf16": True}).train()
-        results.append(model)
-    for model in results[1:]:
-        assert not fxfuse.report(model).fallbacks, fxfuse.report(model).fallbacks
-        state = fxfuse.original_state_dict(model)
-        for name, value in results[0].state_dict().items():
-            assert torch.allclose(state[name], value, atol=0.02), name
+    plain, model = made(kind).float(), way(made(kind).float())
+    for each in (plain, model):
+        trainer(each, tmp_path / "bf16", arguments={"bf16": True}).train()
+    assert not fxfuse.report(model).fallbacks, fxfuse.report(model).fallbacks
+    state = fxfuse.original_state_dict(model)
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(state[name], value, atol=0.02), name
+    back = fxfuse.unfuse(model)
+    assert_close(back(**Rows(torch.float32)[:ROWS]).logits, model(**Rows(torch.float32)[:ROWS]).logits, "taken apart, still wrapped", 0.02)

@@ -210,6 +210,14 @@ def test_fused_and_taken_apart_within_a_run(tmp_path: Path) -> None:
     assert type(module.net.nets[0][0]) is nn.Linear
 
 
+def test_lightning_s_own_average_of_a_fused_module(tmp_path: Path) -> None:
+    plain, module = made(Inside), made(Inside)
+    module.net = fused(module.net)
+    for each in (plain, module):  # the average's weights are the module's at the end
+        fit(each, tmp_path, callbacks=[lightning.callbacks.EMAWeightAveraging(decay=0.8)])
+    assert_trained_alike(module, plain)
+
+
 def test_an_optimizer_within_a_trainer_is_warned_of(tmp_path: Path) -> None:
     class Late(lightning.Callback):
         def on_train_epoch_start(self, trainer: Any, module: Any) -> None:

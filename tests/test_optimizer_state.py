@@ -116,6 +116,25 @@ def test_a_migrated_optimizer_keeps_the_places_that_it_had() -> None:
     assert_same_state(reader.state_dict(), plain.state_dict())
 
 
+@pytest.mark.parametrize("kind", ["columns", "unequal", "raw_weights", "conv_norm", "experts"])
+def test_packed_state_of_a_migrated_optimizer_fits_one_that_is_built_anew(kind: str) -> None:
+    """Torch loads by places: packs lie in the order of ``fused.parameters()``, whatever the order of their lanes was."""
+    model, inputs = KINDS[kind]()
+    optimizer = O.RAdam(model.parameters(), 0.01)
+    steps(model, optimizer, inputs, 0, 2)
+    fused = fuse(model, inputs, optimizer=optimizer)
+    steps(fused, optimizer, inputs, 2, 2)
+    saved = copy.deepcopy((fused.state_dict(), optimizer.state_dict()))
+    again = fuse(randomized(copy.deepcopy(model), 6), inputs)
+    later = O.RAdam(again.parameters(), 0.5)
+    again.load_state_dict(saved[0])
+    later.load_state_dict(saved[1])
+    for each, one in ((fused, optimizer), (again, later)):
+        assert [*map(id, each.parameters())] == [*map(id, one.param_groups[0]["params"])]
+        steps(each, one, inputs, 4, 3)
+    assert_equal_training(fused, again)
+
+
 def test_checkpoint_format_for_optimizers() -> None:
     model, inputs = KINDS["columns"]()
     never = copy.deepcopy(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 @pytest.fixture(autouse=True)
 def _preferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["fxfuse.plan"], "_preferred", lambda options: "unfold")
+    monkeypatch.setattr(import_module("fxfuse.plan"), "_preferred", lambda options: "unfold")
 
 
 def lowerings(fused: nn.Module) -> set[str]:

@@ -7,6 +7,7 @@ again and gives the same answers; then it becomes OUT.
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from fxfuse.convert import Written
 from fxfuse.convert.manifest import original_of
 from fxfuse.convert.packed import read_manifest, read_tensors
 from fxfuse.determinism import same_bits
+from fxfuse.lane import by_original_name
 from fxfuse.large import LARGE, weight_bytes
 
 from . import codes
@@ -55,6 +57,8 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
         if written.kind == "safetensors":
             return written, report, _same_weights(temporary, fused if large else subject.model)
         subject.model = fused = nn.Module()  # what was written shall stand alone, and a large model is not there twice
+        if large:
+            gc.collect()  # modules and what watches them refer to each other
         again = files.load(temporary, allow_pickle=written.kind == "aoti")  # ours, of this moment
         stage("comparing")
         result = compare(wanted, again, seed=asked.seed)
@@ -70,7 +74,8 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
 def _same_weights(path: Path, model: nn.Module) -> str:
     """Packed weights hold no program to run: they are compared bit for bit, as the original's checkpoint."""
     found = original_of(read_manifest(path), read_tensors(path))
-    own = {name: tensor for name, tensor in fxfuse.original_state_dict(model).items() if isinstance(tensor, torch.Tensor)}
+    with by_original_name():  # views of the packs: a large model is not there twice
+        own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     lost = [name for name, tensor in own.items() if name not in found or not same_bits(found[name], tensor.cpu())]
     if lost or found.keys() - own.keys():
         raise CommandError(f"{path.name} was not written: read again, {lost or sorted(found.keys() - own.keys())} differ", codes.DIFFERENT)

@@ -10,8 +10,12 @@ import click
 
 from . import codes, options
 from .options import Asked
-from .output import check_out
+from .output import check_out, ending
+from .packages import need
 from .screen import Screen
+
+# What is needed to write each ending, known before minutes of work. A folder holds a .safetensors.
+PACKAGES = {".pt2": (), ".aoti.pt2": (), ".onnx": ("onnx", "onnxscript", "onnxruntime", "numpy")}
 
 
 @click.command(cls=options.Command, short_help="Fuse SOURCE and write it to OUT.", epilog="""\b
@@ -48,6 +52,7 @@ def convert(screen: Screen, /, source: str, out: str, static: bool, **values: An
     asked, start = Asked.of(values), time.perf_counter()
     target = Path(out)
     check_out(target, owned="recipes.json")
+    need(f"writing {ending(target) or 'a folder'}", *PACKAGES.get(ending(target), ("safetensors",)))
     from .conversion import write
     from .fusing import nothing_fused
     from .prepare import prepare

@@ -21,6 +21,10 @@ class CommandError(Exception):
         self.code = code
 
 
+class Interrupted(BaseException):
+    """Ctrl-C, in a class of our own: click writes an empty line where it sees a KeyboardInterrupt."""
+
+
 def one_line(text: object) -> str:
     """Any message as one line of moderate length.
 
@@ -74,7 +78,7 @@ def explained(error: BaseException) -> tuple[str, int]:
         return one_line(error), codes.INPUT
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return "out of memory: give smaller inputs, or a machine with more", codes.INPUT
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | Interrupted):
         return "interrupted; nothing was written", codes.INTERRUPTED
     if isinstance(error, OSError):
         return one_line(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"), codes.OUTPUT

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from .failure import Interrupted
 from .screen import Screen
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,8 +29,11 @@ class Command(click.Command):
         screen = ctx.find_object(Screen)
         if screen is not None:
             screen.json = bool(ctx.params.get("json"))
-        with contextlib.redirect_stdout(sys.stderr):
-            return super().invoke(ctx)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
 
 
 @dataclass(frozen=True)

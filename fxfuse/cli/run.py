@@ -65,6 +65,8 @@ def run(arguments: list[str]) -> int:
 
 def _failed(screen: Screen, arguments: list[str], line: str, code: int) -> int:
     with contextlib.suppress(OSError, ValueError):
+        if code == codes.INTERRUPTED and sys.stderr.isatty():
+            print(file=sys.stderr)  # the terminal has shown ^C
         print(line, file=sys.stderr)
     if "--json" in arguments:
         with contextlib.suppress(OSError, ValueError):

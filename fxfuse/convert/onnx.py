@@ -34,7 +34,8 @@ def write_onnx(model: nn.Module, example: Example, path: Path, *, static: bool) 
         need(package, "writing .onnx")
     notes: list[str] = []
     program = copies_as_views(export(model, example, static=static, notes=notes))
-    large = sum(value.numel() * value.element_size() for value in program.state_dict.values()) > _LARGE
+    held = [value for value in (*program.state_dict.values(), *program.constants.values()) if isinstance(value, Tensor)]
+    large = sum(value.numel() * value.element_size() for value in held) > _LARGE
     with silent():
         try:
             made = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=True)

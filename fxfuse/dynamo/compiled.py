@@ -7,26 +7,21 @@ goes wrong, it is the inner backend's of dynamo's own graph, with one warning th
 from __future__ import annotations
 
 import logging
-import operator
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor
 
-from fxfuse.determinism import preserved_state
-from fxfuse.exclusive import alone
 from fxfuse.graph import Recipe, Refusal
-from fxfuse.private.dynamo import Compiler, is_open, keep_origin, stand_in
-from fxfuse.quiet import quiet
+from fxfuse.private.dynamo import Compiler, keep_origin, stand_in
 
 from .call import Call, Pack, without_autocast
-from .captured import NUMBERS, Captured, Uncaptured
-from .check import check
-from .rewrite import NO_LOOP, Rewritten, rewrite
+from .captured import Captured
+from .checked import first_line, rewritten_or_refused, tell
+from .pieces import holds_graphs, in_pieces, inlined
+from .rewrite import Rewritten
 from .settings import Settings
 from .shared import FrozenPack, SharedPack, may_share
 from .written import constants_of, outside_form, write
@@ -36,99 +31,50 @@ log = logging.getLogger(__name__)
 # A pack of so many members, or bytes, is worth sharing memory for. ``benchmarks/share_or_stack.py`` on a CPU: looking at members where
 # they lie is never slower than stacking them in inference (8 of 128 bytes 0.9 of its time, 64 of 4 KiB 0.65, 16 of 64 KiB 0.2); in
 # training its fixed cost of some 15 us outweighs the copy below 256 KiB or so, and is 1 % of a call. Stacked members are inputs of the
-# compiled graph each, which Inductor compiles for: no difference at 8 lanes (14.3 against 15.0 s cold), 27 against 17 s at 32. Below
-# these bounds nothing is gained, and the user's memory stays where it is.
+# compiled graph each, which Inductor compiles for: no difference at 8 lanes (14 against 15 s cold), 27 against 17 s at 32. Below these
+# bounds nothing is gained, and the user's memory stays where it is.
 SHARED_MEMBERS = 8
 SHARED_BYTES = 1 << 18
 
 
-# Reasons that are no failure: there is no loop, or it is better left as it is. They are logged.
-DECISIONS = (NO_LOOP, NUMBERS, "left as a loop: ", " stays a loop: ")
-
-
 def compiled(graph: torch.fx.GraphModule, inputs: list[Any], settings: Settings, inner: Compiler) -> Callable[..., Any]:
     """A function of the inputs of ``graph`` that gives its results."""
+    if holds_graphs(graph.graph):
+        return _with_graphs(graph, inputs, settings, inner)
     made = rewritten_or_refused(graph.graph, inputs, settings)
     if isinstance(made, Refusal):
         tell(made)
         return inner(graph, inputs)
-    captured, rewritten = made
     try:
-        return _call(graph, inputs, captured, rewritten, settings, inner)
+        return _call(graph, inputs, *made, settings, inner)
     except Exception as error:
-        log.debug("failed", exc_info=True)
-        tell(Refusal(f"it fails on the fused one ({type(error).__name__}: {_first_line(error)})"))
-        return inner(graph, inputs)
+        return _dynamos_own(graph, inputs, inner, error)
 
 
-def rewritten_or_refused(graph: torch.fx.Graph, inputs: Sequence[Any], settings: Settings) -> tuple[Captured, Rewritten] | Refusal:
-    """The graph rewritten and checked, or why it stays. Never raises; what was done is logged."""
-    start = time.perf_counter()
+def _with_graphs(graph: torch.fx.GraphModule, inputs: list[Any], settings: Settings, inner: Compiler) -> Callable[..., Any]:
+    """The same for a graph that calls what is given graphs."""
     try:
-        with alone():
-            made = _rewritten(graph, inputs, settings)
-    except Exception as error:  # a failure inside fxfuse must not cost anybody a compilation
-        log.debug("failed", exc_info=True)
-        made = Refusal(f"fxfuse failed ({type(error).__name__}: {_first_line(error)}); please report it")
-    if not isinstance(made, Refusal):
-        for op in made[1].ops:
-            log.info("%d lanes of %s as one: %s %s (%s)", op.lanes, op.op, op.lowering, op.detail, op.place)
-        for refusal in made[1].refusals:
-            log.info("%s", refusal)
-    log.info("looked at, rewritten and checked in %.2f s", time.perf_counter() - start)
-    return made
+        flat = inlined(graph)
+        if flat is not None and not holds_graphs(flat.graph):
+            found = rewritten_or_refused(flat.graph, inputs, settings)
+            if not isinstance(found, Refusal):
+                return _call(flat, inputs, *found, settings, inner)
+            tell(found)
+            return inner(graph, inputs)
+        made = in_pieces(graph if flat is None else flat, inputs, settings)
+        if not isinstance(made, Refusal):
+            log.debug("%s", made.code)
+            return inner(made, inputs)
+    except Exception as error:
+        return _dynamos_own(graph, inputs, inner, error)
+    tell(made)
+    return inner(graph, inputs)
 
 
-def tell(refusal: Refusal) -> None:
-    """One warning that a graph goes to the inner backend as it is; where that is no failure, a line of the log."""
-    text = f"fxfuse leaves a graph to the inner backend as it is: {refusal}"
-    log.info("%s", text)
-    if not any(said in refusal.reason for said in DECISIONS):
-        warnings.warn(text, UserWarning, stacklevel=2)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _rewritten(graph: torch.fx.Graph, inputs: Sequence[Any], settings: Settings) -> tuple[Captured, Rewritten] | Refusal:
-    """The graph rewritten and checked, or why it stays."""
-    try:
-        captured = Captured(graph, inputs)
-    except Uncaptured as reason:
-        return Refusal(str(reason))
-    with quiet(), torch.inference_mode(False), preserved_state(captured):
-        rewritten = rewrite(captured, settings)
-    if isinstance(rewritten, Refusal):
-        return rewritten
-    if settings.validate:
-        outcome = check(captured, rewritten)
-        log.debug("%s", outcome)
-        if not outcome.ok:
-            return Refusal(f"undone: the rewritten form differs: {outcome.reason}")
-    return _unguarded(captured, rewritten) or (captured, rewritten)
-
-
-_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "!=": operator.ne}
-
-
-def _unguarded(captured: Captured, rewritten: Rewritten) -> Refusal | None:
-    """What the rewritten form takes for granted of open sizes becomes a guard of dynamo's; why it cannot, where it cannot."""
-    nodes = {slot.input: slot.node for slot in captured.slots if slot.input >= 0}
-    for symbol in rewritten.held:
-        index, dim = symbol.places[0]
-        operator.index(nodes[index].meta["example_value"].shape[dim])  # guards
-    for given in rewritten.program.guard.sizes:
-        example = nodes[given.input].meta.get("example_value")
-        size = example.shape[given.dim] if isinstance(example, Tensor) else None
-        if not is_open(size):
-            continue
-        if given.op == "==":
-            return Refusal(f"the fused form would hold the size {size} at {given.bound}, which is open here")
-        compare: Any = _COMPARE[given.op]
-        if not compare(size, given.bound):  # guards
-            return Refusal(f"the fused form is for sizes {size} {given.op} {given.bound}")
-    return None
+def _dynamos_own(graph: torch.fx.GraphModule, inputs: list[Any], inner: Compiler, error: Exception) -> Callable[..., Any]:
+    log.debug("failed", exc_info=True)
+    tell(Refusal(f"it fails on the fused one ({type(error).__name__}: {first_line(error)})"))
+    return inner(graph, inputs)
 
 
 def _call(

@@ -123,6 +123,13 @@ def example_of(placeholder: torch.fx.Node) -> Any:
         found = found()
     if isinstance(found, Tensor) or not isinstance(fake, Tensor):
         return found if found is not None else fake
+    return random_example(fake)
+
+
+def random_example(fake: Any) -> Any:
+    """A tensor of random numbers with the sizes of ``fake`` (open ones as they are now), and its flags; anything else as it is."""
+    if not isinstance(fake, Tensor):
+        return fake
     made = torch.randn([_hint(size) for size in fake.shape], device=fake.device).to(fake.dtype)
     if not fake.is_floating_point() and not fake.is_complex():
         made.zero_()  # an index that every table has

@@ -1,0 +1,102 @@
+"""Parts of a fused model, asked for their parameters by themselves, as param groups and logs ask."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from small_loops import KINDS
+from test_optimizers import assert_equal_training, steps
+from torch import Tensor, nn
+
+import fxfuse
+from checks import QUICK, assert_close, mlp, model_of, randn, randomized
+from fxfuse.packing import original_gradients
+
+O = torch.optim  # noqa: E741
+
+
+def experts() -> Any:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        mixed = sum(net(x) for net in self.experts)
+        return torch.cat([tower(mixed) for tower in self.towers], 1)
+
+    nets, towers = nn.ModuleList(mlp(4, 6, 5) for _ in range(3)), nn.ModuleList(mlp(5, 4) for _ in range(2))
+    return randomized(model_of(forward, experts=nets, towers=towers)), lambda seed, batch: (randn(batch, 4, seed=seed),)
+
+
+def fuse(model: nn.Module, inputs: Any) -> Any:
+    fused = fxfuse.optimize(model, *inputs(1, 6), objective="launches", **QUICK)
+    assert fxfuse.report(fused).fused
+    return fused
+
+
+def groups(model: Any) -> list[dict[str, Any]]:
+    return [{"params": model.experts.parameters(), "lr": 0.01, "weight_decay": 0.1}, {"params": model.towers.parameters(), "lr": 0.05}]
+
+
+def test_param_groups_by_submodule() -> None:
+    model, inputs = experts()
+    fused = fuse(copy.deepcopy(model), inputs)
+    made = [O.AdamW(groups(each), 0.1) for each in (model, fused)]
+    assert {id(p) for g in made[1].param_groups for p in g["params"]} == {id(p) for p in fused.parameters()}
+    for each, optimizer in zip((model, fused), made):
+        steps(each, optimizer, inputs, 0, 6)
+    assert_equal_training(model, fused)
+    assert not fxfuse.report(fused).fallbacks
+    numbers = [sum(p.numel() for p in each.experts.parameters()) for each in (model, fused)]
+    norms = [nn.utils.clip_grad_norm_(each.experts.parameters(), 0.01) for each in (model, fused)]
+    assert numbers[0] == numbers[1] > 0
+    assert_close(norms[1], norms[0], "norm of a part", 1e-9)
+    for name, gradient in original_gradients(model).items():
+        assert_close(original_gradients(fused)[name], gradient, name, 1e-9, floor=1e-10)
+
+
+def test_one_lane_is_read_and_not_optimized() -> None:
+    model, inputs = experts()
+    fused = fuse(copy.deepcopy(model), inputs)
+    for each in (model, fused):
+        each(*inputs(3, 5)).square().sum().backward()
+    assert [n for n, _ in fused.experts[1].named_parameters("here")] == [n for n, _ in model.experts[1].named_parameters("here")]
+    for mine, theirs in zip(fused.experts[1].parameters(), model.experts[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert_close(mine.grad, theirs.grad, "grad")
+    with pytest.raises(ValueError, match="non-leaf"):
+        O.SGD([{"params": fused.experts[1].parameters()}], 0.1)
+    assert not [*fused.experts[1].named_parameters(recurse=False)]  # what DDP and FSDP ask of every module
+    fused.experts[1].zero_grad()
+    for number in range(3):
+        assert [bool(p.grad.any()) for p in fused.experts[number].parameters()] == [number != 1] * 4
+    names = [name for name, _ in fused.named_parameters()]
+    assert all(name.startswith("packed.") for name in names)
+    assert len(names) == len({*names}) == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_holds_what_the_original_s_part_holds(kind: str) -> None:
+    model, inputs = KINDS[kind]()
+    fused = fxfuse.optimize(model, *inputs(1, 6), objective="launches", **QUICK)
+    for name, child in model.named_children():
+        mine = fused.get_submodule(name)
+        assert sum(p.numel() for p in mine.parameters()) == sum(p.numel() for p in child.parameters()), name
+        for number, lane in enumerate(child.children()):
+            found = dict(mine.get_submodule(str(number)).named_parameters())
+            assert [*found] == [n for n, _ in lane.named_parameters()]
+            assert all(torch.equal(found[n], p) for n, p in lane.named_parameters())
+        assert [p.requires_grad for p in mine.parameters()].count(True) <= len([*child.parameters()])
+
+
+def test_a_forward_that_asks_a_lane_for_its_dtype_falls_back_rightly() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.cat([net(x[:, i : i + 1].to(next(net.parameters()).dtype)) for i, net in enumerate(self.nets)], 1)
+
+    model = randomized(model_of(forward, nets=nn.ModuleList(mlp() for _ in range(4))))
+    fused = fuse(copy.deepcopy(model), lambda seed, batch: (randn(batch, 4, seed=seed),))
+    fused.nets[1].note = 3
+    fused.nets[2][1] = nn.Tanh()  # no program fits any more
+    model.nets[2][1] = nn.Tanh()
+    x = randn(5, 4)
+    assert_close(fused(x), model(x), "output")
+    assert fxfuse.report(fused).fallbacks
