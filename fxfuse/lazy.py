@@ -50,7 +50,7 @@ class FirstCall:
         return type(model).forward(model, *args, **kwargs) if forward is self else forward(*args, **kwargs)
 
     def _fuse(self, args: Any, kwargs: Any) -> None:
-        from .optimize import run
+        from .pipeline import run
 
         # The call's own tensors belong to somebody's autograd graph: what is recorded and timed must not.
         inputs = tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))

@@ -93,7 +93,7 @@ def test_shared_parameters_of_a_large_model() -> None:
 
 def test_timed_and_left_as_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the packed form is slower, the model is what it was, but that its weights lie side by side."""
-    monkeypatch.setattr(import_module("fxfuse.optimize"), "medians", lambda calls, budget: [1.0, 2.0])
+    monkeypatch.setattr(import_module("fxfuse.pipeline"), "medians", lambda calls, budget: [1.0, 2.0])
     model, inputs = KINDS["columns"]()
     given = copy.deepcopy(model)
     for inplace in (True, False):

@@ -192,7 +192,7 @@ def test_in_place_the_optimizer_from_before_goes_on() -> None:
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_what_is_slower_as_views_of_the_pack_stays_a_loop(monkeypatch: Any, gain: float, fuses: bool, inplace: bool, mode: Any) -> None:
     """However fast it would be packed."""
-    pipeline = importlib.import_module("fxfuse.optimize")
+    pipeline = importlib.import_module("fxfuse.pipeline")
     real, asked = pipeline.times_faster, []
 
     def measured(*args: Any) -> float:
