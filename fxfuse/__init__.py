@@ -7,6 +7,7 @@ True
 
 from .backend import backend, inductor_pass
 from .checkpoint_format import checkpoint_format
+from .distributed.shard_lanes import shard_lanes
 from .errors import ArgumentError, FallbackError, FxfuseError, OptimizerError, StateDictError, ValidationError
 from .freeze import freeze, unfreeze
 from .fused import graphs as graph
@@ -42,6 +43,7 @@ __all__ = [
     "original_named_parameters",
     "original_state_dict",
     "report",
+    "shard_lanes",
     "unfreeze",
     "unfuse",
     "verify",

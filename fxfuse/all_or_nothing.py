@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.determinism import same_bits
+from fxfuse.distributed.packs import is_sharded
 
 NAME = "load_state_dict"
 
@@ -37,7 +38,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     stores: list[dict[str, Any]] = [store for module in model.modules() for store in (module._parameters, module._buffers)]
     held = [dict(store) for store in stores]
     tensors = {id(tensor): tensor for store in held for tensor in store.values() if tensor is not None}
-    saved = [(tensor, tensor.data, tensor.requires_grad, _values(tensor)) for tensor in tensors.values()]
+    saved = [(tensor, tensor.data, tensor.requires_grad, _values(tensor)) for tensor in map(_here, tensors.values())]
     try:
         yield
     except BaseException:
@@ -54,6 +55,11 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
                 if tensor.requires_grad is not requires_grad:
                     tensor.requires_grad_(requires_grad)
         raise
+
+
+def _here(tensor: Any) -> Any:
+    """The part of a DTensor that this process holds; any other tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _values(tensor: Tensor) -> Tensor | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.copies import copy_ordinary, ordinary
+from fxfuse.distributed.packs import gathered_once, is_sharded, like, whole
 from fxfuse.errors import ArgumentError, FxfuseError, StateDictError
 from fxfuse.graph import Recipe
 from fxfuse.private import recurrent
@@ -128,6 +129,7 @@ class Slot:
         packed = self.packed()
         if torch.compiler.is_compiling():
             return lane_view(self.recipe, packed, self.index)
+        packed = whole(packed)
         cache: dict[int, tuple[Tensor, tuple[Tensor, ...]]] | None = getattr(_thread, "views", None)
         # A view made without grad, or inside a functorch transform, must not be handed out after it.
         if cache is None or not packed.requires_grad or not torch.is_grad_enabled() or transforming():
@@ -154,7 +156,12 @@ class Slot:
         if packed.is_meta and not value.is_meta:
             raise ArgumentError(f"{name} is part of a pack on the meta device and cannot be assigned alone: load all lanes at once")
         with torch.no_grad():
-            lane_view(self.recipe, packed, self.index).copy_(value)
+            if is_sharded(packed):  # every process assigns, and takes its lanes
+                full = whole(packed).clone()
+                lane_view(self.recipe, full, self.index).copy_(value)
+                packed.copy_(like(packed, full))
+            else:
+                lane_view(self.recipe, packed, self.index).copy_(value)
 
 
 @dataclass
@@ -210,7 +217,8 @@ def by_original_name() -> Iterator[None]:
     outer = saving_by_original_name()
     _thread.original = True
     try:
-        yield
+        with gathered_once():
+            yield
     finally:
         _thread.original = outer
 
@@ -510,7 +518,7 @@ def restore(module: nn.Module) -> None:
             key = (slot.recipe.name, slot.index)
             if key not in own:
                 packed = slot.packed()
-                data = lane_view(slot.recipe, packed.detach(), slot.index).clone(memory_format=torch.contiguous_format)
+                data = lane_view(slot.recipe, whole(packed.detach()), slot.index).clone(memory_format=torch.contiguous_format)
                 own[key] = nn.Parameter(data, packed.requires_grad) if isinstance(packed, nn.Parameter) else data
                 own[key].__dict__.update(packed.__dict__)
         state = member.__dict__

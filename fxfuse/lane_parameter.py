@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfuse.distributed.packs import is_sharded, whole
+from fxfuse.errors import FxfuseError
 from fxfuse.lane import Slot
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.recipes import lane_view
@@ -30,12 +32,14 @@ class LaneParameter(Tensor):
         """The lane's share of the pack's gradient, None without one."""
         slot = self._fxfuse_slot
         grad = slot.packed().grad
-        return None if grad is None else lane_view(slot.recipe, grad, slot.index)
+        return None if grad is None else lane_view(slot.recipe, whole(grad), slot.index)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         slot = self._fxfuse_slot
         packed = slot.packed()
+        if is_sharded(packed):
+            raise FxfuseError("the gradient of a lane that is divided among processes cannot be set")
         if packed.grad is None and value is not None:
             packed.grad = torch.zeros_like(packed)
         if packed.grad is not None:

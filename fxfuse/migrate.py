@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.cut import cut
+from fxfuse.distributed.packs import is_sharded
 from fxfuse.elementwise import ELEMENTWISE, unsupported
 from fxfuse.errors import ArgumentError, OptimizerError
 from fxfuse.graph import Recipe
@@ -102,6 +103,7 @@ def collect(optimizer: Any, model: nn.Module) -> Collected:
     for name, where in places(model).items():
         shapes[name] = where.shape
         if id(where.holder) in at:
+            _refuse_sharded(name, where.holder)
             members[name] = _member(optimizer, name, where, *at[id(where.holder)])
             holders[id(where.holder)] = where.holder
             packed = packed or where.recipe is not None
@@ -132,6 +134,8 @@ def _member(optimizer: Any, name: str, where: Place, group: int, order: int) -> 
 def place(collected: Collected, optimizer: Any, model: nn.Module) -> None:
     """Give ``optimizer`` the Parameters of ``model`` for those that it was collected from. What can be wrong is found first."""
     target = places(model)
+    for name, where in target.items():
+        _refuse_sharded(name, where.holder)
     shapes = {name: where.shape for name, where in target.items()}
     if shapes != collected.shapes:
         odd = [name for name in {**shapes, **collected.shapes} if shapes.get(name) != collected.shapes.get(name)]
@@ -189,6 +193,11 @@ def _apart(collected: Collected, target: dict[str, Place]) -> None:
             cuts.setdefault(id(where.state), (where.state, {}))[1][where.recipe.name] = starts
     for region, starts_by_name in cuts.values():
         cut(region, starts_by_name)
+
+
+def _refuse_sharded(name: str, holder: Tensor) -> None:
+    if is_sharded(holder):
+        raise OptimizerError(f"{name} is divided among processes: move the optimizer before that, or build it anew from fused.parameters()")
 
 
 def _joined(holder: Tensor, recipe: Recipe | None, values: list[Tensor]) -> Tensor:

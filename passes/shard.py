@@ -22,7 +22,7 @@ import torch.fx
 from fxfuse.distributed.collectives import Apart, common_seed, enter, gather, reduce
 from fxfuse.weight_views import VIEWS
 
-from .functional import slice_along
+from .functional import drop_unused, slice_along
 from .split import Node, Split, Step, Trial, part_arguments
 
 
@@ -55,6 +55,7 @@ class PartWriter:
         """The whole graph."""
         for node in self.trial.graph.nodes:
             self._write(node)
+        drop_unused(self.graph)  # views that both sides have, of which one reads them
         return self.graph
 
     def _write(self, node: Node) -> None:

@@ -1,0 +1,74 @@
+"""Packs of which each process holds its own lanes: DTensors, ``Shard(0)`` over the lanes' dim of a device mesh.
+
+Comes in: packed tensors, plain or DTensors. Goes out: the whole of one, on every process (``whole``); DTensors like another (``like``); and
+``LocalPack``, where a program finds the lanes of its process. Works for DTensors of FSDP2 too.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .traffic import moved
+
+_thread = threading.local()
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Is this a DTensor? (Its module takes long to import: where nobody has, there are none.)"""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+@contextmanager
+def gathered_once() -> Iterator[None]:
+    """Within, on this thread, each DTensor is gathered once, however many lanes are read."""
+    outer = getattr(_thread, "wholes", None)
+    _thread.wholes = {} if outer is None else outer
+    try:
+        yield
+    finally:
+        _thread.wholes = outer
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All lanes of a pack, on every process, differentiable: all processes have to ask. A plain tensor is whole."""
+    if not is_sharded(tensor):
+        return tensor
+    known: dict[Any, tuple[Tensor, Tensor]] | None = getattr(_thread, "wholes", None)
+    key = (id(tensor), torch.is_grad_enabled())
+    if known is not None and key in known:
+        return known[key][1]
+    full: Tensor = cast(Any, tensor).full_tensor()
+    moved("weights", full)
+    if known is not None:
+        known[key] = (tensor, full)  # keeps the tensor, and so its id, alive
+    return full
+
+
+def like(tensor: Tensor, full: Tensor) -> Tensor:
+    """A DTensor as ``tensor`` of the values ``full``, which every process has; nothing is moved."""
+    from torch.distributed.tensor import distribute_tensor
+
+    given = cast(Any, tensor)
+    return distribute_tensor(full.detach(), given.device_mesh, given.placements, src_data_rank=None)
+
+
+class LocalPack:
+    """Where a program finds this process's lanes of a packed tensor: ``tensor``, differentiable."""
+
+    def __init__(self, owner: nn.Module, store: str, name: str) -> None:
+        self.owner, self.store, self.name = owner, store, name
+
+    @property
+    def tensor(self) -> Tensor:
+        """The lanes that lie here."""
+        held = getattr(self.owner, self.store)[self.name]
+        local: Tensor = held.to_local() if is_sharded(held) else held
+        return local
