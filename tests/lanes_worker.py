@@ -42,11 +42,11 @@ class Additive(nn.Module):
 
 
 class Images(nn.Module):
-    """Convolutions of one image with BatchNorm, embeddings of columns, then a second stage of lanes on both."""
+    """Convolutions of one image with BatchNorm (which makes gradients of biases rounding alone: there are none), embeddings of columns, then a second stage of lanes on both."""
 
     def __init__(self, lanes: int) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(lanes))
+        self.convs = nn.ModuleList(nn.Sequential(nn.Conv1d(2, 4, 3, bias=False), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(lanes))
         self.tables = nn.ModuleList(nn.Embedding(7, 3) for _ in range(lanes))
         self.experts = nn.ModuleList(nn.Sequential(nn.LayerNorm(lanes * 7), nn.Linear(lanes * 7, 5), nn.GELU()) for _ in range(lanes))
         self.gate = nn.Linear(2, lanes)
