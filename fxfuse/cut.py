@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxfuse.distributed.packs import is_sharded
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
 from fxfuse.guards import Facts
@@ -83,6 +84,8 @@ def _examined(state: RegionState, name: str, lanes: Sequence[int]) -> _Cut:
     if recipe is None or slot is None:
         raise FxfuseError(f"the region has no pack {name}")
     packed = slot.packed()
+    if is_sharded(packed):
+        raise FxfuseError(f"{name} is divided among processes, and cannot be cut into parts any more: that comes before shard_lanes")
     if type(packed) is not nn.Parameter or recipe.kind != "parameter":
         raise FxfuseError(f"{name} is a {type(packed).__name__}, and only plain Parameters can be cut into parts")
     bounds = sorted({0, *lanes, len(recipe.members)})

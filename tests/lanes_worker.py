@@ -127,6 +127,154 @@ def train(folder: str) -> None:
     compared("cat", 3, expect_sharded=world < 3)
 
 
+def state(folder: str) -> None:
+    """State dicts by either naming, checkpoints, copies, what falls back, what is refused, bytes held and moved."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    for kind, lanes in (("images", 2 * world), ("images", 2 * world + 1), ("cat", 2 * world)):
+        inputs, y = batch(lanes, kind)
+        plain, model = build(kind, lanes), fxfuse.shard_lanes(fused(kind, lanes), mesh)
+        expected = dict(trained(plain, "sgd", inputs, y).state_dict())
+        fxfuse.load_original_state_dict(model, expected)
+        worker.assert_same(dict(fxfuse.original_state_dict(model)), expected, "loaded by original names")
+        again = fxfuse.shard_lanes(fused(kind, lanes), mesh)
+        again.load_state_dict(model.state_dict())
+        worker.assert_same(dict(fxfuse.original_state_dict(again)), expected, "loaded by packed names")
+        again = fxfuse.shard_lanes(fused(kind, lanes), mesh)
+        whole = fused(kind, lanes)
+        fxfuse.load_original_state_dict(whole, expected)
+        again.load_state_dict(whole.state_dict())
+        worker.assert_same(dict(fxfuse.original_state_dict(again)), expected, "loaded from whole packs")
+        incomplete = {name: value for name, value in expected.items() if ".1." not in name}
+        try:
+            again.load_state_dict(incomplete)
+        except RuntimeError as error:
+            assert "Missing key" in str(error) and ".1.0.weight" in str(error), error
+        else:
+            raise AssertionError("an incomplete state dict was loaded")
+        worker.assert_same(dict(fxfuse.original_state_dict(again)), expected, "what does not fit changes nothing")
+        with fxfuse.checkpoint_format(model, "original"):
+            worker.assert_same(dict(model.state_dict()), expected, "checkpoint_format")
+        back = fxfuse.unfuse(model)
+        assert type(back) is type(plain)
+        worker.assert_same(dict(back.state_dict()), expected, "unfused")
+        dcp.save({"model": model.state_dict()}, checkpoint_id=os.path.join(folder, f"{kind}{lanes}"))
+        copied = __import__("copy").deepcopy(model)
+        worker.assert_same({"y": copied(*inputs)}, {"y": plain(*inputs)}, "a copy")
+        # A hook makes it run the loop, of weights that are gathered.
+        plain, model = build(kind, lanes), fxfuse.shard_lanes(fused(kind, lanes), mesh)
+        for each in (plain, model):
+            lane = (each.experts if kind == "images" else each.nets)[1]
+            lane.register_forward_hook(lambda module, args, out: out * 2)
+            trained(each, "sgd", inputs, y)
+        assert fxfuse.report(model).fallbacks
+        worker.assert_same(dict(fxfuse.original_state_dict(model)), dict(plain.state_dict()), "fallback")
+    refused(mesh)
+    held(mesh)
+
+
+def refused(mesh: Any) -> None:
+    """What cannot be done says so, on every process, and changes nothing."""
+    model = fxfuse.shard_lanes(fused("cat", 4), mesh)
+    optimizer = torch.optim.Adam(model.parameters())
+    plain = build("cat", 4)
+    for action, said in (
+        (lambda: fxfuse.shard_lanes(model, mesh), "divided already"),
+        (lambda: fxfuse.shard_lanes(plain, mesh), "no fused region"),
+        (lambda: fxfuse.shard_lanes(fused("cat", 4), "cpu"), "DeviceMesh"),
+        (lambda: fxfuse.shard_lanes(fused("cat", 4), mesh, dim="rows"), "none of them rows"),
+        (lambda: fxfuse.freeze(model, "nets.1.*"), "divided among processes"),
+        (lambda: fxfuse.migrate_optimizer(optimizer, model, plain), "divided among processes"),
+        (lambda: torch.save(model, os.devnull), "cannot be pickled"),
+        (lambda: fxfuse.shard_lanes(fused("cat", 4 + dist.get_rank()), mesh), "hold different models"),
+    ):
+        before = fxfuse.original_state_dict(model)
+        try:
+            action()
+        except fxfuse.FxfuseError as error:
+            assert said in str(error), error
+        else:
+            raise AssertionError(f"not refused: {said}")
+        worker.assert_same(dict(fxfuse.original_state_dict(model)), dict(before), said)
+
+
+def held(mesh: Any) -> None:
+    """Each process holds its share of weights and moments; what a step moves is what the shapes say."""
+    world = dist.get_world_size()
+    lanes = 4 * world
+    inputs, y = batch(lanes, "sum")
+    model = fxfuse.shard_lanes(fused("sum", lanes), mesh)
+    optimizer = torch.optim.Adam(model.parameters())
+    with traffic() as moved:
+        (model(*inputs) - y).square().mean().backward()
+    optimizer.step()
+    assert dict(moved.bytes) == {"sum": ROWS * 2 * 8}, moved  # of the output alone
+    with traffic() as moved:
+        input_gradient(model, inputs)
+    assert dict(moved.bytes) == {"sum": ROWS * 2 * 8, "gradients": inputs[0].numel() * 8}, moved
+    here = sum(held_bytes(p) + sum(map(held_bytes, optimizer.state[p].values())) for name, p in model.named_parameters() if "packed" in name)
+    all_lanes = [p for name, p in build("sum", lanes).named_parameters() if "nets" in name]
+    everything = sum(p.numel() * 8 * 3 for p in all_lanes)
+    assert everything / world <= here <= everything / world + 1024, (here, everything)
+
+
+def held_bytes(tensor: Tensor) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.untyped_storage().nbytes()
+
+
+def grid(folder: str) -> None:
+    """Lanes along one dim of a mesh, rows of the batch along the other: by ``shard_lanes`` alone, and with FSDP2."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "lanes"))
+    row = mesh.get_local_rank("data")
+    for kind, lanes in (("cat", 4), ("sum", 5)):
+        inputs, y = batch(lanes, kind)
+        mine = slice(row * ROWS // 2, (row + 1) * ROWS // 2)
+        for optimizer in worker.OPTIMIZERS:
+            expected = dict(trained(build(kind, lanes), optimizer, inputs, y).state_dict())
+            model = trained(fxfuse.shard_lanes(fused(kind, lanes), mesh), optimizer, (inputs[0][mine],), y[mine])
+            assert not fxfuse.report(model).fallbacks
+            worker.assert_same(dict(fxfuse.original_state_dict(model)), expected, f"mesh, {kind}, {optimizer}")
+            model = fxfuse.shard_lanes(fused(kind, lanes), mesh["lanes"])
+            fully_shard(model, mesh=mesh["data"])
+            trained(model, optimizer, (inputs[0][mine],), y[mine])
+            assert not fxfuse.report(model).fallbacks, fxfuse.report(model).fallbacks
+            found = {name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in fxfuse.original_state_dict(model).items()}
+            worker.assert_same(found, expected, f"FSDP2, {kind}, {optimizer}")
+
+
+class Dropping(nn.Module):
+    """Dropout in the lanes, and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(3, 64), nn.Dropout(0.5)) for _ in range(4))
+        self.last = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.stack([net(x) for net in self.nets], 1)
+        return h, self.last(h)
+
+
+def dropout(folder: str) -> None:
+    """Lanes draw masks of their own; what is no lane's draws the same on every process."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    x = torch.randn(16, 3)
+    model = fxfuse.shard_lanes(fxfuse.optimize(Dropping(), x, objective="launches", tune=False), mesh)
+    assert next(iter(regions(model).values())).sharding.sharded
+    torch.manual_seed(5)
+    h, last = model(x)
+    masks = (h != 0).transpose(0, 1).flatten(1).float()
+    assert all(0.4 < mask.mean() < 0.6 for mask in masks)
+    agreement = [(masks[i] == masks[j]).float().mean() for i in range(4) for j in range(i)]
+    assert all(0.4 < each < 0.6 for each in agreement), agreement
+    for value in (h, last, torch.rand(3)):
+        everyone = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, value.detach().contiguous())
+        assert all(torch.equal(each, everyone[0]) for each in everyone)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -28,13 +28,24 @@ def is_sharded(tensor: Any) -> bool:
 
 @contextmanager
 def gathered_once() -> Iterator[None]:
-    """Within, on this thread, each DTensor is gathered once, however many lanes are read."""
-    outer = getattr(_thread, "wholes", None)
-    _thread.wholes = {} if outer is None else outer
+    """Within, on this thread, each DTensor is gathered once, however many lanes are read. What is written into lanes meanwhile (running
+    statistics) is afterwards in the DTensor."""
+    outer: dict[Any, tuple[Tensor, Tensor]] | None = getattr(_thread, "wholes", None)
+    wholes = _thread.wholes = {} if outer is None else outer
     try:
         yield
     finally:
         _thread.wholes = outer
+        if outer is None:
+            for tensor, full in wholes.values():
+                _write_back(cast(Any, tensor), full)
+
+
+def _write_back(tensor: Any, full: Tensor) -> None:
+    with torch.no_grad():
+        here, there = tensor.to_local(), cast(Any, like(tensor, full)).to_local()
+        if not torch.equal(here, there):
+            here.copy_(there)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -42,7 +53,7 @@ def whole(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor
     known: dict[Any, tuple[Tensor, Tensor]] | None = getattr(_thread, "wholes", None)
-    key = (id(tensor), torch.is_grad_enabled())
+    key = (id(tensor), tensor.requires_grad and torch.is_grad_enabled())
     if known is not None and key in known:
         return known[key][1]
     full: Tensor = cast(Any, tensor).full_tensor()

@@ -28,12 +28,14 @@ class Sharding:
 
     def sentences(self) -> list[str]:
         """For the report."""
-        lines = [f"lanes are divided among {self.world} processes: {len(self.sharded)} packed tensors, each process holds its lanes"]
+        lines = [f"lanes are divided among {self.world} processes: of {len(self.sharded)} packed tensors each process holds its lanes"]
+        if not self.sharded:
+            lines = [f"lanes stay whole on each of {self.world} processes"]
         for kind, shape, size in self.moved:
             fixed = size
             for n in shape:
                 fixed *= 1 if n is None else n
-            said = "x".join("rows" if n is None else str(n) for n in shape) or "one number"
+            said = " x ".join("rows" if n is None else str(n) for n in shape) or "one number"
             per = " per row" if None in shape else ""
             lines.append(f"forward {'gathers' if kind == 'gather' else 'sums'} {said} over processes: {fixed} bytes{per}")
         lines += [f"{name} stays whole on every process: {reason}" for name, reason in self.whole.items()]
