@@ -1,7 +1,7 @@
 """One process's part of a program: its own lanes, and what passes between the processes.
 
-Comes in: a program's graph and its ``split.Trial``. Goes out: the graph of one process: ops on its part, ops that all processes do alike, and
-between them the collectives of ``fxfuse.distributed.collectives``. What holds afterwards:
+Comes in: a program's graph and its ``split.Trial``. Goes out: the graph of one process: ops on its part, ops that all processes do
+alike, and between them the collectives of ``fxfuse.distributed.collectives``. What holds afterwards:
 
 - What is no lane's (inputs, shared weights, what is computed of gathered lanes) is the same on every process, and so is its gradient.
 - Where lanes read such a value it enters, and its gradient is summed; all values known by then enter in one call. Views of it are made by
@@ -136,7 +136,7 @@ class PartWriter:
         base = self._base(node)
         if base is not node:
             if node not in self.viewed:
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self._enter(n) if n in self.trial.tensors else self.common[n])
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self._enter)
                 self.viewed[node] = self._placed(self.graph.create_node(node.op, node.target, args, kwargs), node)
             return self.viewed[node]
         if base not in self.entered:

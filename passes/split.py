@@ -1,10 +1,10 @@
 """Which values of a program can be divided among processes, lane by lane, and how each op computes one process's part.
 
-Comes in: a program's graph, and how its packs are divided. Goes out: ``Step``s, one per node: computed of everything, on every process alike,
-or of this process's part. Nothing here knows what an op means. Each is *tried*: the graph runs once on random numbers, and for each op that
-reads a divided value the part is computed as it would be (operands that all have cut or whole, sizes in its arguments scaled) and
-compared with the part of the whole result, for every process. An op for which no way gives the right numbers gets all lanes,
-gathered. This is sharding propagation as in GSPMD (Xu et al., 2021), with trials in place of a rule per op.
+Comes in: a program's graph, and how its packs are divided. Goes out: ``Step``s, one per node: computed of everything, on every process
+alike, or of this process's part. Nothing here knows what an op means. Each is *tried*: the graph runs once on random numbers, and for each
+op that reads a divided value the part is computed as it would be (operands that all have cut or whole, sizes in its arguments scaled) and
+compared with the part of the whole result, for every process. An op for which no way gives the right numbers gets all lanes, gathered.
+This is sharding propagation as in GSPMD (Xu et al., 2021), with trials in place of a rule per op.
 """
 
 from __future__ import annotations

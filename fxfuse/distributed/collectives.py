@@ -11,6 +11,7 @@ So what enters gives a token as well, a number that every later gather or sum ta
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def _summed(tensors: Sequence[Tensor], group: str, kind: str) -> list[Tensor]:
         flat = torch.cat([results[index].reshape(-1) for index in of])
         moved(kind, flat)
         dist.all_reduce(flat, group=group_of(group))
-        for index, part in zip(of, flat.split([results[index].numel() for index in of]), strict=True):
+        for index, part in zip(of, torch.split(flat, [results[index].numel() for index in of]), strict=True):
             results[index] = part.reshape(results[index].shape)
     return results
 
@@ -71,11 +72,12 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, group: str, value: Tensor, dim: int, starts: tuple[int, ...]) -> Tensor:
         ctx.group, ctx.dim, ctx.starts = group, dim, starts
         processes = group_of(group)
-        sizes = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+        sizes = [stop - start for start, stop in itertools.pairwise(starts)]
         # The part with most lanes gives the shape that all send: gloo and NCCL gather equal shapes.
         shape = [*value.shape]
         shape[dim] = max(sizes)
-        order = sorted(range(value.dim()), key=lambda d: -value.stride(d))  # the result lies in memory as the parts do
+        strides = value.stride()
+        order = sorted(range(value.dim()), key=lambda d: -strides[d])  # the result lies in memory as the parts do
         laid = value.permute(order)
         if value.shape[dim] < shape[dim]:
             filled = laid.new_zeros([shape[d] for d in order])

@@ -19,7 +19,7 @@ from .traffic import moved
 def average_gradients(model: nn.Module, groups: Sequence[dist.ProcessGroup]) -> None:
     """From here on every gradient of ``model`` is the mean over each of ``groups``, once it is accumulated."""
     for parameter in model.parameters() if groups else ():
-        parameter.register_post_accumulate_grad_hook(_averaging(groups))
+        parameter.register_post_accumulate_grad_hook(_averaging(groups))  # type: ignore[no-untyped-call]
 
 
 def _averaging(groups: Sequence[dist.ProcessGroup]) -> Callable[[Tensor], None]:

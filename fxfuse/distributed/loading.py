@@ -1,6 +1,7 @@
 """State dicts for packs that are divided among processes.
 
-Comes in: a state dict by packed or original names, of whole tensors or DTensors. Goes out: the same, in place, with DTensors for these packs.
+Comes in: a state dict by packed or original names, of whole tensors or DTensors. Goes out: the same, in place, with DTensors for these
+packs.
 """
 
 from __future__ import annotations
@@ -37,8 +38,7 @@ def fit_sharded(state: RegionState, state_dict: dict[str, Any], prefix: str) -> 
     for recipe in state.plan.recipes if original else ():
         keys = [places[(recipe.name, index)] for index in range(len(recipe.members))]
         given = [next((key for key in reversed(each) if key in state_dict), None) for each in keys]
-        fits = [key is None or (isinstance(v := state_dict[key], Tensor) and tuple(v.shape) == recipe.member_shape(i)) for i, key in enumerate(given)]
-        if not all(fits):
+        if not all(_fits(state_dict, key, recipe.member_shape(index)) for index, key in enumerate(given)):
             continue
         slot = slots[recipe.name]
         now = whole(slot.packed().detach()) if None in given else None
@@ -60,3 +60,8 @@ def fit_sharded(state: RegionState, state_dict: dict[str, Any], prefix: str) -> 
         if isinstance(value, Tensor) and is_sharded(target) and not is_sharded(value) and value.shape == target.shape:
             state_dict[prefix + recipe.name] = like(target, value.to(target.device))
     return missing
+
+
+def _fits(state_dict: dict[str, Any], key: str | None, shape: tuple[int, ...]) -> bool:
+    """Is nothing there, or a tensor of that shape?"""
+    return key is None or (isinstance(state_dict[key], Tensor) and tuple(state_dict[key].shape) == shape)
