@@ -50,7 +50,7 @@ def test_dropout(tmp_path):
     torchrun(2, "dropout", tmp_path, "lanes_worker.py")
 
 
-# -- in one process ----------------------------------------------------------------------------------------------------------------------------
+# -- in one process ----------------------------------------------------------------------------------------------------
 
 
 def tried(build, packs, **values):
@@ -105,7 +105,10 @@ class TestSplit:
         assert not step.own
 
     def test_a_bias_is_not_added_once_per_process(self):
-        step, _ = tried(lambda g, b, x, w: g.call_function(torch.addmm, (b, x, w)), {"w": (0, 3, 6)}, b=randn(2), x=randn(4, 6), w=randn(6, 2))
+        def build(g, b, x, w):
+            return g.call_function(torch.addmm, (b, x, w))
+
+        step, _ = tried(build, {"w": (0, 3, 6)}, b=randn(2), x=randn(4, 6), w=randn(6, 2))
         assert not step.own
 
     def test_rows_of_a_table_count_from_the_processs_own(self):

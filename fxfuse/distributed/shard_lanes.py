@@ -8,6 +8,7 @@ before anything changes.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fxfuse.fused import regions
 from fxfuse.graph import RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.region import RegionState
+from fxfuse.store import get_report
 
 from .data_parallel import average_gradients
 from .dividing import divided, slot_of
@@ -58,6 +60,9 @@ def shard_lanes(fused: nn.Module, device_mesh: Any, *, dim: str | None = None) -
     _broadcast(fused, device_mesh)
     for state, plan, sharding in decided:
         _apply(state, plan, sharding, device_mesh, group_dim)
+    plans = {state.plan.path: state.plan for state in states.values()}
+    report = get_report(fused)
+    report.fused = [plans.get(plan.path, plan) for plan in report.fused]
     average_gradients(fused, [device_mesh.get_group(d) for d in range(device_mesh.ndim) if d != group_dim])
     return fused
 
@@ -139,13 +144,12 @@ def _apply(state: RegionState, plan: RegionPlan, sharding: Sharding, mesh: Any, 
                 made.grad = like(made, held.grad)
         made.__dict__.update(held.__dict__)
         store[slot.name] = made
-    state.sharding, state.plan = sharding, plan
+    state.sharding, state.plan = sharding, replace(plan, notes=[*plan.notes, *sharding.sentences()])
     for name in sharding.sharded:
         if name in state.facts:
             state.facts[name] = Facts.of(name, state.sources()[name].fetch())
     state.compiled, state.others = {}, {}
     state.adapted.clear()
     state.unfit.clear()
-    plan.notes = [*plan.notes, *sharding.sentences()]
     state.prepare()
 
