@@ -1,7 +1,7 @@
 """Lane parallelism: each process holds, computes and steps its share of the networks of one loop.
 
-Run it: ``torchrun --nproc-per-node=2 examples/lane_parallel.py``. The model is an additive one, a network per feature, whose sum leaves: however
-many features and hidden units there are, a forward moves one number per row.
+Run it: ``torchrun --nproc-per-node=2 examples/lane_parallel.py``. The model is an additive one, a network per feature, whose sum leaves:
+however many features and hidden units there are, a forward moves one number per row.
 """
 
 import torch
@@ -15,12 +15,14 @@ from fxfuse.distributed.traffic import traffic
 FEATURES, HIDDEN, ROWS, STEPS = 30, 64, 128, 30
 
 
+def network():
+    return nn.Sequential(nn.Linear(1, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1))
+
+
 class Additive(nn.Module):
     def __init__(self):
         super().__init__()
-        self.nets = nn.ModuleList(
-            nn.Sequential(nn.Linear(1, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1)) for _ in range(FEATURES)
-        )
+        self.nets = nn.ModuleList(network() for _ in range(FEATURES))
 
     def forward(self, x):
         return sum(net(x[:, i : i + 1]) for i, net in enumerate(self.nets))

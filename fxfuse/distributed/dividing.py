@@ -61,7 +61,7 @@ def divided(state: RegionState, world: int, rank: int, group: str) -> tuple[Regi
         writer = PartWriter(tried[0], rank, group)
         made[id(program)] = replace(program, graph=writer.written())
         if number == 0:
-            sharding.moved = [(kind, *_free_shape(node, tried)) for kind, node in writer.moved]
+            sharding.moved = [(kind, *_free_shape(node, tried, _dtype(state, program))) for kind, node in writer.moved]
     programs = {flags: made[id(program)] for flags, program in plan.programs.items()}
     methods = {
         name: {flags: tuple(made[id(p)] for p in each) for flags, each in modes.items()} for name, modes in plan.methods.items()
@@ -182,7 +182,15 @@ def _needed_whole(trial: Trial) -> set[str]:
     return found
 
 
-def _free_shape(node: torch.fx.Node, tried: list[Trial]) -> tuple[tuple[int | None, ...], int]:
+def _dtype(state: RegionState, program: Program) -> torch.dtype | None:
+    """What stands for float64 where a trial ran in that instead of the model's dtype."""
+    held = (fact.dtype for name, fact in state.facts.items() if fact.dtype.is_floating_point)
+    return next(held, None) if program.guard.generic_dtype else None
+
+
+def _free_shape(node: torch.fx.Node, tried: list[Trial], instead: torch.dtype | None) -> tuple[tuple[int | None, ...], int]:
+    """The shape of a node's value, None for sizes that are free, and the bytes of an element."""
     values = [trial.values[node] for trial in tried]
     shape = tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*(v.shape for v in values), strict=True))
-    return shape, values[0].element_size()
+    dtype = instead if instead is not None and values[0].dtype is torch.float64 else values[0].dtype
+    return shape, dtype.itemsize
