@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .averages import migrate_average
     from .backend import backend, inductor_pass
     from .checkpoint_format import checkpoint_format
+    from .distributed.shard_lanes import shard_lanes
     from .errors import ArgumentError, FallbackError, FxfuseError, OptimizerError, StateDictError, ValidationError
     from .freeze import freeze, unfreeze
     from .fused import graphs as graph
@@ -56,6 +57,7 @@ __all__ = [
     "original_optimizer_state_dict",
     "original_state_dict",
     "report",
+    "shard_lanes",
     "unfreeze",
     "unfuse",
     "verify",
@@ -77,6 +79,7 @@ _HOMES = {
     **dict.fromkeys(("named_original_parameters", "original_named_parameters"), "packing"),
     "Report": "report",
     "report": "store",
+    "shard_lanes": "distributed.shard_lanes",
     **dict.fromkeys(("Validation", "verify"), "validate"),
 }
 _OTHERWISE_CALLED = {"graph": "graphs", "report": "get_report"}

@@ -16,7 +16,7 @@ from torch import nn
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
 from fxfuse.guards import Facts
-from fxfuse.lane import Pack, Slot, lane_info
+from fxfuse.lane import Pack, Slot, divided, lane_info
 from fxfuse.norm_pack import LayerNormPack
 from fxfuse.parts import part_name, reading, whole_of
 from fxfuse.recipes import part, part_view
@@ -84,6 +84,8 @@ def _examined(state: RegionState, name: str, lanes: Sequence[int]) -> _Cut:
     if recipe is None or slot is None:
         raise FxfuseError(f"the region has no pack {name}")
     packed = slot.packed()
+    if divided(slot.owner):
+        raise FxfuseError(f"{name} is divided among processes, and cannot be cut into parts any more: that comes before shard_lanes")
     if type(packed) is not nn.Parameter or recipe.kind != "parameter":
         raise FxfuseError(f"{name} is a {type(packed).__name__}, and only plain Parameters can be cut into parts")
     bounds = sorted({0, *lanes, len(recipe.members)})

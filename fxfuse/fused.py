@@ -17,7 +17,7 @@ from torch import nn
 from fxfuse.all_or_nothing import loads_as_before
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Program
-from fxfuse.lane import restore
+from fxfuse.lane import divided, restore
 from fxfuse.module_tree import named_modules
 from fxfuse.runtime import graph_module, source, walk
 from fxfuse.sharded import is_sharded
@@ -67,12 +67,13 @@ def unfuse(model: nn.Module) -> nn.Module:
     """A new model of the original classes, with Parameters of its own; ``model`` is not changed.
 
     Values, requires_grad, training flags, the order of registration and attributes set since fusing stay. A model without
-    fused regions is copied. Raises ``FxfuseError`` for one that is sharded over processes (FSDP2).
+    fused regions is copied. Raises ``FxfuseError`` for one that FSDP2 shards over processes; lanes that
+    ``shard_lanes`` divided are gathered.
 
     >>> unfuse(nn.Linear(2, 3))
     Linear(in_features=2, out_features=3, bias=True)
     """
-    if any(is_sharded(parameter) for parameter in model.parameters()):
+    if any(is_sharded(parameter) for parameter in model.parameters()) and not any(divided(module) for module in model.modules()):
         raise FxfuseError(
             f"the {type(model).__name__} is sharded over processes: load fxfuse.original_state_dict of it into a plain model instead"
         )

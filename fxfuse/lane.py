@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.copies import copy_ordinary, ordinary
+from fxfuse.distributed.packs import gathered_once, whole
 from fxfuse.errors import ArgumentError, FxfuseError, StateDictError
 from fxfuse.graph import Recipe
 from fxfuse.private import recurrent
@@ -27,7 +28,7 @@ from fxfuse.private.module_hooks import BOOKKEEPING
 from fxfuse.private.state_dicts import forget_version
 from fxfuse.private.transforms import transforming
 from fxfuse.recipes import lane_view, lane_views
-from fxfuse.sharded import gathered, is_sharded
+from fxfuse.sharded import is_sharded, shared_as
 
 LANE = "_fxfuse_lane"  # the key in an instance's __dict__ under which its LaneInfo lies
 
@@ -108,6 +109,12 @@ def attribute_of(module: nn.Module, name: str) -> Any:
     return type(module) if name == "__class__" else module.__dict__.get(name, getattr(type(module), name, None))
 
 
+def divided(owner: nn.Module) -> bool:
+    """Are the lanes of a pack's owner divided among processes, each whole in its own (``shard_lanes``)?"""
+    watch = owner.__dict__.get("_fxfuse_watch", owner.__dict__.get("_fxfuse"))
+    return getattr(watch, "sharding", None) is not None
+
+
 @dataclass
 class Slot:
     """Where a tensor of a lane lies: member ``index`` of the packed tensor ``name`` of the module ``owner``."""
@@ -130,10 +137,11 @@ class Slot:
         return cast(Tensor, getattr(self.owner, self.name) if found is None else found)
 
     def view(self) -> Tensor:
-        """This lane's tensor, a differentiable view in the original's shape."""
+        """This lane's tensor, a differentiable view in the original's shape. Of a pack that is sharded, a view of what is gathered."""
         packed = self.packed()
         if torch.compiler.is_compiling():
             return lane_view(self.recipe, packed, self.index)
+        packed = whole(packed)
         cache: dict[int, tuple[Tensor, tuple[Tensor, ...]]] | None = getattr(_thread, "views", None)
         # A view made without grad, or inside a functorch transform, must not be handed out after it.
         if cache is None or not packed.requires_grad or not torch.is_grad_enabled() or transforming():
@@ -142,17 +150,6 @@ class Slot:
         if entry is None:
             entry = cache[id(packed)] = (packed, lane_views(self.recipe, packed))  # the entry keeps packed, and so its id, alive
         return entry[1][self.index]
-
-    def saved(self) -> Tensor:
-        """As ``view``, for state dicts: of a pack that is sharded over processes, a view of all of it."""
-        packed = self.packed()
-        if not is_sharded(packed):
-            return self.view()
-        kept: dict[int, tuple[Tensor, Tensor]] | None = getattr(_thread, "whole", None)
-        cache = {} if kept is None else kept
-        if id(packed) not in cache:
-            cache[id(packed)] = packed, gathered(packed)
-        return lane_view(self.recipe, cache[id(packed)][1], self.index)
 
     def write(self, name: str, value: Any) -> None:
         """Copy an assigned tensor into the pack. Raises ``ArgumentError`` for what a view cannot become."""
@@ -171,7 +168,12 @@ class Slot:
         if packed.is_meta and not value.is_meta:
             raise ArgumentError(f"{name} is part of a pack on the meta device and cannot be assigned alone: load all lanes at once")
         with torch.no_grad():
-            lane_view(self.recipe, packed, self.index).copy_(value)
+            if is_sharded(packed):  # every process assigns, and takes its lanes
+                full = whole(packed).clone()
+                lane_view(self.recipe, full, self.index).copy_(value)
+                packed.copy_(shared_as(full, packed))
+            else:
+                lane_view(self.recipe, packed, self.index).copy_(value)
 
 
 @dataclass
@@ -201,7 +203,7 @@ class LaneInfo:
 
 
 def _in_order(order: tuple[str, ...], kept: dict[str, Any], slots: dict[str, Slot]) -> dict[str, Any]:
-    merged = {name: slots[name].saved() if name in slots else kept[name] for name in order if name in slots or name in kept}
+    merged = {name: slots[name].view() if name in slots else kept[name] for name in order if name in slots or name in kept}
     return {**merged, **kept}
 
 
@@ -222,23 +224,13 @@ def shared_views() -> Iterator[None]:
 
 
 @contextmanager
-def gathered_once() -> Iterator[None]:
-    """Within, on this thread, a pack that is sharded over processes is gathered once for all its lanes."""
-    outer = getattr(_thread, "whole", None)
-    _thread.whole = {} if outer is None else outer
-    try:
-        yield
-    finally:
-        _thread.whole = outer
-
-
-@contextmanager
 def by_original_name() -> Iterator[None]:
     """Within, on this thread, ``state_dict()`` writes original names."""
     outer = saving_by_original_name()
     _thread.original = True
     try:
-        yield
+        with gathered_once():
+            yield
     finally:
         _thread.original = outer
 
@@ -553,7 +545,7 @@ def restore(module: nn.Module) -> None:
             key = (slot.recipe.name, slot.index)
             if key not in own:
                 packed = slot.packed()
-                data = lane_view(slot.recipe, packed.detach(), slot.index).clone(memory_format=torch.contiguous_format)
+                data = lane_view(slot.recipe, whole(packed.detach()), slot.index).clone(memory_format=torch.contiguous_format)
                 own[key] = nn.Parameter(data, packed.requires_grad) if isinstance(packed, nn.Parameter) else data
                 own[key].__dict__.update(packed.__dict__)
         state = member.__dict__

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfuse.distributed.packs import whole
 from fxfuse.errors import FxfuseError
-from fxfuse.lane import Slot
+from fxfuse.lane import Slot, divided
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.recipes import lane_view
 from fxfuse.sharded import is_sharded
@@ -32,12 +33,14 @@ class LaneParameter(Tensor):
         """The lane's share of the pack's gradient, None without one."""
         slot = self._fxfuse_slot
         grad = slot.packed().grad
-        return None if grad is None else lane_view(slot.recipe, grad, slot.index)
+        return None if grad is None else lane_view(slot.recipe, whole(grad), slot.index)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         slot = self._fxfuse_slot
         packed = slot.packed()
+        if is_sharded(packed):
+            raise FxfuseError("the gradient of a lane that is divided among processes cannot be set")
         if packed.grad is None and value is not None:
             packed.grad = torch.zeros_like(packed)
         if packed.grad is not None:
@@ -46,8 +49,8 @@ class LaneParameter(Tensor):
 
 
 def lane_parameter(slot: Slot) -> Tensor:
-    """The parameter of a lane. Raises ``FxfuseError`` where its pack is sharded over processes."""
-    if is_sharded(slot.packed()):
+    """The parameter of a lane: of lanes that ``shard_lanes`` divided, gathered. Raises ``FxfuseError`` where FSDP2 cuts through them."""
+    if is_sharded(slot.packed()) and not divided(slot.owner):
         name = slot.recipe.members[slot.index]
         raise FxfuseError(f"{name} is a lane of a pack that is sharded over processes, and has no view there: see original_state_dict")
     view = slot.view().as_subclass(LaneParameter)

@@ -20,6 +20,7 @@ from fxfuse.cut import cut
 from fxfuse.elementwise import ELEMENTWISE, unsupported
 from fxfuse.errors import ArgumentError, OptimizerError
 from fxfuse.graph import Recipe
+from fxfuse.lane import divided
 from fxfuse.live_optimizers import unwrapped
 from fxfuse.places import Place, places
 from fxfuse.recipes import pack
@@ -76,6 +77,8 @@ def migrate_optimizer(optimizer: Any, model: nn.Module, fused: nn.Module, *, inp
     for what, given in (("model", model), ("fused", fused)):
         if not isinstance(given, nn.Module):
             raise ArgumentError(f"{what} must be a torch.nn.Module, a {type(given).__name__} came")
+    if any(divided(module) for of in (model, fused) for module in of.modules()):
+        raise OptimizerError("lanes are divided among processes: move the optimizer before that, or build it anew from fused.parameters()")
     collected = collect(optimizer, model)
     result = optimizer if inplace else again(unwrapped(optimizer))
     place(collected, result, fused)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.all_or_nothing import all_or_nothing
+from fxfuse.distributed.packs import whole
 from fxfuse.errors import StateDictError
 from fxfuse.lane import Pack, Slot, by_original_name, lane_info
 from fxfuse.lane_parameter import lane_parameter
@@ -153,7 +154,7 @@ def original_gradients(model: nn.Module) -> dict[str, Tensor | None]:
     for name, value in each_parameter(model):
         if isinstance(value, Slot):
             grad = value.packed().grad
-            grads[name] = None if grad is None else lane_view(value.recipe, grad, value.index)
+            grads[name] = None if grad is None else lane_view(value.recipe, whole(grad), value.index)
         else:
             grads[name] = value.grad
     return grads

@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from fxfuse.alias import AliasPack, StaleAlias
 from fxfuse.all_or_nothing import all_or_nothing, refitted
+from fxfuse.distributed.loading import fit_sharded
+from fxfuse.distributed.packs import LocalPack, gathered_once
+from fxfuse.distributed.sharding import Sharding
 from fxfuse.entries import FORWARD
 from fxfuse.errors import FallbackError, FxfuseError
 from fxfuse.graph import Program, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.held import Held, Kept, resolved
-from fxfuse.lane import LaneMixin, Slot, Watch, attribute_of, gathered_once, lane_info, saving_by_original_name, shared_views
+from fxfuse.lane import LaneMixin, Slot, Watch, attribute_of, lane_info, saving_by_original_name, shared_views
 from fxfuse.module_tree import all_modules
 from fxfuse.parts import fit_parts
 from fxfuse.private.autocast import any_autocast_enabled
@@ -80,6 +83,7 @@ class RegionState(Watch):
     extra: dict[str, Tensor] = field(default_factory=dict)  # index tensors that those made later read
     inside: list[Piece] = field(default_factory=list)  # what lies in objects that the modules hold, at installation
     around: Around | None = None  # compares that, and ``plan.outside``, at every call; None: there is nothing
+    sharding: Sharding | None = None  # its lanes are divided among processes
     holders: list[dict[str, Any]] | None = None  # the ``_parameters`` of all modules, for as long as none comes or goes
 
     @property
@@ -111,6 +115,11 @@ class RegionState(Watch):
             yield from _slots(module).values()
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.sharding is not None:
+            raise FxfuseError(
+                "a model whose lanes are divided among processes cannot be pickled: save fxfuse.original_state_dict(model), or its"
+                " state_dict() with torch.distributed.checkpoint"
+            )
         kept = {k: v for k, v in self.__dict__.items() if k not in _UNSAVED}
         programs = {flags: program_to_data(program) for flags, program in self.plan.programs.items()}
         methods = {
@@ -175,6 +184,9 @@ class RegionState(Watch):
         """Where the tensors of programs are found that do not lie at their path in the region."""
         elsewhere = {name: Source(alias, None, "tensor") for name, alias in self.aliases.items()}
         elsewhere.update((name, Source(self, "extra", name)) for name in self.extra)
+        for name in self.sharding.sharded if self.sharding is not None else ():
+            place = source(self.region, name)
+            elsewhere[name] = Source(LocalPack(place.owner, str(place.store), place.name), None, "tensor")
         return elsewhere
 
     def resolved(self, program: Program) -> Program:
@@ -217,11 +229,12 @@ class RegionState(Watch):
             return "a hook was registered on a submodule"
         if tuple(module.training for module in self.hidden) != self.hidden_flags:
             return "an unregistered submodule changed its training flag"
+        elsewhere = self.sources() if self.sharding is not None else {}
         for target, fact in self.facts.items():
             if target in self.aliases:
                 continue
             try:
-                tensor = source(self.region, target).fetch()
+                tensor = (elsewhere.get(target) or source(self.region, target)).fetch()
             except (AttributeError, KeyError, FxfuseError):
                 return f"{target} is gone"
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != fact.shape:
@@ -366,6 +379,8 @@ class RegionMixin(LaneMixin):
         """A call under autocast that no program fits: by one made for it now, or why there is none, and ``MISS``."""
         from .adapt import adapt  # imports this file
 
+        if state.sharding is not None:  # what is made now would be over all lanes
+            return f"{reason}, and lanes that are divided among processes are not made anew under autocast", MISS
         said = adapt(state, name, args, kwargs)
         if said is None:
             state.prepare()
@@ -384,7 +399,7 @@ class RegionMixin(LaneMixin):
         with _counting:
             known = reason in state.fallbacks or len(state.fallbacks) < _MOST_REASONS
             state.fallbacks[reason if known else "other reasons"] += 1
-        with shared_views(), _in_the_loop(state):
+        with shared_views(), gathered_once(), _in_the_loop(state):
             return forward(self, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
@@ -463,6 +478,8 @@ class RegionMixin(LaneMixin):
             unpack_region(prefix[:-1], note, state_dict)
         if state.packing == "packed":
             fit_parts(state.plan, state_dict, prefix)
+        if state.sharding is not None:
+            fit_sharded(state, state_dict, prefix)
         packed = any(prefix + recipe.name in state_dict for recipe in state.plan.recipes)
         if not packed and state.packing == "packed" and any(is_sharded(slot.packed()) for slot in state.slots()):
             packed = _share_keys(state, state_dict, prefix, missing, rest[4])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxfuse.passes.functional import slice_along
 
-_VIEWS: tuple[Any, ...] = (
+VIEWS: tuple[Any, ...] = (
     *(torch.permute, torch.transpose, torch.movedim, torch.unsqueeze, torch.squeeze, torch.unflatten, torch.flatten, slice_along),
     *("reshape", "view", "expand"),
 )
@@ -39,7 +39,7 @@ def hoist(flat: torch.fx.Graph, tensors: set[str]) -> WeightViews | None:
     own = {node for node in flat.nodes if node.op == "placeholder" and node.name in tensors}
     hoisted: list[torch.fx.Node] = []
     for node in flat.nodes:
-        viewing = node.op in ("call_function", "call_method") and node.target in _VIEWS
+        viewing = node.op in ("call_function", "call_method") and node.target in VIEWS
         if viewing and node.all_input_nodes and own.issuperset(node.all_input_nodes):
             own.add(node)
             hoisted.append(node)

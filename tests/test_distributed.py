@@ -19,9 +19,9 @@ from fxfuse.packing import original_gradients
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here")
 
 
-def torchrun(processes: int, phase: str, folder: Path) -> None:
+def torchrun(processes: int, phase: str, folder: Path, worker_file: str = "distributed_worker.py") -> None:
     tests = Path(__file__).parent
-    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(tests / "distributed_worker.py")]
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(tests / worker_file)]
     paths = os.pathsep.join([str(tests.parent), str(tests)])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     for _ in range(3):

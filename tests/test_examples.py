@@ -1,10 +1,14 @@
 """Every example runs as it stands, and says what it promises."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHAPES = {  # example: its heavy launches, before and after, once per model
@@ -31,7 +35,7 @@ def output_of(monkeypatch, capsys):
 
 
 def test_every_file_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHAPES, "demo", "both", "fine_tune"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHAPES, "demo", "both", "fine_tune", "lane_parallel"}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -55,6 +59,21 @@ def test_fine_tune(output_of):
     before, after = map(float, re.search(r"^loss ([\d.]+) -> ([\d.]+); frozen: nets.3.0.weight, ", out, re.MULTILINE).groups())
     assert after < before
     assert float(re.search(r"^difference of the two models: (\S+)$", out, re.MULTILINE)[1]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here")
+def test_lane_parallel():
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLES / "lane_parallel.py")]
+    env = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ended = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert "forward sums rows x 1 over processes: 4 bytes per row" in ended.stdout
+    shared, alone = re.search(r"^loss after 30 steps: ([\d.]+) on 2 processes, ([\d.]+) on one$", ended.stdout, re.MULTILINE).groups()
+    assert float(shared) == pytest.approx(float(alone), rel=1e-3)
+    here, one = re.search(r"^bytes of weights and moments: ([\d,]+) in this process, ([\d,]+) in one$", ended.stdout, re.MULTILINE).groups()
+    assert int(here.replace(",", "")) < 0.51 * int(one.replace(",", ""))
+    assert "moved in 30 steps: 15,360 bytes in 30 calls" in ended.stdout
 
 
 def test_demo(output_of):

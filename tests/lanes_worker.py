@@ -1,0 +1,285 @@
+"""What ``test_shard_lanes.py`` runs on several processes: ``lanes_worker.py PHASE FOLDER``. Raises where anything differs.
+
+Every process makes the same models; the reference trains in one process, as a loop.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from typing import Any
+
+import distributed_worker as worker
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import fxfuse
+from fxfuse.distributed.traffic import traffic
+from fxfuse.fused import regions
+from fxfuse.packing import original_gradients
+
+ROWS = 8
+
+
+class Additive(nn.Module):
+    """Networks per column; ``join`` is how they come together."""
+
+    def __init__(self, lanes: int, join: str) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(
+            nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(lanes)
+        )
+        self.head = nn.Linear(2 * lanes if join == "cat" else 2, 2)
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = [net(x[:, i : i + 1]) for i, net in enumerate(self.nets)]
+        if self.join == "cat":
+            return self.head(torch.cat(outs, 1))
+        return self.head(torch.stack(outs, 1).sum(1) if self.join == "stack" else sum(outs))
+
+
+class Images(nn.Module):
+    """Convolutions of one image with BatchNorm, embeddings of columns, then a second stage of lanes on both. (Before BatchNorm the gradient
+    of a bias is rounding alone: there are none.)"""
+
+    def __init__(self, lanes: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Sequential(nn.Conv1d(2, 4, 3, bias=False), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(lanes))
+        self.tables = nn.ModuleList(nn.Embedding(7, 3) for _ in range(lanes))
+        self.experts = nn.ModuleList(nn.Sequential(nn.LayerNorm(lanes * 7), nn.Linear(lanes * 7, 5), nn.GELU()) for _ in range(lanes))
+        self.gate = nn.Linear(2, lanes)
+        self.out = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        image = x[:, :6].unflatten(1, (2, 3))
+        h = torch.cat([conv(image).mean(2) for conv in self.convs] + [table(ids[:, i]) for i, table in enumerate(self.tables)], 1)
+        gates = self.gate(x[:, :2]).softmax(1)
+        return self.out(torch.stack([expert(h) * gates[:, i : i + 1] for i, expert in enumerate(self.experts)], 1).sum(1))
+
+
+def build(kind: str, lanes: int) -> nn.Module:
+    torch.manual_seed(0)
+    return (Images(lanes) if kind == "images" else Additive(lanes, kind)).double()
+
+
+def batch(lanes: int, kind: str, rows: int = ROWS) -> tuple[tuple[Tensor, ...], Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, max(lanes, 6), generator=generator, dtype=torch.float64)
+    y = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, 7, (rows, lanes), generator=generator)
+    return ((x, ids) if kind == "images" else (x,)), y
+
+
+def fused(kind: str, lanes: int) -> nn.Module:
+    made = fxfuse.optimize(build(kind, lanes), batch(lanes, kind)[0], objective="launches", tune=False, validate=False)
+    assert fxfuse.report(made).fused
+    return made
+
+
+def trained(model: nn.Module, optimizer: str, inputs: tuple[Tensor, ...], y: Tensor, steps: int = 4) -> nn.Module:
+    stepping = worker.OPTIMIZERS[optimizer](model.parameters())
+    for _ in range(steps):
+        stepping.zero_grad()
+        (model(*inputs) - y).square().mean().backward()
+        stepping.step()
+    return model
+
+
+def input_gradient(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    x = inputs[0].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x, *inputs[1:]).square().sum(), x)
+    return gradient
+
+
+def compared(kind: str, lanes: int, expect_sharded: bool = True) -> None:
+    """Training, inference, input gradients, gradients by name."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    inputs, y = batch(lanes, kind)
+    for optimizer in worker.OPTIMIZERS:
+        what = f"{kind}, {lanes} lanes, {optimizer}"
+        plain, model = build(kind, lanes), fxfuse.shard_lanes(fused(kind, lanes), mesh)
+        (state,) = regions(model).values()
+        assert bool(state.sharding.sharded) is expect_sharded, what
+        assert "over processes" in str(fxfuse.report(model)) or not expect_sharded
+        trained(plain, optimizer, inputs, y)
+        trained(model, optimizer, inputs, y)
+        assert not fxfuse.report(model).fallbacks, fxfuse.report(model).fallbacks
+        worker.assert_same(dict(fxfuse.original_state_dict(model)), dict(plain.state_dict()), what)
+        gradients = {name: grad for name, grad in original_gradients(model).items() if grad is not None}
+        worker.assert_same(gradients, {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}, what)
+        worker.assert_same({"x": input_gradient(model, inputs)}, {"x": input_gradient(plain, inputs)}, what)
+        plain.eval(), model.eval()
+        with torch.no_grad():
+            for rows in (ROWS, 3):
+                some = batch(lanes, kind, rows)[0]
+                worker.assert_same({"y": model(*some)}, {"y": plain(*some)}, f"{what}, eval")
+        assert not fxfuse.report(model).fallbacks, fxfuse.report(model).fallbacks
+
+
+def train(folder: str) -> None:
+    world = dist.get_world_size()
+    for kind in ("cat", "stack", "sum", "images"):
+        for lanes in (2 * world, 2 * world + 1) if world == 2 else (world, world + 3):
+            compared(kind, lanes)
+    compared("cat", 3, expect_sharded=world < 3)
+
+
+def state(folder: str) -> None:
+    """State dicts by either naming, checkpoints, copies, what falls back, what is refused, bytes held and moved."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    for kind, lanes in (("images", 2 * world), ("images", 2 * world + 1), ("cat", 2 * world)):
+        inputs, y = batch(lanes, kind)
+        plain, model = build(kind, lanes), fxfuse.shard_lanes(fused(kind, lanes), mesh)
+        expected = dict(trained(plain, "sgd", inputs, y).state_dict())
+        fxfuse.load_original_state_dict(model, expected)
+        worker.assert_same(dict(fxfuse.original_state_dict(model)), expected, "loaded by original names")
+        again = fxfuse.shard_lanes(fused(kind, lanes), mesh)
+        again.load_state_dict(model.state_dict())
+        worker.assert_same(dict(fxfuse.original_state_dict(again)), expected, "loaded by packed names")
+        again = fxfuse.shard_lanes(fused(kind, lanes), mesh)
+        whole = fused(kind, lanes)
+        fxfuse.load_original_state_dict(whole, expected)
+        again.load_state_dict(whole.state_dict())
+        worker.assert_same(dict(fxfuse.original_state_dict(again)), expected, "loaded from whole packs")
+        incomplete = {name: value for name, value in expected.items() if ".1." not in name}
+        with pytest.raises(RuntimeError, match=r"(?s)Missing key.*\.1\.0\.weight"):
+            again.load_state_dict(incomplete)
+        worker.assert_same(dict(fxfuse.original_state_dict(again)), expected, "what does not fit changes nothing")
+        with fxfuse.checkpoint_format(model, "original"):
+            worker.assert_same(dict(model.state_dict()), expected, "checkpoint_format")
+        back = fxfuse.unfuse(model)
+        assert type(back) is type(plain)
+        worker.assert_same(dict(back.state_dict()), expected, "unfused")
+        dcp.save({"model": model.state_dict()}, checkpoint_id=os.path.join(folder, f"{kind}{lanes}"))
+        copied = copy.deepcopy(model)
+        worker.assert_same({"y": copied(*inputs)}, {"y": plain(*inputs)}, "a copy")
+        # A hook makes it run the loop, of weights that are gathered.
+        plain, model = build(kind, lanes), fxfuse.shard_lanes(fused(kind, lanes), mesh)
+        for each in (plain, model):
+            lane = (each.experts if kind == "images" else each.nets)[1]
+            lane.register_forward_hook(lambda module, args, out: out * 2)
+            trained(each, "sgd", inputs, y)
+        assert fxfuse.report(model).fallbacks
+        worker.assert_same(dict(fxfuse.original_state_dict(model)), dict(plain.state_dict()), "fallback")
+    refused(mesh)
+    held(mesh)
+
+
+def refused(mesh: Any) -> None:
+    """What cannot be done says so, on every process, and changes nothing."""
+    model = fxfuse.shard_lanes(fused("cat", 4), mesh)
+    optimizer = torch.optim.Adam(model.parameters())
+    plain = build("cat", 4)
+    for action, said in (
+        (lambda: fxfuse.shard_lanes(model, mesh), "divided already"),
+        (lambda: fxfuse.shard_lanes(plain, mesh), "no fused region"),
+        (lambda: fxfuse.shard_lanes(fused("cat", 4), "cpu"), "DeviceMesh"),
+        (lambda: fxfuse.shard_lanes(fused("cat", 4), mesh, dim="rows"), "none of them rows"),
+        (lambda: fxfuse.freeze(model, "nets.1.*"), "divided among processes"),
+        (lambda: fxfuse.migrate_optimizer(optimizer, model, plain), "divided among processes"),
+        (lambda: torch.save(model, os.devnull), "cannot be pickled"),
+        (lambda: fxfuse.shard_lanes(fused("cat", 4 + dist.get_rank()), mesh), "hold different models"),
+    ):
+        before = fxfuse.original_state_dict(model)
+        with pytest.raises(fxfuse.FxfuseError, match=said):
+            action()
+        worker.assert_same(dict(fxfuse.original_state_dict(model)), dict(before), said)
+
+
+def held(mesh: Any) -> None:
+    """Each process holds its share of weights and moments; what a step moves is what the shapes say."""
+    world = dist.get_world_size()
+    lanes = 4 * world
+    inputs, y = batch(lanes, "sum")
+    model = fxfuse.shard_lanes(fused("sum", lanes), mesh)
+    optimizer = torch.optim.Adam(model.parameters())
+    with traffic() as moved:
+        (model(*inputs) - y).square().mean().backward()
+    optimizer.step()
+    assert dict(moved.bytes) == {"sum": ROWS * 2 * 8}, moved  # of the output alone
+    with traffic() as moved:
+        input_gradient(model, inputs)
+    assert dict(moved.bytes) == {"sum": ROWS * 2 * 8, "gradients": inputs[0].numel() * 8}, moved
+    packs = [p for name, p in model.named_parameters() if "packed" in name]
+    here = sum(held_bytes(p) + sum(map(held_bytes, optimizer.state[p].values())) for p in packs)
+    all_lanes = [p for name, p in build("sum", lanes).named_parameters() if "nets" in name]
+    everything = sum(p.numel() * 8 * 3 for p in all_lanes)
+    assert everything / world <= here <= everything / world + 1024, (here, everything)
+
+
+def held_bytes(tensor: Tensor) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.untyped_storage().nbytes()
+
+
+def as_whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def grid(folder: str) -> None:
+    """Lanes along one dim of a mesh, rows of the batch along the other: by ``shard_lanes`` alone, and with FSDP2."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "lanes"))
+    row = mesh.get_local_rank("data")
+    for kind, lanes in (("cat", 4), ("sum", 5)):
+        inputs, y = batch(lanes, kind)
+        mine = slice(row * ROWS // 2, (row + 1) * ROWS // 2)
+        for optimizer in worker.OPTIMIZERS:
+            expected = dict(trained(build(kind, lanes), optimizer, inputs, y).state_dict())
+            model = trained(fxfuse.shard_lanes(fused(kind, lanes), mesh), optimizer, (inputs[0][mine],), y[mine])
+            assert not fxfuse.report(model).fallbacks
+            worker.assert_same(dict(fxfuse.original_state_dict(model)), expected, f"mesh, {kind}, {optimizer}")
+            model = fxfuse.shard_lanes(fused(kind, lanes), mesh["lanes"])
+            fully_shard(model, mesh=mesh["data"])
+            trained(model, optimizer, (inputs[0][mine],), y[mine])
+            assert not fxfuse.report(model).fallbacks, fxfuse.report(model).fallbacks
+            found = {name: as_whole(each) for name, each in fxfuse.original_state_dict(model).items()}
+            worker.assert_same(found, expected, f"FSDP2, {kind}, {optimizer}")
+
+
+class Dropping(nn.Module):
+    """Dropout in the lanes, and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(3, 64), nn.Dropout(0.5)) for _ in range(4))
+        self.last = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.stack([net(x) for net in self.nets], 1)
+        return h, self.last(h)
+
+
+def dropout(folder: str) -> None:
+    """Lanes draw masks of their own; what is no lane's draws the same on every process."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    x = torch.randn(16, 3)
+    model = fxfuse.shard_lanes(fxfuse.optimize(Dropping(), x, objective="launches", tune=False), mesh)
+    assert next(iter(regions(model).values())).sharding.sharded
+    torch.manual_seed(5)
+    h, last = model(x)
+    masks = (h != 0).transpose(0, 1).flatten(1).float()
+    assert all(0.4 < mask.mean() < 0.6 for mask in masks)
+    agreement = [(masks[i] == masks[j]).float().mean() for i in range(4) for j in range(i)]
+    assert all(0.4 < each < 0.6 for each in agreement), agreement
+    for value in (h, last, torch.rand(3)):
+        everyone = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, value.detach().contiguous())
+        assert all(torch.equal(each, everyone[0]) for each in everyone)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    globals()[sys.argv[1]](sys.argv[2])
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
