@@ -96,7 +96,8 @@ class RegionState(Watch):
         if not path and name == "forward":
             # Who replaces the forward of the region itself is asked first; where it then comes here, it wants the class's own.
             return not self.plan.methods.keys() - {FORWARD}
-        return unread(self.plan.spelled, module, name)
+        plan = self.__dict__.get("plan")  # none while this is unpickled: modules set attributes then
+        return plan is None or unread(plan.spelled, module, name)
 
     def removed(self, region: nn.Module) -> None:
         """Called when the region is an ordinary module again: take the pack and this state out of it."""
