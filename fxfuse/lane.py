@@ -412,9 +412,10 @@ class LaneMixin(nn.Module):
         return self
 
 
-def _telling(name: str) -> Callable[..., Any]:
+def _telling(name: str, base: type = nn.Module) -> Callable[..., Any]:
     """A method that does what its base does and then has the watch look again."""
 
+    @functools.wraps(getattr(base, name))  # torch looks whether register_buffer takes ``persistent``
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return getattr(super(LaneMixin, self), name)(*args, **kwargs)
@@ -423,7 +424,6 @@ def _telling(name: str) -> Callable[..., Any]:
             if info is not None:
                 info.watch.ready = None
 
-    method.__name__ = name
     return method
 
 
@@ -480,7 +480,7 @@ def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
             "_fxfuse_mixin": mixin,
             "_fxfuse_names": key[2],
             **{name: _property(name) for name in names},
-            **{name: _telling(name) for name in _CONTAINER if hasattr(base, name)},
+            **{name: _telling(name, base) for name in _CONTAINER if hasattr(base, name)},
         }
         if issubclass(base, nn.RNNBase) and names:
             space.update(recurrent.listing())

@@ -303,7 +303,7 @@ def test_an_inner_backend_that_fails_on_the_pieces_gets_dynamos():
 
 @COMPILER
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor")  # Inductor's own, and dynamo's of cond
 @pytest.mark.parametrize("kind", [InAndAfterCheckpoint, BeforeCond, RegionsAndCheckpoint])
 def test_through_inductor(kind):
     model = randomized(kind())

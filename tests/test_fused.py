@@ -842,3 +842,15 @@ def test_a_zero_grad_of_the_users_own_is_called() -> None:
     model.core.zero_grad()
     assert Own.calls == before + 1
     assert all(p.grad is None for p in model.core.parameters())
+
+
+def test_a_buffer_that_is_not_saved_is_assigned_in_a_lane():
+    """torch asks for the signature of ``register_buffer`` then (position tables of transformers' speech models are made in forward)."""
+    original, model = pair()
+    for each in (original, model):
+        each.core.nets[1].table = nn.Buffer(torch.ones(3, dtype=F64), persistent=False)
+        each.core.nets[1].table = nn.Buffer(torch.zeros(3, dtype=F64), persistent=False)
+    assert "core.nets.1.table" in dict(model.named_buffers())
+    assert packing.original_state_dict(model).keys() == original.state_dict().keys()
+    x = data()
+    assert torch.allclose(model(x), original(x), **CLOSE)
