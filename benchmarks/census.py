@@ -10,8 +10,7 @@ convolutions, embeddings, norms. A wrong model, an exception or a sentence "fxfu
 transformers 5.23.0, torch 2.13.0. 2026-11-20, afmoe to luke: 304 examined, 270 built, 229 ran, 201 fused (heavy 7,015 -> 5,843), 2,578
 calls compared; cvt and led are doubtful, four were late. 2026-11-28, lw_detr to sew-d: 232 examined, 170 ran, all right, 153 fused
 (heavy 6,890 -> 5,874); shieldgemma2 to zoedepth: 111 examined, 82 ran, 74 fused (heavy 8,995 -> 7,448), vjepa2 late, wav2vec2-conformer
-raised. What was wrong is mended. torch.nn: 171 classes and forms, each alone and three as
-lanes.
+raised. What was wrong is mended. torch.nn: 171 classes and forms, each alone and three as lanes.
 """
 
 from __future__ import annotations

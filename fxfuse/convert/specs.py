@@ -63,5 +63,5 @@ def _is_plain(name: Any) -> bool:
 
 
 def _unknown(path: Path, name: Any) -> None:
-    what = f"{path}: its program takes or returns a container of the class {str(name)[:80]!r}, which nothing has registered here"
-    raise ConvertError(f"{what} for files, and which could run code: import the package that does (torch.export.register_dataclass) first; {TRUST}")
+    what = f"{path}: its program takes or returns a container of the class {str(name)[:80]!r}, which nothing has registered here for files"
+    raise ConvertError(f"{what}, and which could run code: import the package that does (torch.export.register_dataclass) first; {TRUST}")
