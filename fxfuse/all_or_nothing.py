@@ -39,7 +39,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     stores: list[dict[str, Any]] = [store for module in model.modules() for store in (module._parameters, module._buffers)]
     held = [dict(store) for store in stores]
     tensors = {id(tensor): tensor for store in held for tensor in store.values() if tensor is not None}
-    saved = [(tensor, tensor.data, tensor.requires_grad, _values(tensor)) for tensor in map(own_share, tensors.values())]
+    saved = [(tensor, tensor.data, tensor.requires_grad, _values(tensor)) for tensor in tensors.values()]
     try:
         yield
     except BaseException:
