@@ -345,3 +345,12 @@ def assert_case(case: Case) -> nn.Module:
     count = launches.count(lambda: fused.eval()(*args, **kwargs))
     assert count.total <= case.total, f"{count.total} launches, expected at most {case.total}: {count.total_by_op}"
     return fused
+
+
+def assert_trained_alike(fused: nn.Module, plain: nn.Module, rtol: float = 1e-9) -> None:
+    """After the same training both have the same weights and buffers, by the original's names in its order; no call fell back."""
+    state, expected = packing.original_state_dict(fused), plain.state_dict()
+    assert [*state] == [*expected]
+    for name, value in expected.items():
+        assert_close(state[name], value, name, rtol, floor=1e-10)
+    assert not fxfuse.report(fused).fallbacks

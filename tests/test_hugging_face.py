@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from checks import QUICK, assert_close, randomized
+from checks import QUICK, assert_close, assert_trained_alike, randomized
 
 with warnings.catch_warnings():  # of packages that are not ours
     warnings.simplefilter("ignore")
@@ -117,14 +117,6 @@ def fused(model: Any, **options: Any) -> Any:
     result = fxfuse.optimize(model, example_kwargs=Rows(model.head.weight.dtype)[:ROWS], objective="launches", **QUICK, **options)
     assert fxfuse.report(result).fused
     return result
-
-
-def assert_trained_alike(model: nn.Module, plain: nn.Module) -> None:
-    state, expected = fxfuse.original_state_dict(model), plain.state_dict()
-    assert [*state] == [*expected]
-    for name, value in expected.items():
-        assert_close(state[name], value, name, 1e-9, floor=1e-10)
-    assert not fxfuse.report(model).fallbacks
 
 
 def submodule(model: Any) -> Any:

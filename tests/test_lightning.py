@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxfuse
-from checks import QUICK, assert_close, randomized
+from checks import QUICK, assert_close, assert_trained_alike, randomized
 
 with warnings.catch_warnings():  # of packages that are not ours
     warnings.simplefilter("ignore")
@@ -113,14 +113,6 @@ def fused(module: nn.Module, **options: Any) -> Any:
 
 def made(kind: Any, seed: int = 0) -> Any:
     return randomized(kind(), seed)
-
-
-def assert_trained_alike(module: nn.Module, plain: nn.Module) -> None:
-    state, expected = fxfuse.original_state_dict(module), plain.state_dict()
-    assert [*state] == [*expected]
-    for name, value in expected.items():
-        assert_close(state[name], value, name, 1e-9, floor=1e-10)
-    assert not fxfuse.report(module).fallbacks
 
 
 WAYS = {
