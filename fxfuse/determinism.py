@@ -11,7 +11,7 @@ import math
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,11 +121,12 @@ class Derandomized(TorchDispatchMode):
     from a tensor of probabilities becomes a comparison, ``multinomial`` the most probable classes. Attention is run with
     ``dropout_p=0``. It works below autograd, so inside ``nn.MultiheadAttention``, ``nn.LSTM`` and scripted code as well.
 
-    Limits: which elements a dropout drops is not compared (a mask shared by all lanes passes), nor noise that depends on
-    the place by design. Names of random ops that have no fixed form here are left in ``undefined``; they ran as they are.
+    Limits: which elements a dropout drops is not compared, nor noise that depends on the place by design. Names of random ops that
+    have no fixed form here are left in ``undefined``; they ran as they are.
 
-    ``needed``: some op was random, or could have been. ``precisions``: the floating dtypes narrower than float64 in which some
-    op gave a result while the context was on.
+    ``needed``: some op was random, or could have been. ``drawn``: how many random numbers were asked for; lanes that share a mask
+    ask for fewer than lanes with masks of their own. ``precisions``: the floating dtypes narrower than float64 in which some op gave
+    a result while the context was on.
 
     >>> with Derandomized():
     ...     torch.nn.functional.dropout(torch.ones(3), 0.5)
@@ -137,6 +138,7 @@ class Derandomized(TorchDispatchMode):
         self.undefined: set[str] = set()
         self.precisions: set[torch.dtype] = set()
         self.needed = False
+        self.drawn = 0
 
     def __enter__(self) -> Any:
         _fixed.depth = getattr(_fixed, "depth", 0) + 1
@@ -158,28 +160,51 @@ class Derandomized(TorchDispatchMode):
                 self.precisions.add(tensor.dtype)
         return out
 
+    def reaching(self, results: Iterable[Tensor]) -> int:
+        """How many of the numbers drawn are in these tensors: all of them, for all that is known here."""
+        return self.drawn
+
     def _run(self, func: Any, special: tuple[str, ...], args: Any, kwargs: Any) -> Any:
         self.needed = True
         name = func.overloadpacket.__name__
         bound = _bound(func, args, kwargs)
         if special != _RANDOM:  # the names of arguments that hold a probability of dropping
-            return func(**{**bound, **dict.fromkeys(special, 0.0)}) if any(map(bound.get, special)) else func(*args, **kwargs)
+            if not any(map(bound.get, special)):
+                return func(*args, **kwargs)
+            out = func(**{**bound, **dict.fromkeys(special, 0.0)})
+            self._count(out)
+            return out
+        parts, out = self._fixed(func, name, bound, args, kwargs)
+        if not parts:
+            self._count(out, bound.get("p", bound.get("self")) if name.startswith("bernoulli") else 0.5)
+        return out
+
+    def _count(self, out: Any, chance: Tensor | float = 0.5) -> None:
+        """``chance``: of a Bernoulli draw; 0 or 1 decide without a number."""
+        first = next((leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), None)
+        if first is not None and isinstance(chance, Tensor) and chance.shape == first.shape:
+            self.drawn += int(((chance > 0) & (chance < 1)).sum())
+        elif first is not None and (isinstance(chance, Tensor) or 0 < chance < 1):
+            self.drawn += first.numel()
+
+    def _fixed(self, func: Any, name: str, bound: dict[str, Any], args: Any, kwargs: Any) -> tuple[bool, Any]:
+        """Whether the result was put together from other random ops, and the result."""
         if name in _DROPOUT:
-            return _dropout(func, bound)
+            return bound.get("train") is False, _dropout(func, bound)
         if name in ("rrelu_with_noise", "rrelu_with_noise_"):
-            return _rrelu(func, bound)
+            return not bound["training"], _rrelu(func, bound)
         fixed = _FIXED.get(name.removesuffix("_")) or _FIXED.get(name.removesuffix("_like"))
         if fixed is None:
             with self:  # composite ops reach here whole in inference mode
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
-                return parts
+                return True, parts
             self.undefined.add(name)
-            return func(*args, **kwargs)
+            return False, func(*args, **kwargs)
         # Computed first: an in-place op may hold its own parameters in ``self``. Then the real op runs, for the result's layout.
         value = fixed(bound)
         out = func(*args, **kwargs)
-        return out.copy_(value) if isinstance(value, Tensor) else out.fill_(value)
+        return False, out.copy_(value) if isinstance(value, Tensor) else out.fill_(value)
 
 
 def _classify(func: Any) -> tuple[str, ...]:

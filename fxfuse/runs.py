@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.determinism import DefaultFloat64, Derandomized, preserved_state
+from fxfuse.draws import FollowedDraws
 from fxfuse.fused import regions
 from fxfuse.inputs import clone_inputs, shaken, to_dtype, wider
 from fxfuse.lane import by_original_name
@@ -43,6 +44,7 @@ class Run:
     missed: Counter[str] = field(default_factory=Counter)  # of those, the ones that ran the loop
     precisions: set[torch.dtype] = field(default_factory=set)  # narrower than float64, seen in results of ops
     undefined: set[str] = field(default_factory=set)  # random ops that ran with real random numbers
+    drawn: int = 0  # random numbers that forward asked for
 
 
 def run(
@@ -59,6 +61,7 @@ def run(
     shake: float = 0.0,
     buffers: bool = True,
     attributes: Sequence[tuple[str, str]] = (),
+    follow: bool = False,
 ) -> Run:
     """Call ``model`` on clones of the arguments and, with ``gradients``, backward from random cotangents.
 
@@ -66,7 +69,8 @@ def run(
     casts the inputs and lets factories make float64; None leaves both alone. The cotangents depend on ``seed`` and on the outputs'
     order only, and are rounded to the dtype ``cotangents``, so that a float64 run of the same call sees equal numbers;
     ``shake`` then moves each by up to twice that fraction. Random ops give fixed numbers. ``buffers=False`` leaves buffers out.
-    ``attributes``: (module path, name) of attributes that forward sets; what it set them to counts as outputs.
+    ``attributes``: (module path, name) of attributes that forward sets; what it set them to counts as outputs. ``follow``: count only
+    the random numbers that reach a result.
     Model state (buffers, flags, ``grad`` of parameters) and random state are as before afterwards. Exceptions are kept, not raised.
     """
     result = Run()
@@ -79,7 +83,7 @@ def run(
     saved = {p: p.grad for p in [*model.parameters(), *hidden.values()]}
     before, missed = _fallbacks(model), _missed(model)
     held = [vars(model.get_submodule(path)).get(name) for path, name in attributes]
-    random = Derandomized()
+    random = FollowedDraws() if follow else Derandomized()
     with preserved_state(model), torch.set_grad_enabled(gradients):
         for p in saved:
             p.grad = None
@@ -95,6 +99,7 @@ def run(
                         leaves.update(named_leaves(now, f"attribute {path}.{name}" if path else f"attribute {name}"))
                 result.flags = {n: leaf.requires_grad for n, leaf in leaves.items() if isinstance(leaf, Tensor)}
                 # Copied before backward: a model may hand out a tensor that it goes on to write.
+                result.drawn = random.reaching(t for t in [*leaves.values(), *inputs.values(), *model.buffers()] if isinstance(t, Tensor))
                 result.outputs = {n: _kept(leaf) if isinstance(leaf, Tensor) else leaf for n, leaf in leaves.items()}
             if gradients:
                 ends = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]

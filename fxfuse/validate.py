@@ -163,6 +163,7 @@ class _Call:
     shake: float = 0.0
     buffers: bool = True
     attributes: tuple[tuple[str, str], ...] = ()
+    follow: bool = False
 
     @property
     def label(self) -> str:
@@ -186,6 +187,7 @@ class _Call:
             shake=self.shake,
             buffers=self.buffers,
             attributes=self.attributes,
+            follow=self.follow,
         )
 
 
@@ -195,6 +197,7 @@ class _Pair:
 
     call: _Call
     model: nn.Module  # the original
+    other: nn.Module  # the fused one
     original: Run
     fused: Run
 
@@ -298,11 +301,11 @@ class _Check:
                 self.proofs.add(call.mode)
 
     def _pair(self, call: _Call, original: nn.Module, fused: nn.Module) -> _Pair:
-        pair = _Pair(call, original, call.run(original), call.run(fused))
+        pair = _Pair(call, original, fused, call.run(original), call.run(fused))
         if call.gradients and (pair.original.error is not None or pair.fused.fallbacks):
             # Inputs that require grad may be what the original refuses (it writes to them) or the fused model was not made for.
             call = replace(call, requires_grad=None)
-            other = _Pair(call, original, call.run(original), call.run(fused))
+            other = _Pair(call, original, fused, call.run(original), call.run(fused))
             if other.original.error is None and (pair.original.error is not None or not other.fused.fallbacks):
                 pair = other
         self.result.fallbacks.update(pair.fused.fallbacks)
@@ -331,8 +334,18 @@ class _Check:
         found = [_difference(call, kind, name, gap, bound) for (kind, name), gap in pair.gaps.items()]
         if not all(d.ok for d in found):
             found = self._forgive(pair, found, proved)
+        if a.drawn != b.drawn:
+            found += self._drawn(pair, bound)
         self.result.differences += found
         return all(d.ok for d in found)
+
+    def _drawn(self, pair: _Pair, bound: float) -> list[Difference]:
+        """Lanes that share a mask draw fewer numbers; values under fixed numbers cannot show it. What is thrown away is not counted."""
+        one, other = (replace(pair.call, follow=True).run(model).drawn for model in (pair.model, pair.other))
+        if one == other:
+            return []
+        gap = Gap.lost(f"{other} random numbers have a part in the results, {one} in the original's: a draw is shared, or one too many")
+        return [_difference(pair.call, "output", "random numbers", gap, bound)]
 
     def _refuses(self, call: _Call) -> bool:
         """Does the original refuse this call in its own dtype as well?"""

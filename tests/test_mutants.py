@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 from rule_samples import BETWEEN, SAMPLES
@@ -10,6 +13,7 @@ from test_rules_generated import test_the_rule_equals_vmap_and_the_loop as gener
 from fxfuse.passes.rules.base import RULES
 from mutants import injected, sources
 from mutants.__main__ import equivalent
+from mutants.apart import Died, each
 from mutants.injected import JOIN
 from mutants.judge import shown
 from mutants.subjects import Subject, ops, subjects_of, table_models
@@ -114,3 +118,12 @@ def test_the_independent_comparison_notices() -> None:
         other = torch.nn.BatchNorm1d(3).double()
         change(other)
         assert difference(model, other, [(x,)])
+
+
+def test_what_ends_a_process_ends_no_other() -> None:
+    def work(number: int) -> int:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return number * 10
+
+    assert dict(each([0, 1, 2], work, jobs=2)) == {0: 0, 1: Died(-signal.SIGSEGV), 2: 20}

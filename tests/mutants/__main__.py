@@ -1,4 +1,4 @@
-"""``python -m mutants [family ...] [--each N | --all] [--most N] [--minutes N] [--seed N] [--kind injected|source] [--tests file ...]``.
+"""``python -m mutants [family ...] [--each N | --all] [--most N] [--minutes N] [--kind injected|source] [--tests file ...]``; see ``--help``.
 
 Bugs made and found, by family: of every rule a few at every kind of step, of every function that writes programs a few in its source.
 
@@ -9,6 +9,8 @@ Exit status 1 where a bug that makes some model compute something else was misse
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import random
 import sys
 import time
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 
 from mutants import injected, sources
+from mutants.apart import Died, each
 from mutants.judge import Verdict, judged
 from mutants.subjects import family_of, ops
 from mutants.suite import Suite
@@ -56,6 +59,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="all there are: some 13,000, a day")
     parser.add_argument("--most", type=int, help="as many bugs, drawn at random")
     parser.add_argument("--minutes", type=float, help="no new bug after these; the order is random, so that what was done is a fair sample")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; each bug has one of its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", choices=("injected", "source"))
     parser.add_argument("--tests", nargs="+", help="test files that are asked, without test_ (default: those of rules, joins and packing)")
@@ -86,24 +90,32 @@ def _work(suite: Suite, given: Any) -> int:
     if given.list:
         print("\n".join(bug.name for bug in chosen))
         return 0
-    suite.survey()
+    suite.survey(given.jobs)
     print(f"{len(suite.facts)} tests ({time.perf_counter() - start:.0f} s)", flush=True)
     known = equivalent()
     rows: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(COLUMNS, 0))
     survivors: list[Verdict] = []
     surveyed, done = time.perf_counter(), 0
-    for number, bug in enumerate(chosen, 1):
+    sources.ready()
+
+    def work(bug: Any) -> Verdict | None:
         if given.minutes is not None and time.perf_counter() - surveyed > 60 * given.minutes:
-            break
-        done = number
-        verdict = judged(bug, suite)
+            return None
+        return dataclasses.replace(judged(bug, suite), bug=None)  # which holds what cannot be pickled
+
+    for position, said in each(chosen, work, given.jobs):
+        if said is None:
+            continue
+        bug = chosen[position]
+        verdict = Verdict(bug, "refused", killer=f"(exit {said.code})") if isinstance(said, Died) else dataclasses.replace(said, bug=bug)
+        done += 1
         _count(rows[bug.family], verdict, bug.name in known)
         if verdict.survived and bug.name not in known:
             survivors.append(verdict)
         if given.verbose or (verdict.survived and bug.name not in known):
             print(_line(verdict), flush=True)
-        if number % 100 == 0:
-            print(f"... {number} of {len(chosen)}, {len(survivors)} survived ({time.perf_counter() - start:.0f} s)", flush=True)
+        if done % 100 == 0:
+            print(f"... {done} of {len(chosen)}, {len(survivors)} survived ({time.perf_counter() - start:.0f} s)", flush=True)
     print(_table(rows))
     print(f"{done} of {total} tried, {len(survivors)} survived; {time.perf_counter() - start:.0f} s")
     return 1 if survivors else 0
@@ -121,7 +133,7 @@ def _count(row: dict[str, int], verdict: Verdict, is_equivalent: bool) -> None:
 def _line(verdict: Verdict) -> str:
     where = f"{verdict.bug.file}:{verdict.bug.line} " if isinstance(verdict.bug, sources.SourceBug) else f"[{verdict.bug.subject.name}] "
     if verdict.effect != "wrong":
-        return f"{verdict.effect:8} {where}{verdict.bug.name}"
+        return f"{verdict.effect:8} {where}{verdict.bug.name}{f'; {verdict.killer}' if verdict.killer else ''}"
     missed = [*(["run time"] if verdict.passed else []), *([] if verdict.killer else ["tests"])]
     fate = f"SURVIVED {' and '.join(missed)}" if missed else "killed"
     return f"{fate:8} {where}{verdict.bug.name}: {verdict.passed or verdict.difference}; test: {verdict.killer or 'none'}"

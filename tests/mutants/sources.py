@@ -106,6 +106,11 @@ def paused(bug: SourceBug) -> Iterator[None]:
             function.__code__ = code
 
 
+def ready() -> None:
+    """Look for the functions now, not in every process that is forked."""
+    assert _own()
+
+
 def place(function: Any) -> str:
     """A function as ``suite.Facts.functions`` names it."""
     return f"{source_of(function.__code__)}:{function.__code__.co_firstlineno}"

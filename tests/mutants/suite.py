@@ -20,6 +20,7 @@ import pytest
 
 import fxfuse
 from fxfuse.passes.rules.base import Rule
+from mutants.apart import Died, each
 
 ROOT = Path(fxfuse.__file__).parents[1]  # as the functions of fxfuse name their files
 FILES = (
@@ -77,17 +78,22 @@ class Suite:
                 return str(crash.message if crash is not None else report.longrepr).partition("\n")[0] or "fails"
         return ""
 
-    def survey(self) -> None:
+    def survey(self, jobs: int = 1) -> None:
         """Run every test once and note what it runs; tests that fail or are slow are left out. File by file, as it takes minutes."""
+        rows: dict[Path, dict[str, Any]] = {}
         for path in sorted({item.path for item in self.items.values()}):
-            state = _state(path)
             file = KEPT / f"{path.stem}.json"
             kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            if kept.get("state") != state:
-                kept = {"state": state, "facts": self._surveyed(path)}
-                KEPT.mkdir(exist_ok=True)
-                file.write_text(json.dumps(kept), encoding="utf-8")
-            self.facts.update({name: Facts(row[0], set(row[1]), set(row[2])) for name, row in kept["facts"].items()})
+            rows[path] = kept["facts"] if kept.get("state") == _state(path) else {}
+        todo = [path for path, facts in rows.items() if not facts]
+        for position, facts in each(todo, self._surveyed, jobs):
+            path = todo[position]
+            assert not isinstance(facts, Died), f"the tests of {path.name} end the process"
+            KEPT.mkdir(exist_ok=True)
+            (KEPT / f"{path.stem}.json").write_text(json.dumps({"state": _state(path), "facts": facts}), encoding="utf-8")
+            rows[path] = facts
+        for facts in rows.values():
+            self.facts.update({name: Facts(row[0], set(row[1]), set(row[2])) for name, row in facts.items()})
 
     def _surveyed(self, path: Path) -> dict[str, Any]:
         rows: dict[str, Any] = {}
