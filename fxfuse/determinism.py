@@ -176,10 +176,10 @@ class Derandomized(TorchDispatchMode):
             return out
         parts, out = self._fixed(func, name, bound, args, kwargs)
         if not parts:
-            self._count(out, bound.get("p", bound.get("self")) if name.startswith("bernoulli") else 0.5)
+            self._count(out, bound.get("p", bound["self"]) if name.startswith("bernoulli") else 0.5)
         return out
 
-    def _count(self, out: Any, chance: Tensor | float = 0.5) -> None:
+    def _count(self, out: Any, chance: Any = 0.5) -> None:
         """``chance``: of a Bernoulli draw; 0 or 1 decide without a number."""
         first = next((leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), None)
         if first is not None and isinstance(chance, Tensor) and chance.shape == first.shape:

@@ -17,7 +17,7 @@ from fxfuse.private.pytree import tree_leaves
 from fxfuse.private.schemas import schema_of
 
 
-class FollowedDraws(Derandomized):
+class FollowedDraws(Derandomized):  # type: ignore[no-untyped-call]
     """Derandomized, and each draw followed from op to op, by storage: whatever shares memory with a result counts as it.
 
     >>> with FollowedDraws() as random:

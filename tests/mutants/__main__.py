@@ -1,4 +1,4 @@
-"""``python -m mutants [family ...] [--each N | --all] [--most N] [--minutes N] [--kind injected|source] [--tests file ...]``; see ``--help``.
+"""``python -m mutants [family ...] [--each N | --all] [--most N] [--minutes N] [--kind injected|source] [--tests file ...]``.
 
 Bugs made and found, by family: of every rule a few at every kind of step, of every function that writes programs a few in its source.
 
