@@ -37,6 +37,8 @@ from .workbench import Case, Workbench
 
 # A form must be this much faster than the loop to be worth the change: below, it is noise.
 LEAST_GAIN = 1.02
+# The same of an estimate: the static model may be wrong by so much, and the loop is what the user has.
+LEAST_ESTIMATED_GAIN = 1.15
 # A candidate replaces the best one so far only where it is clearly faster.
 CLEARLY = 0.97
 # Candidates within this factor of the best are timed once more, together, at the end.
@@ -288,7 +290,7 @@ class Planner:
         seconds, choice = best
         self.prepared = self.prepared.with_widths(choice.together)
         loop = self._estimator().loop(self.prepared)
-        if seconds * LEAST_GAIN > loop and not self.options.large:  # large weights are timed once they have moved
+        if seconds * LEAST_ESTIMATED_GAIN > loop and not self.options.large:  # large weights are timed once they have moved
             said = f"left as a loop: packed is estimated at {loop / seconds:.2f}x, from its shapes ({self._timed_what()})"
             choice.refusal = self._refusal(f"{said}; tune=True measures it")
         return choice
