@@ -452,6 +452,7 @@ class _Pipeline:
             others = other_examples(example)[2:3] if self.long else other_examples(example)[:3]
             if self.keep_integers:
                 others = [resample(*example, seed=seed, keep_integers=True) for seed in (1, 2)]
+            others = [*others, *self.builder.examples.get(entry.name, ())]
             if self.moved is not None:
                 original = twin(self.base)
                 compared = sample(original, result)
