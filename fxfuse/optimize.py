@@ -12,10 +12,11 @@ from torch import nn
 
 from .entries import make_entries
 from .errors import ArgumentError, OptimizerError
+from .failure import failed
 from .live_optimizers import holding, parameter_ids, unwrapped
 from .migrate import collect, place
 from .options import make_inputs, make_options
-from .pipeline import failed, run_entries
+from .pipeline import run_entries
 from .quiet import quiet
 from .report import Report
 from .store import get_report
