@@ -6,6 +6,7 @@ Every process makes the same models; the reference trains in one process, as a l
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import sys
 from typing import Any
@@ -20,9 +21,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fxfuse
+from fxfuse.distributed import dividing, placing, rehearsal
+from fxfuse.distributed import shard_lanes as shard_module
 from fxfuse.distributed.traffic import traffic
 from fxfuse.fused import regions
 from fxfuse.packing import original_gradients
+from fxfuse.passes.shard import PartWriter
 
 ROWS = 8
 
@@ -242,6 +246,129 @@ def grid(folder: str) -> None:
             assert not fxfuse.report(model).fallbacks, fxfuse.report(model).fallbacks
             found = {name: as_whole(each) for name, each in fxfuse.original_state_dict(model).items()}
             worker.assert_same(found, expected, f"FSDP2, {kind}, {optimizer}")
+
+
+def raises(*_: Any) -> Any:
+    raise ValueError("this process cannot")
+
+
+class RaisesBackward(torch.autograd.Function):
+    """Its input; its gradient raises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise ValueError("this process cannot")
+
+
+def with_step(step: Any) -> Any:
+    """A ``PartWriter`` that puts a step in front of the first matrix product of its graph."""
+
+    class Writer(PartWriter):
+        def written(self) -> torch.fx.Graph:
+            graph = super().written()
+            at = next(n for n in graph.nodes if n.op == "call_function" and n.target in (torch.baddbmm, torch.bmm, torch.addmm))
+            operand = at.args[1]
+            with graph.inserting_before(at):
+                made = graph.call_function(step, (operand,))
+            at.replace_input_with(operand, made)
+            return graph
+
+    return Writer
+
+
+class AsFirst(PartWriter):
+    """Writes the first process's part, whichever process this is."""
+
+    def __init__(self, trial: Any, rank: int, group: str) -> None:
+        super().__init__(trial, 0, group)
+
+
+def failing(folder: str) -> None:
+    """What goes wrong on one process raises on all of them, soon; the model is what it was on each, and can be sharded afterwards."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    last = dist.get_rank() == dist.get_world_size() - 1
+    calls = itertools.count()
+    faults: dict[str, tuple[Any, str, Any, str]] = {
+        "wrong numbers": (dividing, "PartWriter", AsFirst, "differs from the unsharded one: .*differs by .* of its norm"),
+        "raises forward": (dividing, "PartWriter", with_step(raises), "ValueError: this process cannot"),
+        "raises backward": (dividing, "PartWriter", with_step(RaisesBackward.apply), "ValueError: this process cannot"),
+        "raises where it is decided": (shard_module, "divided", raises, "this process cannot"),
+        "raises at the end": (shard_module, "place", lambda *given: placing.place(*given) if next(calls) < 1 else raises(), "this process"),
+        "cannot be copied": (rehearsal, "regions", raises, "this process cannot"),
+    }
+    inputs, y = batch(5, "sum")
+    for what, (module, name, fault, said) in faults.items():
+        model = fused("sum", 5)
+        if last:  # and has other weights, which come back
+            with torch.no_grad():
+                model.head.weight.mul_(2)
+        before, parameters, types = dict(fxfuse.original_state_dict(model)), list(model.parameters()), [type(m) for m in model.modules()]
+        buffers_and_grads = [p.grad for p in parameters]
+        good = getattr(module, name)
+        setattr(module, name, fault if last else good)
+        try:
+            if what == "cannot be copied":  # no comparison then, and the report says so
+                fxfuse.shard_lanes(model, mesh)
+                assert "not compared" in str(fxfuse.report(model)), fxfuse.report(model)
+                continue
+            with pytest.raises((fxfuse.FxfuseError, ValueError), match=said):
+                fxfuse.shard_lanes(model, mesh, example_inputs=inputs if what == "wrong numbers" else None)
+        finally:
+            setattr(module, name, good)
+        assert [type(m) for m in model.modules()] == types, what
+        assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True)), what
+        assert [p.grad for p in parameters] == buffers_and_grads
+        assert all(torch.equal(before[n], v) for n, v in fxfuse.original_state_dict(model).items()), what
+        assert all(state.sharding is None for state in regions(model).values())
+        model(*inputs)
+        assert not fxfuse.report(model).fallbacks
+        plain = build("sum", 5)
+        trained(plain, "sgd", inputs, y)
+        trained(fxfuse.shard_lanes(model, mesh), "sgd", inputs, y)
+        worker.assert_same(dict(fxfuse.original_state_dict(model)), dict(plain.state_dict()), what)
+
+
+def adopting(folder: str) -> None:
+    """Processes that chose other plans, or none, run the first one's."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for kind, lanes in (("cat", 6), ("images", 5)):
+        inputs, y = batch(lanes, kind)
+        first = fused(kind, lanes)
+        chosen: list[dict[str, Any]] = [
+            {"objective": "launches", "tune": False},
+            {"objective": "launches", "tune": False, "lowering": "grouped_conv"},
+            {"tune": False, "min_lanes": 100},  # nothing fuses
+            {"tune": True, "cache": False},
+        ]
+        model = fxfuse.optimize(build(kind, lanes), inputs, **chosen[dist.get_rank()])
+        assert dist.get_rank() != 2 or not regions(model)
+        assert fxfuse.shard_lanes(model, mesh) is model
+        assert "all run the first one's" in str(fxfuse.report(model))
+        plain = build(kind, lanes)
+        trained(plain, "adamw", inputs, y)
+        trained(model, "adamw", inputs, y)
+        assert fxfuse.report(model).fused
+        assert not fxfuse.report(model).fallbacks, fxfuse.report(model).fallbacks
+        assert [name for name, _ in model.named_parameters()] == [name for name, _ in first.named_parameters()]
+        worker.assert_same(dict(fxfuse.original_state_dict(model)), dict(plain.state_dict()), kind)
+        back = fxfuse.unfuse(model)
+        worker.assert_same(dict(back.state_dict()), dict(plain.state_dict()), kind)
+    # Where the first one has no lanes, or the models are not one: refused on all, and nothing has changed.
+    plans = [{"min_lanes": 100}, {}, {}, {}][dist.get_rank()]
+    model = fxfuse.optimize(build("cat", 6), batch(6, "cat")[0], objective="launches", tune=False, **plans)
+    with pytest.raises(fxfuse.FxfuseError, match="no fused region"):
+        fxfuse.shard_lanes(model, mesh)
+    other = nn.Sequential(build("cat", 6), nn.Linear(2, 2 + dist.get_rank()).double())
+    model = fxfuse.optimize(other, batch(6, "cat")[0], objective="launches", tune=False)
+    before, kept = dict(fxfuse.original_state_dict(model)), regions(model)
+    with pytest.raises(fxfuse.FxfuseError, match="other names or shapes"):
+        fxfuse.shard_lanes(model, mesh)
+    assert all(torch.equal(before[n], v) for n, v in fxfuse.original_state_dict(model).items())
+    assert all(state is kept[path] for path, state in regions(model).items())
 
 
 class Dropping(nn.Module):

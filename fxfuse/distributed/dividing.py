@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor
 
 from fxfuse.determinism import preserved_state
-from fxfuse.graph import Program, Recipe, RegionPlan, TensorGuard
+from fxfuse.graph import Program, Recipe, RegionPlan
 from fxfuse.lane import Slot, lane_info
 from fxfuse.passes.shard import PartWriter
 from fxfuse.passes.split import CannotSplit, Split, Trial
@@ -23,9 +22,8 @@ from fxfuse.region import RegionState
 from fxfuse.runtime import source, walk
 from fxfuse.weight_views import VIEWS
 
+from .drawn import ROWS, Drawn, free_rows
 from .sharding import Sharding
-
-_ROWS = (5, 3, 8, 16, 2)  # batch sizes to try; two of them have to run
 
 
 def divided(state: RegionState, world: int, rank: int, group: str) -> tuple[RegionPlan, Sharding]:
@@ -63,9 +61,7 @@ def divided(state: RegionState, world: int, rank: int, group: str) -> tuple[Regi
         if number == 0:
             sharding.moved = [(kind, *_free_shape(node, tried, _dtype(state, program))) for kind, node in writer.moved]
     programs = {flags: made[id(program)] for flags, program in plan.programs.items()}
-    methods = {
-        name: {flags: tuple(made[id(p)] for p in each) for flags, each in modes.items()} for name, modes in plan.methods.items()
-    }
+    methods = {name: {flags: tuple(made[id(p)] for p in each) for flags, each in modes.items()} for name, modes in plan.methods.items()}
     return replace(plan, programs=programs, methods=methods, making=None), sharding
 
 
@@ -101,10 +97,10 @@ def slot_of(state: RegionState, recipe: Recipe) -> Slot | None:
 
 def _trials(state: RegionState, program: Program, packs: dict[str, Split], world: int) -> list[Trial]:
     """The program tried at two sizes, with equal steps. Raises ``CannotSplit`` where that cannot be had."""
-    free = any(isinstance(leaf, TensorGuard) and None in leaf.shape for leaf in program.guard.leaves)
+    free = free_rows(program.guard)
     found: list[Trial] = []
     said = ""
-    for rows in _ROWS:
+    for rows in ROWS:
         try:
             with preserved_state(state.region), torch.no_grad():
                 found.append(_trial(state, program, packs, world, rows, len(found)))
@@ -122,38 +118,20 @@ def _trials(state: RegionState, program: Program, packs: dict[str, Split], world
 
 
 def _trial(state: RegionState, program: Program, packs: dict[str, Split], world: int, rows: int, seed: int) -> Trial:
-    generator = torch.Generator().manual_seed(seed)
     closed = any(node.op == "call_module" for node in program.graph.nodes)
-    wide = program.guard.generic_dtype and not closed
-
-    def drawn(shape: Any, dtype: torch.dtype, device: torch.device, positive: bool = False) -> Tensor:
-        if not (dtype.is_floating_point or dtype.is_complex):
-            return torch.randint(0, 2, shape, generator=generator).to(device, dtype)
-        made = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5 if positive else torch.randn(
-            shape, generator=generator, dtype=torch.complex128 if dtype.is_complex else torch.float64
-        )  # fmt: skip
-        return made.to(device, torch.float64 if wide and dtype.is_floating_point else dtype)
-
+    draw = Drawn(seed, program.guard.generic_dtype and not closed)
     trial = Trial(program.graph, world, packs, lambda node, args, kwargs: _call(state, node, args, kwargs))
-    leaves = iter(zip(program.guard.leaves, program.guard.same, strict=True))
-    given: list[Any] = []
+    given = iter(draw.inputs(program.guard, rows))
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            leaf, same = next(leaves)
-            if not isinstance(leaf, TensorGuard):
-                given.append(leaf[1])
-            elif same != len(given):
-                given.append(given[same])
-            else:
-                given.append(drawn([rows if n is None else n for n in leaf.shape], leaf.dtype, leaf.device))
-            trial.values[node] = given[-1]
+            trial.values[node] = next(given)
         elif node.op == "get_attr":
             place = state.sources().get(node.target) or source(state.region, node.target)
             held = place.fetch().detach()
             known = next((v for n, v in trial.values.items() if n.op == "get_attr" and n.target == node.target), None)
             if known is None:
                 real = held.is_floating_point() or held.is_complex()
-                known = drawn(held.shape, held.dtype, held.device, place.store == "_buffers") if real else held
+                known = draw.tensor(held.shape, held.dtype, held.device, place.store == "_buffers") if real else held
             trial.values[node] = known
     trial.run()
     return trial
