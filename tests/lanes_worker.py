@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import sys
 from typing import Any
@@ -372,6 +373,135 @@ def adopting(folder: str) -> None:
         fxfuse.shard_lanes(model, mesh)
     assert all(torch.equal(before[n], v) for n, v in fxfuse.original_state_dict(model).items())
     assert all(state is kept[path] for path, state in regions(model).items())
+
+
+def both(kind: str, lanes: int) -> tuple[nn.Module, nn.Module]:
+    """The loop on one process, and the sharded model, of equal weights."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return build(kind, lanes), fxfuse.shard_lanes(fused(kind, lanes), mesh, validate=False)
+
+
+def assert_alike(plain: nn.Module, model: nn.Module, what: str, tolerance: float = 1e-9, fast: bool = True) -> None:
+    """Gradients and state by the original's names; without a call that ran the loop, where ``fast``."""
+    pairs = [(dict(fxfuse.original_state_dict(model)), dict(plain.state_dict()))]
+    gradients = {name: grad for name, grad in original_gradients(model).items() if grad is not None}
+    pairs.append((gradients, {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}))
+    for found, expected in pairs:
+        assert list(found) == list(expected), what
+        for name, tensor in expected.items():
+            assert found[name].dtype is tensor.dtype, (what, name)
+            assert torch.allclose(found[name], tensor, rtol=tolerance, atol=tolerance), (what, name)
+    assert not (fast and fxfuse.report(model).fallbacks), (what, fxfuse.report(model).fallbacks)
+
+
+def backward(model: Any, inputs: tuple[Tensor, ...], y: Tensor, rows: slice = slice(None)) -> None:
+    out = model(*(x[rows] for x in inputs))
+    (out - y[rows].to(out.dtype)).square().mean().backward()
+
+
+def afterwards(folder: str) -> None:
+    """What users do with a model whose lanes are divided."""
+    world = dist.get_world_size()
+    clips(world)
+    for kind, lanes in (("images", 2 * world + 1), ("sum", 2 * world), ("cat", 2 * world)):
+        inputs, y = batch(lanes, kind)
+        casts(kind, lanes, inputs, y)
+        plain, model = both(kind, lanes)
+        for rows in (slice(0, 4), slice(2, 8), slice(5, 8)):  # gradients accumulate, over other batch sizes
+            for each in (plain, model):
+                backward(each, inputs, y, rows)
+        assert_alike(plain, model, "accumulated")
+        copied = copy.deepcopy(model)  # a copy is sharded too, and trains apart
+        trained(copied, "sgd", inputs, y)
+        assert_alike(plain, model, "the model that was copied")
+        trained(plain, "sgd", inputs, y)
+        assert_alike(plain, copied, "the copy")
+        plain, model = both(kind, lanes)
+        for each in (plain, model):
+            each.eval()
+            with torch.inference_mode():
+                each(*inputs)
+            with torch.no_grad():
+                each(*inputs)
+            trained(each.train(), "adamw", inputs, y)
+        assert_alike(plain, model, "trained after inference")
+        back = fxfuse.unfuse(model)
+        assert type(back) is type(plain)
+        for each in (plain, back):
+            trained(each, "sgd", inputs, y)
+        worker.assert_same(dict(back.state_dict()), dict(plain.state_dict()), "unfused, and trained on")
+        plain, model = both(kind, lanes)
+        assert fxfuse.verify(plain, model, inputs).ok
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=kind != "images")
+        backward(plain, inputs, y)
+        backward(compiled, inputs, y)
+        assert_alike(plain, model, "compiled")
+        averages = [torch.optim.swa_utils.AveragedModel(each) for each in both(kind, lanes)]
+        for average in averages:
+            for _ in range(2):
+                trained(average.module, "sgd", inputs, y, 1)
+                average.update_parameters(average.module)
+        worker.assert_same(dict(fxfuse.original_state_dict(averages[1].module)), dict(averages[0].module.state_dict()), "AveragedModel")
+
+
+def casts(kind: str, lanes: int, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+    """Other dtypes, saved and loaded in them."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.003)):
+        plain, model = both(kind, lanes)
+        plain.to(dtype), model.to(dtype)
+        if dtype is torch.float16:
+            plain.half(), model.half()
+        given = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+        for each in (plain, model):
+            backward(each, given, y)
+        assert_alike(plain, model, f"{kind}, {dtype}", tolerance)
+        again = both(kind, lanes)[1].to(dtype)
+        again.load_state_dict(model.state_dict())
+        worker.assert_same(dict(fxfuse.original_state_dict(again)), dict(fxfuse.original_state_dict(model)), "loaded")
+        plain.double(), again.double()
+        fxfuse.load_original_state_dict(again, plain.state_dict())
+        plain.zero_grad(), again.zero_grad()
+        for each in (plain, again):
+            backward(each, inputs, y)
+        assert_alike(plain, again, f"{kind}, {dtype}, and back")
+    # Under autocast the region runs its loop, on gathered weights.
+    plain, model = both(kind, lanes)
+    plain.float(), model.float()
+    given = tuple(x.float() if x.is_floating_point() else x for x in inputs)
+    for each in (plain, model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = each(*given)
+        out.float().square().mean().backward()
+    assert_alike(plain, model, f"{kind}, autocast", 0.02, fast=False)
+
+
+def clips(world: int) -> None:
+    """The total norm is that of one process; also with FSDP2 over the other dim of a mesh."""
+    inputs, y = batch(2 * world + 1, "cat")
+    for norm_type in (2.0, 1.0, math.inf):
+        for most in (0.01, 1e6):
+            plain, model = both("cat", 2 * world + 1)
+            for each in (plain, model):
+                backward(each, inputs, y)
+            expected = nn.utils.clip_grad_norm_(plain.parameters(), most, norm_type)
+            found = fxfuse.clip_grad_norm_(model.parameters(), most, norm_type)
+            worker.assert_same({"norm": found}, {"norm": expected}, "norm")
+            assert_alike(plain, model, "clipped")
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "lanes"))
+        rows = slice(mesh.get_local_rank("data") * ROWS // 2, (mesh.get_local_rank("data") + 1) * ROWS // 2)
+        plain, model = build("cat", 5), fxfuse.shard_lanes(fused("cat", 5), mesh["lanes"])
+        fully_shard(model, mesh=mesh["data"])
+        inputs, y = batch(5, "cat")
+        backward(plain, inputs, y)
+        backward(model, inputs, y, rows)
+        expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+        worker.assert_same({"norm": fxfuse.clip_grad_norm_(model.parameters(), 0.01)}, {"norm": expected}, "FSDP2")
+    plain, model = both("cat", 2 * world + 1)
+    model.head.bias.grad = torch.full((2,), math.inf, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="the total norm"):
+        fxfuse.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
 
 
 class Dropping(nn.Module):

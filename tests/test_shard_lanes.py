@@ -53,6 +53,12 @@ def test_the_plan_of_the_first_process(processes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_users_do_afterwards(processes, tmp_path):
+    torchrun(processes, "afterwards", tmp_path, "lanes_worker.py")
+
+
+@pytest.mark.slow
 def test_with_data_parallelism(tmp_path):
     torchrun(4, "grid", tmp_path, "lanes_worker.py")
 

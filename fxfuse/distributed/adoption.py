@@ -71,7 +71,9 @@ def _packed(fused: nn.Module) -> bytes:
         return pickle.dumps((packing.pop(), [state.plan for state in states.values()]))
     except Exception as error:  # a model may hold anything
         said = f"{type(error).__name__}: {error}"
-        raise FxfuseError(f"the processes chose different plans, and the first one's cannot be sent to the others ({said}): {ALIKE}") from error
+        raise FxfuseError(
+            f"the processes chose different plans, and the first one's cannot be sent to the others ({said}): {ALIKE}"
+        ) from error
 
 
 def _replace(fused: nn.Module, data: bytes, undo: Undo) -> None:

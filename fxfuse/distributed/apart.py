@@ -24,7 +24,7 @@ def apart(one: Run, other: Run) -> str:
     dtype; or that fraction of the mean norm of its kind, for tensors that are zero but for rounding.
 
     >>> apart(Run(outputs={"y": torch.ones(2)}), Run(outputs={"y": torch.tensor([1.0, 2.0])}))
-    "output y differs by 0.71 of its norm"
+    'output y differs by 0.71 of its norm'
     """
     for kind in _KINDS:
         said = _of_kind(kind[:-1].replace("_", " "), getattr(one, kind), getattr(other, kind), other)
