@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import distributed_worker as worker
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fxfuse
+from fxfuse.determinism import preserved_state
 from fxfuse.distributed import dividing, placing, rehearsal
 from fxfuse.distributed import shard_lanes as shard_module
 from fxfuse.distributed.traffic import traffic
@@ -303,7 +305,7 @@ def failing(folder: str) -> None:
         "raises backward": (dividing, "PartWriter", with_step(raises_backward), "ValueError: this process cannot"),
         "raises where it is decided": (shard_module, "divided", raises, "this process cannot"),
         "raises at the end": (shard_module, "place", lambda *given: placing.place(*given) if next(calls) < 1 else raises(), "this process"),
-        "cannot be copied": (rehearsal, "regions", raises, "this process cannot"),
+        "cannot be copied": (rehearsal, "copy", SimpleNamespace(deepcopy=raises), "this process cannot"),
     }
     inputs, y = batch(lanes, "sum")
     for what, (module, name, fault, said) in faults.items():
@@ -465,15 +467,28 @@ def casts(kind: str, lanes: int, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         for each in (plain, again):
             backward(each, inputs, y)
         assert_alike(plain, again, f"{kind}, {dtype}, and back")
-    # Under autocast the region runs its loop, on gathered weights.
-    plain, model = both(kind, lanes)
-    plain.float(), model.float()
+    # Under autocast the region runs its loop, on gathered weights; its lanes, where it was called so before.
     given = tuple(x.float() if x.is_floating_point() else x for x in inputs)
-    for each in (plain, model):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = each(*given)
-        out.float().square().mean().backward()
-    assert_alike(plain, model, f"{kind}, autocast", 0.02, fast=False)
+    for before in (False, True):
+        plain, model = build(kind, lanes).float(), fused(kind, lanes).float()
+        if before:
+            with preserved_state(model), torch.autocast("cpu", dtype=torch.bfloat16):
+                model(*given)
+            assert not fxfuse.report(model).fallbacks
+        fxfuse.shard_lanes(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        assert ("under autocast" in " ".join(fxfuse.report(model).notes)) is before, fxfuse.report(model).notes
+        with torch.autocast("cpu", dtype=torch.bfloat16), traffic() as moved:
+            outs = [each(*given) for each in (plain, model)]
+        assert outs[0].dtype is outs[1].dtype
+        assert bool(moved.bytes["weights"]) is not before
+        for out in outs:
+            out.float().square().mean().backward()
+        assert_alike(plain, model, f"{kind}, autocast", 0.02, fast=before)
+        if before:
+            plain.zero_grad(), model.zero_grad()
+            for each in (plain, model):
+                backward(each, given, y)
+            assert_alike(plain, model, f"{kind}, without autocast again", 1e-5)
 
 
 def clips(world: int) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class _Case:
     mode: str
     gradients: bool
     expected: Run
+    autocast: tuple[str, torch.dtype] | None = None  # kind of device, and dtype
 
     def __str__(self) -> str:
         rows = next((value.shape[0] for value in self.args if isinstance(value, torch.Tensor) and value.ndim), None)
@@ -71,29 +72,47 @@ class Rehearsal:
         """What was compared. Raises ``FxfuseError``, on every process, where sharded and unsharded differ."""
         said = ""
         for wide in (True, False) if not self.large else (False,):
-            cases: list[_Case] = []
-            missing: list[str] = []
-            error = ""
-            try:
-                one = self._copy(wide)
-                if wide:
-                    accept_any_dtype(one)
-                cases, missing = self._cases(one, example, wide)
-            except Exception as raised:  # a model that takes no float64, or that cannot be copied
-                error = f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}"
-            # All go on alike, or none does: what one process cannot run, nobody waits for.
-            said = self.processes.failure(error)
-            same = self.processes.alike(repr([*map(str, cases), missing]))
-            if not said and same and cases and (not missing or not wide):
-                self._compared(cases, wide)
-                dtype = "float64" if wide else "the model's dtype"
-                return [f"compared with the unsharded model in {len(cases)} calls, in {dtype}, before it was kept", *missing]
-            if not same:
-                said = "the processes do not run the same programs"
-        reason = said or "; ".join(missing) or "no program could be called"
-        return [f"not compared with the unsharded model as a whole, only op by op ({reason}): give example_inputs"]
+            found = self._tried(example, wide, autocast=False)
+            if isinstance(found, list):
+                return [*found, *self._under_autocast()]
+            said = said or found
+        return [f"not compared with the unsharded model as a whole, only op by op ({said}): give example_inputs", *self._under_autocast()]
+
+    def _under_autocast(self) -> list[str]:
+        programs = [guard for state in regions(self.fused).values() for _, _, guard, _ in _programs(state)]
+        if not any(guard.autocast for guard in programs):
+            return []
+        found = self._tried(None, False, autocast=True)
+        return found if isinstance(found, list) else [f"under autocast compared op by op only ({found})"]
+
+    def _tried(self, example: Example | None, wide: bool, autocast: bool) -> list[str] | str:
+        """What was compared, or why nothing can be. Raises ``FxfuseError`` where something differs."""
+        cases: list[_Case] = []
+        missing: list[str] = []
+        error = ""
+        try:
+            one = self._copy(wide)
+            if wide:
+                accept_any_dtype(one)
+            cases, missing = self._cases(one, example, wide, autocast)
+        except Exception as raised:  # a model that takes no float64, or that cannot be copied
+            error = f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}"
+        # All go on alike, or none does: what one process cannot run, nobody waits for.
+        said = self.processes.failure(error)
+        same = self.processes.alike(repr([*map(str, cases), missing]))
+        if said or not same or not cases or (missing and wide):
+            return said or ("; ".join(missing) or "no program could be called" if same else "the processes do not run the same programs")
+        self._compared(cases, wide)
+        dtype = "under autocast" if autocast else "in float64" if wide else "in the model's dtype"
+        return [f"compared with the unsharded model in {len(cases)} calls, {dtype}, before it was kept", *missing]
 
     def _copy(self, wide: bool) -> nn.Module:
+        made = self._copied(wide)
+        for state in regions(made).values():  # programs that it would make at a call are none that the sharded model has
+            state.plan, state.strict = replace(state.plan, making=None), False
+        return made
+
+    def _copied(self, wide: bool) -> nn.Module:
         if self.large:
             made, total = twin(self.fused), 0.0
             for parameter in sorted(made.parameters(), key=torch.Tensor.numel):
@@ -108,7 +127,7 @@ class Rehearsal:
 
     # -- what to call ---------------------------------------------------------------------------------------------------------------------
 
-    def _cases(self, one: nn.Module, example: Example | None, wide: bool) -> tuple[list[_Case], list[str]]:
+    def _cases(self, one: nn.Module, example: Example | None, wide: bool, autocast: bool) -> tuple[list[_Case], list[str]]:
         """Calls that the unsharded copy answers by its programs, and what is to be said of programs without one."""
         found: list[_Case] = []
         missing: list[str] = []
@@ -123,7 +142,7 @@ class Rehearsal:
                             break
         for path, state in regions(one).items():
             for name, flags, guard, spec in _programs(state):
-                if example is not None and name == FORWARD and found:
+                if (example is not None and name == FORWARD and found) or bool(guard.autocast) is not autocast:
                     continue
                 mode = "given" if len(set(flags)) > 1 else "train" if flags[0] else "eval"
                 if mode == "given" and flags != state.flags():
@@ -132,7 +151,7 @@ class Rehearsal:
                 tries: list[_Case | str] = []
                 for seed, rows in enumerate(ROWS if free_rows(guard) else ROWS[:1]):
                     args, kwargs = tree_unflatten(_drawn(guard, rows, seed, wide), spec)
-                    tries.append(_answered(one, path, name, args, kwargs, mode))
+                    tries.append(_answered(one, path, name, args, kwargs, mode, guard.autocast))
                     if sum(isinstance(each, _Case) for each in tries) == _EXAMPLES:
                         break
                 found += [each for each in tries if isinstance(each, _Case)]
@@ -189,9 +208,11 @@ def _drawn(guard: Guard, rows: int, seed: int, wide: bool) -> list[Any]:
     return values
 
 
-def _answered(one: nn.Module, region: str | None, name: str, args: Any, kwargs: Any, mode: str) -> _Case | str:
+def _answered(
+    one: nn.Module, region: str | None, name: str, args: Any, kwargs: Any, mode: str, autocast: tuple[str, torch.dtype] | None = None
+) -> _Case | str:
     """The call as a case, or why it is none."""
-    case = _Case(region, name, args, kwargs, mode, True, Run())
+    case = _Case(region, name, args, kwargs, mode, True, Run(), autocast)
     case.expected = _called(one, case)
     if case.expected.error is not None:
         case.gradients = False
@@ -206,7 +227,9 @@ def _answered(one: nn.Module, region: str | None, name: str, args: Any, kwargs: 
 def _called(model: nn.Module, case: _Case) -> Run:
     called: nn.Module = model if case.region is None else walk(model, case.region)
     root = Entry(case.name, (), {}).root(called)
-    return run(
+    kind, dtype = case.autocast or ("cpu", torch.bfloat16)
+    with torch.autocast(kind, dtype=dtype) if case.autocast else nullcontext():
+        return run(
         root, case.args, case.kwargs, mode=case.mode, gradients=case.gradients, requires_grad=None,
         cotangents=coarsest((case.args, case.kwargs), model),
     )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fxfuse.casts import without_autocast
 from fxfuse.determinism import same_bits
 from fxfuse.errors import ArgumentError, FxfuseError
 from fxfuse.fused import regions
@@ -33,6 +34,7 @@ from .groups import name_of
 from .placing import place
 from .rehearsal import Rehearsal
 from .sharding import Sharding
+from .under_autocast import keep_adapted
 
 _ADOPTED = "the processes had chosen different plans: all run the first one's"
 
@@ -54,6 +56,9 @@ def shard_lanes(
     optimizer is made. Weights are those of the first process, and so is the plan, where measuring chose differently. Processes have to be
     seeded alike, as dropout outside of lanes draws from the common generator; inside each process draws its own masks.
 
+    Calls under ``torch.autocast`` run divided lanes where the model was called under it before, in that mode; else the original forward,
+    on gathered weights.
+
     ``device_mesh``: of one dim; or of several, of which ``dim`` (default: the one named "lanes") has the lanes. Along the others processes
     are given other rows of the batch, and gradients of all Parameters are averaged. With FSDP2 instead: ``shard_lanes(fused,
     mesh["lanes"])``, then ``fully_shard(fused, mesh=mesh["data"])``.
@@ -74,7 +79,8 @@ def shard_lanes(
     processes = Processes(device_mesh)
     with ExitStack() as way_back:
         try:
-            return _sharded(fused, device_mesh, dim, (example_inputs, example_kwargs), validate, processes, way_back)
+            with without_autocast():
+                return _sharded(fused, device_mesh, dim, (example_inputs, example_kwargs), validate, processes, way_back)
         except BaseException as error:
             way_back.close()
             if isinstance(error, FxfuseError) and not isinstance(error, ArgumentError) and isinstance(fused, nn.Module):
@@ -92,6 +98,8 @@ def _sharded(
         example = make_inputs(*inputs)
     undo = Undo()
     way_back.callback(undo.restore)
+    for state in regions(fused).values():
+        way_back.callback(keep_adapted(state))
     adopted = adopt_first(fused, processes, undo)
     held = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in [*fused.named_parameters(), *fused.named_buffers()]]
     given = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors_in(example)]
@@ -103,6 +111,7 @@ def _sharded(
     with processes.all_or_none():
         decided = {path: divided(state, world, rank, name) for path, state in regions(fused).items()}
     if not processes.alike(repr([(path, sorted(s.sharded), s.moved, s.whole) for path, (_, s) in decided.items()])):
+        import sys; print(adopted, repr([(path, sorted(s.sharded), s.moved, s.whole) for path, (_, s) in decided.items()]), file=sys.stderr)
         raise FxfuseError("the processes would divide the lanes differently: call shard_lanes with the same model on all of them")
     _as_first(fused, processes, way_back)
 
