@@ -9,6 +9,7 @@ import copy
 import itertools
 import math
 import os
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +74,8 @@ class Images(nn.Module):
 
 def build(kind: str, lanes: int) -> nn.Module:
     torch.manual_seed(0)
-    return (Images(lanes) if kind == "images" else Additive(lanes, kind)).double()
+    made = {"images": Images, "ragged": Ragged}.get(kind)
+    return (Additive(lanes, kind) if made is None else made(lanes)).double()
 
 
 def batch(lanes: int, kind: str, rows: int = ROWS) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -81,7 +83,7 @@ def batch(lanes: int, kind: str, rows: int = ROWS) -> tuple[tuple[Tensor, ...], 
     x = torch.randn(rows, max(lanes, 6), generator=generator, dtype=torch.float64)
     y = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
     ids = torch.randint(0, 7, (rows, lanes), generator=generator)
-    return ((x, ids) if kind == "images" else (x,)), y
+    return ((x, ids) if kind in ("images", "ragged") else (x,)), y
 
 
 def fused(kind: str, lanes: int) -> nn.Module:
@@ -290,8 +292,8 @@ def with_step(step: Any) -> Any:
 class AsFirst(PartWriter):
     """Writes the first process's part, whichever process this is."""
 
-    def __init__(self, trial: Any, rank: int, group: str) -> None:
-        super().__init__(trial, 0, group)
+    def __init__(self, trial: Any, rank: int, *rest: Any) -> None:
+        super().__init__(trial, 0, *rest)
 
 
 def failing(folder: str) -> None:
@@ -517,6 +519,60 @@ def clips(world: int) -> None:
     model.head.bias.grad = torch.full((2,), math.inf, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="the total norm"):
         fxfuse.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+
+
+class Ragged(nn.Module):
+    """Tables of unequal heights and experts of one input, wide enough to be worth dividing: their lanes have no equal shares."""
+
+    def __init__(self, lanes: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(70 + 3 * i, 64, _weight=torch.randn(70 + 3 * i, 64) / 8) for i in range(lanes))
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 96), nn.Tanh(), nn.Linear(96, 64)) for _ in range(lanes))
+        self.mix = nn.ParameterList(nn.Parameter(torch.randn(64, 64) / 64) for _ in range(lanes))
+        self.out = nn.Linear(64, 2)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        found = torch.stack([table(ids[:, i]) for i, table in enumerate(self.tables)], 1)
+        h = torch.stack([expert(x[:, :6]) for expert in self.experts], 1)
+        return self.out((h * found).sum(1) + sum(h[:, i] @ w for i, w in enumerate(self.mix)))
+
+
+def uneven(folder: str) -> None:
+    """Packs whose lanes have no edges where equal shares do are held in shares, and gathered at each call; all else is as ever."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    lanes = 2 * world + 1
+    model = fxfuse.optimize(build("ragged", lanes), batch(lanes, "ragged")[0], objective="launches", tune=False)
+    fxfuse.shard_lanes(model, mesh)
+    said = " ".join(str(fxfuse.report(model)).split())
+    assert re.search(r"note: packed\S+ is held in shares, and gathered at each call: its", said), said
+    assert "forward gathers weights" in said
+    optimizer = torch.optim.Adam(model.parameters())
+    inputs, y = batch(lanes, "ragged")
+    backward(model, inputs, y)
+    optimizer.step()
+    large = [p for p in build("ragged", lanes).parameters() if p.ndim == 2]
+    here = sum(held_bytes(p) + sum(map(held_bytes, optimizer.state[p].values())) for p in model.parameters() if p.ndim > 1)
+    everything = sum(p.numel() * 8 * 3 for p in large)
+    assert here < 1.15 * everything * -(-lanes // world) / lanes, (here, everything)  # shares are rounded up
+    for kind in ("ragged", "images", "cat", "sum"):
+        dividing.WORTH_DIVIDING = 0
+        compared(kind, lanes)
+        if world > 2:
+            compared(kind, 3)  # fewer lanes than processes
+        plain, model = both(kind, lanes)
+        inputs, y = batch(lanes, kind)
+        expected = dict(trained(plain, "sgd", inputs, y).state_dict())
+        fxfuse.load_original_state_dict(model, expected)
+        again = both(kind, lanes)[1]
+        again.load_state_dict(model.state_dict())
+        worker.assert_same(dict(fxfuse.original_state_dict(again)), expected, "loaded by packed names")
+        worker.assert_same(dict(fxfuse.unfuse(again).state_dict()), expected, "unfused")
+        dcp.save({"model": model.state_dict()}, checkpoint_id=os.path.join(folder, f"uneven {kind}{world}"))
+        empty = {"model": {name: torch.zeros_like(value) for name, value in again.state_dict().items()}}
+        dcp.load(empty, checkpoint_id=os.path.join(folder, f"uneven {kind}{world}"))
+        again.load_state_dict(empty["model"])
+        worker.assert_same(dict(fxfuse.original_state_dict(again)), expected, "checkpoint")
 
 
 class Dropping(nn.Module):

@@ -59,6 +59,12 @@ def test_what_users_do_afterwards(processes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_lanes_without_equal_shares(processes, tmp_path):
+    torchrun(processes, "uneven", tmp_path, "lanes_worker.py")
+
+
+@pytest.mark.slow
 def test_with_data_parallelism(tmp_path):
     torchrun(4, "grid", tmp_path, "lanes_worker.py")
 

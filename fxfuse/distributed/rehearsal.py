@@ -79,8 +79,7 @@ class Rehearsal:
         return [f"not compared with the unsharded model as a whole, only op by op ({said}): give example_inputs", *self._under_autocast()]
 
     def _under_autocast(self) -> list[str]:
-        programs = [guard for state in regions(self.fused).values() for _, _, guard, _ in _programs(state)]
-        if not any(guard.autocast for guard in programs):
+        if not any(program.guard.autocast for state in regions(self.fused).values() for program in state.plan.all_programs()):
             return []
         found = self._tried(None, False, autocast=True)
         return found if isinstance(found, list) else [f"under autocast compared op by op only ({found})"]

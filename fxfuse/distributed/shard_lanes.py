@@ -29,7 +29,7 @@ from fxfuse.validate import Example
 from .adoption import adopt_first
 from .agreement import Processes
 from .data_parallel import average_gradients
-from .dividing import divided
+from .dividing import divided, without_autocast_programs
 from .groups import name_of
 from .placing import place
 from .rehearsal import Rehearsal
@@ -110,8 +110,10 @@ def _sharded(
     decided: dict[str, tuple[RegionPlan, Sharding]] = {}
     with processes.all_or_none():
         decided = {path: divided(state, world, rank, name) for path, state in regions(fused).items()}
-    if not processes.alike(repr([(path, sorted(s.sharded), s.moved, s.whole) for path, (_, s) in decided.items()])):
-        import sys; print(adopted, repr([(path, sorted(s.sharded), s.moved, s.whole) for path, (_, s) in decided.items()]), file=sys.stderr)
+        for path, state in regions(fused).items():
+            if len(decided[path][0].all_programs()) < len(state.plan.all_programs()):  # those of autocast would cost the others their lanes
+                state.plan = without_autocast_programs(state.plan)
+    if not processes.alike(repr([(path, sorted(s.sharded), s.moved, s.whole, s.gathered) for path, (_, s) in decided.items()])):
         raise FxfuseError("the processes would divide the lanes differently: call shard_lanes with the same model on all of them")
     _as_first(fused, processes, way_back)
 
