@@ -94,12 +94,16 @@ class Calibration:
         few, tiny = self.randn(lanes, rows, 4), self.randn(lanes, 4, 4)
         each = max(self.time(lambda: torch.bmm(few, tiny)) - product_dispatch, 0.0) / lanes
 
-        def rate(work: float, function: Callable[[], object], matrices: int = 0) -> float:
-            return work / max(self.time(function) - product_dispatch - matrices * each, 1e-7)
+        def rate(work: float, function: Callable[[], object], matrices: int = 0, others: float = 0.0) -> float:
+            return work / max(self.time(function) - product_dispatch - matrices * each - others, 1e-7)
 
         broad, square = self.randn(lanes, rows, 64), self.randn(lanes, 64, 64)
         x, column, vector = self.randn(lanes, rows, 32), self.randn(lanes, 32, 1), self.randn(lanes, 1, 32)
         work = lanes * rows * 32
+        thinnest, first, most = self.randn(lanes * rows, 4), self.randn(lanes * rows, 1), lanes * rows
+        slim, slimmest = self.randn(lanes, rows, 4), self.randn(lanes, 4, 1)
+        column_each = max(self.time(lambda: torch.bmm(slim, slimmest)) - product_dispatch, 0.0) / most
+        row_each = max(self.time(lambda: torch.bmm(slimmest.mT, slim.mT)) - product_dispatch, 0.0) / most
         thin, wide = self.randn(lanes, rows, 1), self.randn(lanes, 1, 32)
         pictures, kernels = self.randn(8, 16, 32, 32), self.randn(16, 16, 3, 3)
         channels, grouped = self.randn(1, lanes * 32, rows), self.randn(lanes * 32, 32, 1)
@@ -112,10 +116,13 @@ class Calibration:
             "dispatch": dispatch, "product_dispatch": product_dispatch,
             "convolution_dispatch": self.time(lambda: F.conv1d(sequence, filters)), "each": each, "view": view, "module": module,
             "autograd": autograd, "cache": cache, "near": near, "far": far,
+            "run": max(self.time(lambda: thinnest * first) - self.time(lambda: thinnest * thinnest), 0.0) / most,
+            "reduced": max(self.time(lambda: thinnest.sum(-1)) - dispatch, 0.0) / most,
+            "normalized": max(self.time(lambda: F.layer_norm(thinnest, (4,))) - dispatch, 0.0) / most,
             "product": rate(lanes * rows * 64 * 64, lambda: torch.bmm(broad, square), lanes),
-            "column": rate(work, lambda: torch.bmm(x, column)),
-            "turned": rate(work, lambda: torch.bmm(x, vector.transpose(1, 2))),
-            "row": rate(work, lambda: torch.bmm(vector, x.transpose(1, 2))),
+            "column": rate(work, lambda: torch.bmm(x, column), 0, column_each * most), "column_each": column_each,
+            "turned": rate(work, lambda: torch.bmm(x, vector.transpose(1, 2)), 0, column_each * most),
+            "row": rate(work, lambda: torch.bmm(vector, x.transpose(1, 2)), 0, row_each * most), "row_each": row_each,
             "outer": rate(work, lambda: torch.bmm(thin, wide)),
             "convolution": rate(8 * 16 * 32 * 32 * 16 * 9, lambda: F.conv2d(pictures, kernels, padding=1)),
             "grouped": work * 32 / max(self.time(lambda: F.conv1d(channels, grouped, groups=lanes)) - lanes * group, 1e-7), "group": group,

@@ -14,6 +14,8 @@ import torch
 import torch.fx
 from torch import nn
 
+from . import by_size
+from .by_size import Serves
 from .choice import Choice
 from .determinism import preserved_state
 from .entries import FORWARD, INSIDE, Entry
@@ -28,7 +30,7 @@ from .passes.lifted import Lifted
 from .passes.packs import Packs
 from .passes.program import fits, make_program, resolve_packed
 from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
-from .plan import Planner
+from .plan_by_size import PlannerBySize
 from .progress import Progress
 from .ran import Ran, ran_in
 from .regions import Region, RegionFinder
@@ -66,13 +68,25 @@ class Chosen:
 
 
 @dataclass
+class _Graph:
+    """A rewritten graph, of a method in the modes of an observation; ``serves``: the range of sizes, where several do."""
+
+    way: Recorded
+    observation: Observation
+    lifted: Lifted
+    graph: torch.fx.Graph
+    method: str
+    serves: Serves | None = None
+
+
+@dataclass
 class _Built:
     """A region while its programs come together: those of the first way in were planned, others follow its packs and lowerings."""
 
     plan: RegionPlan
     packs: Packs
     chosen: Chosen
-    graphs: list[tuple[Recorded, Observation, Lifted, torch.fx.Graph, str]] = field(default_factory=list)
+    graphs: list[_Graph] = field(default_factory=list)
 
 
 def refuse(report: Report, refusal: Refusal, entry: Entry) -> None:
@@ -104,6 +118,7 @@ class Builder:
         self.progress = Progress(options.progress)
         self.chosen: dict[str, Chosen] = {}  # by region path
         self.followers: dict[str, list[tuple[Region, Recorded]]] = {}  # further ways in to the same region
+        self.examples: dict[str, list[Case]] = {}  # by method: calls of sizes for which there are plans of their own
 
     @cached_property
     def places(self) -> Places:
@@ -166,7 +181,7 @@ class Builder:
         """The programs of a further way in to a region that is planned already."""
         vectorized = self._follow(region.prepared, way, built)
         if vectorized is not None:
-            _add(built, way, way.observations[0], region.prepared.lifted, vectorized, way.entry.place(region.frame.path)[1])
+            _add(built, way, way.observations[0], region.prepared, vectorized, way.entry.place(region.frame.path)[1])
             self._other_programs(region, way, built)
 
     def _made_relative(self, lifted: Lifted, way: Recorded, path: str) -> bool:
@@ -182,7 +197,8 @@ class Builder:
         blocked, kinds = unpackable(self.model, path)
         packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module))
         _set_training(way.root, way.observations[0].flags)
-        planner = Planner(prepared, module, packs, self.options, self._cases(frame, prepared, way), self.progress)
+        given = self._cases(frame, prepared, way)
+        planner = PlannerBySize(prepared, module, packs, self.options, [case for _, case in given], self.progress)
         with hooks_silent(self.work):
             choice = planner.plan()
         for refusal in [*prepared.refusals, *planner.left, *([choice.refusal] if choice.refusal is not None else [])]:
@@ -193,6 +209,8 @@ class Builder:
             place = f" ({prepared.lifted.place})" if prepared.lifted.place else ""
             where = path or "the model"
             self.report.facts.append(f"{where} is fused for the recorded sizes only: {prepared.lifted.specialised}{place}")
+        for each in choice.sizes:  # every plan is compared with the original
+            self.examples.setdefault(way.entry.name, []).append(given[each.cases[0]][0])
         prepared = prepared.with_widths(choice.together)
         region = Region(frame, prepared.without(choice.skipped) if choice.skipped else prepared)
         self.chosen[path] = Chosen(region, way, choice, planner.prefer, packs, planner.key or "")
@@ -213,11 +231,11 @@ class Builder:
             loop, fused = choice.launches
             plan.launches, plan.heavy = (loop.total, fused.total), (loop.heavy, fused.heavy)
         plan.seconds, plan.peak_bytes, plan.tried = choice.seconds, choice.peak, choice.tried
-        plan.cached, plan.key = choice.cached, chosen.key
+        plan.cached, plan.key, plan.by_size = choice.cached, chosen.key, by_size.in_words(choice)
         if lifted.random:
             plan.notes.append("dropout and other random ops draw other numbers than the loop did, from the same distribution")
         built = _Built(plan, choice.vectorized.packs, chosen)
-        _add(built, chosen.way, chosen.way.observations[0], lifted, choice.vectorized, chosen.way.entry.place(frame.path)[1])
+        _add(built, chosen.way, chosen.way.observations[0], prepared, choice.vectorized, chosen.way.entry.place(frame.path)[1])
         return built
 
     def _follow(self, prepared: Prepared, way: Recorded, built: _Built, alone: bool = False) -> Vectorized | None:
@@ -258,15 +276,20 @@ class Builder:
                 if self._made_relative(prepared.lifted, way, built.plan.path):
                     made = self._follow(prepared, way, built, alone=True)
                     if made is not None:
-                        _add(built, way, observation, prepared.lifted, made, method)
+                        _add(built, way, observation, prepared, made, method)
 
     def _finished(self, built: _Built) -> RegionPlan:
         """The plan with its programs: all read each weight from the pack, whichever of them has packed it."""
         plan, packs = built.plan, built.packs
         owner = self.work.get_submodule(plan.path)
-        for way, observation, lifted, graph, method in built.graphs:
-            resolve_packed(graph, packs)
-            program = self.places.named(make_program(observation.trace, lifted, graph))
+        for each in built.graphs:
+            way, observation, method = each.way, each.observation, each.method
+            resolve_packed(each.graph, packs)
+            program = self.places.named(make_program(observation.trace, each.lifted, each.graph))
+            if each.serves is not None:
+                program, needed = each.serves.only(program)
+                if not needed:
+                    continue
             for same in [observation, *(o for o in way.observations if o.same_as is observation)]:
                 flags = dict(zip(all_modules(way.root), same.flags, strict=True))
                 key = tuple(flags[m] for m in all_modules(owner))
@@ -288,16 +311,16 @@ class Builder:
         ran: Ran = {}
         region = self.work.get_submodule(built.plan.path)
         closed = closed_modules(built.plan.all_programs(), region)
-        for _, observation, lifted, _, _ in built.graphs:
-            ran.update(ran_in(observation.trace, lifted.frame, closed))
+        for each in built.graphs:
+            ran.update(ran_in(each.observation.trace, each.lifted.frame, closed))
         spelled = Spelled.of(ran)
-        spelled.computed = spelled.computed or not all(observation.trace.ran_known for _, observation, _, _, _ in built.graphs)
+        spelled.computed = spelled.computed or not all(each.observation.trace.ran_known for each in built.graphs)
         built.plan.spelled = spelled
         built.plan.outside = Outside(outside([module for module in all_modules(region) if module not in closed], ran, spelled))
 
-    def _cases(self, frame: Frame, prepared: Prepared, way: Recorded) -> list[Case]:
-        """The inputs of the region at the sizes of ``tune_for``: its call is caught while the model runs on them."""
-        found: list[Case] = []
+    def _cases(self, frame: Frame, prepared: Prepared, way: Recorded) -> list[tuple[Case, Case]]:
+        """Inputs of the model at the sizes of ``tune_for``, and those of the region: its call is caught while the model runs on them."""
+        found: list[tuple[Case, Case]] = []
         region = way.root.get_submodule(frame.path)
         args, kwargs = way.entry.args, way.entry.kwargs
         for wanted in self.options.tune_for:
@@ -314,18 +337,23 @@ class Builder:
             finally:
                 handle.remove()
             if caught and fits(caught[0], frame, prepared.lifted):
-                found.append(caught[0])
+                found.append((given, caught[0]))
             else:
                 where = frame.path or "the model"
                 self.report.notes.append(f"tune_for: {where} is not called with the recorded sizes there; timed as recorded")
         return found
 
 
-def _add(built: _Built, way: Recorded, observation: Observation, lifted: Lifted, made: Vectorized, method: str) -> None:
-    """One more program of a region."""
+def _add(built: _Built, way: Recorded, observation: Observation, prepared: Prepared, made: Vectorized, method: str) -> None:
+    """One more program of a region, or one for each range of sizes."""
     built.packs = made.packs
-    built.plan.sets |= lifted.sets
-    built.graphs.append((way, observation, lifted, made.graph, method))
+    built.plan.sets |= prepared.lifted.sets
+    choice, prefer = built.chosen.choice, built.chosen.prefer
+    if not choice.sizes:
+        built.graphs.append(_Graph(way, observation, prepared.lifted, made.graph, method))
+    for serves, each in by_size.programs(choice, prepared, made, prefer):
+        built.packs = built.packs if each is made else each.packs
+        built.graphs.append(_Graph(way, observation, prepared.lifted, each.graph, method, serves))
     if method != FORWARD:
         built.plan.method_ops.setdefault(method, made.ops)
 

@@ -36,10 +36,15 @@ class Rates:
     cache: float  # bytes that stay near
     near: float  # bytes per second within the cache
     far: float  # and beyond it, newly allocated
+    run: float  # seconds for each stretch of results along which no operand is repeated: ops that broadcast
+    reduced: float  # for each result of a sum over a last dim
+    normalized: float  # for each row of a layer norm
     product: float  # multiplications and additions per second of a large matrix product
     column: float  # the same of products with one column
+    column_each: float  # seconds for each of their results
     turned: float  # with one column, the matrix of columns being a view of one of rows
     row: float  # of products with one row
+    row_each: float  # seconds for each of their results
     outer: float  # of products over one element
     convolution: float  # of convolutions with a window
     grouped: float  # of grouped ones
@@ -52,18 +57,22 @@ class Rates:
 # One core of an AMD EPYC with AVX-512, torch 2.13, other jobs beside it: of use for ratios alone.
 CPU = Rates(
     dispatch=1.1e-6, product_dispatch=2.8e-6, convolution_dispatch=3.5e-5, each=5e-7, view=1e-6, module=9e-7, autograd=2.2e-6,
-    cache=3.4e7, near=9e10, far=3.5e9, product=4.4e10, column=1.2e9, turned=4.4e9, row=7.5e9, outer=3.8e9, convolution=3.5e10,
+    cache=3.4e7, near=9e10, far=3.5e9, run=2.5e-9, reduced=4.2e-9, normalized=2.8e-8, product=4.4e10, column=1.3e9, column_each=4.8e-9,
+    turned=1.2e10, row=9.5e9, row_each=1.3e-9, outer=3.8e9, convolution=3.5e10,
     grouped=1e10, group=4.4e-6, scattered=2.5e8, gathered=4e8,
 )  # fmt: skip
 # In the order of magnitude of a large accelerator, not measured: launches hide what is smaller.
 ACCELERATOR = Rates(
     dispatch=6e-6, product_dispatch=1e-5, convolution_dispatch=1e-5, each=1e-9, view=1e-6, module=9e-7, autograd=6e-6, cache=4e7,
-    near=4e12, far=2e12, product=2e13, column=5e11, turned=5e11, row=5e11, outer=5e11, convolution=1e13,
+    near=4e12, far=2e12, run=0.0, reduced=0.0, normalized=0.0, product=2e13, column=5e11, column_each=0.0, turned=5e11, row=5e11,
+    row_each=0.0, outer=5e11, convolution=1e13,
     grouped=2e12, group=1e-8, scattered=2e11, gathered=5e11,
 )  # fmt: skip
 # Work below this is done by one thread, and what each further thread adds.
 PARALLEL_SECONDS = 2e-5
 SPEEDUP = 0.85
+# Of the cache's size: where the bandwidth begins to fall, and where it has fallen.
+FALLS = (0.25, 2.0)
 # Windows of so many numbers halve the rate of a convolution; runs of fewer elements are copied one by one.
 FEW_CHANNELS = 48.0
 SHORT_RUN = 16
@@ -81,6 +90,7 @@ _GATHERED = frozenset(
     "tanh sigmoid exp log gelu silu softmax log_softmax erf softplus mish elu selu celu sin cos pow sqrt rsqrt logsumexp dropout rand "
     "randn special_expit hardswish logsigmoid scaled_dot_product_attention".split()
 )
+_SUMS = frozenset({"sum", "mean"})
 _CHAINS = frozenset({"sum_of", "prod_of", "min_of", "max_of"})
 
 
@@ -211,8 +221,10 @@ def _bytes(values: Iterable[Any]) -> float:
 
 
 def _moved(size: float, rates: Rates) -> float:
-    """Seconds to read or write so many bytes in all."""
-    return size / (rates.near if size <= rates.cache else rates.far)
+    """Seconds to read or write so many bytes in all. What an op leaves in the cache pushes out what the ones around it want there: the
+    bandwidth begins to fall where one op moves a quarter of the cache, and has fallen at twice its size."""
+    fallen = min(max(math.log(size / rates.cache / FALLS[0]) / math.log(FALLS[1] / FALLS[0]), 0.0), 1.0) if size else 0.0
+    return size / (rates.near * (rates.far / rates.near) ** fallen)
 
 
 def _work(node: Node, name: str, given: list[Any], made: Any, rates: Rates) -> float:
@@ -234,7 +246,29 @@ def _work(node: Node, name: str, given: list[Any], made: Any, rates: Rates) -> f
         return max(moved, float(made.numel()) / rates.scattered)
     if name in _GATHERED:
         return max(moved, _bytes(outputs) / 4 / rates.gathered)
-    return moved
+    if made is None or not hasattr(made, "numel"):
+        return moved
+    shapes = [tuple(form.shape) for form in given if hasattr(form, "numel")]
+    if name == "layer_norm" and shapes:
+        return moved + rates.normalized * math.prod(shapes[0][:-1])
+    if name in _SUMS and shapes and tuple(made.shape) in (shapes[0][:-1], (*shapes[0][:-1], 1)):
+        return moved + rates.reduced * float(made.numel())
+    return moved + rates.run * _runs(shapes, tuple(made.shape))
+
+
+def _runs(operands: list[tuple[int, ...]], made: tuple[int, ...]) -> int:
+    """The stretches of an elementwise op's results along which each operand is either read on or repeated; 0 where it is all one."""
+    inner, kept = 1, None
+    for back, size in enumerate(reversed(made), 1):
+        if size == 1:
+            continue
+        repeated = [len(shape) < back or shape[-back] != size for shape in operands]
+        if any(len(shape) >= back and shape[-back] not in (1, size) for shape in operands):
+            return 0  # it is not elementwise
+        if kept is not None and repeated != kept:
+            return math.prod(made) // max(inner, 1)
+        inner, kept = inner * size, repeated
+    return 0
 
 
 def _in_short_runs(source: Any) -> bool:
@@ -257,9 +291,9 @@ def _product(name: str, left: Any, right: Any, made: Any, rates: Rates) -> float
         turned = len(right.shape) > 1 and right.stride()[-1] != 1
     work = float(made.numel() * inner)
     if columns == 1:
-        return work / (rates.turned if turned else rates.column)
+        return work / (rates.turned if turned else rates.column) + rates.column_each * float(made.numel())
     if rows == 1:
-        return work / rates.row
+        return work / rates.row + rates.row_each * float(made.numel())
     if inner == 1:
         return work / rates.outer
     matrices = float(made.numel() // max(rows * columns, 1))

@@ -88,12 +88,16 @@ class TensorGuard:
 
 @dataclass(frozen=True)
 class SizeCheck:
-    """A comparison of sizes that the recorded run made, to be true again: ``inputs[input].shape[dim] <op> bound``."""
+    """A comparison of sizes that the recorded run made, to be true again: ``inputs[input].shape[dim] <op> bound``.
+
+    ``chosen``: no run asked for it. The program is right at any size, but another one of the region is faster at others.
+    """
 
     input: int
     dim: int
     op: Literal[">=", ">", "<=", "<", "==", "!="]
     bound: int
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,16 @@ class Making:
     together: bool = False  # lanes of unequal widths in one bundle
 
 
+@dataclass(frozen=True)
+class SizePlan:
+    """What serves the sizes from ``first`` to ``last`` (None: any that is larger), for the report."""
+
+    first: int
+    last: int | None
+    how: str  # "linear 32x32: baddbmm, in 8 chunks"
+    measured: tuple[tuple[int, float, float], ...]  # (size, seconds of the loop, of this)
+
+
 @dataclass
 class RegionPlan:
     """All that is needed to rewrite one region, and what the report says of it."""
@@ -193,6 +207,7 @@ class RegionPlan:
     seconds: tuple[float, float] | None = None  # median before, after, in the mode asked for
     peak_bytes: tuple[int, int] | None = None  # before, after
     tried: list[tuple[str, float]] = field(default_factory=list)  # lowering and its median seconds
+    by_size: list[SizePlan] = field(default_factory=list)  # where ranges of sizes have programs of their own
     cached: bool = False  # the choice was read from the cache of plans, its figures too
     key: str = ""  # of the plan in that cache
     sets: frozenset[tuple[str, str]] = frozenset()  # (module, name) of the attributes that forward sets, and no program reads before

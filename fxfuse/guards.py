@@ -134,7 +134,8 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
             each.append(f"t{i}.device != {constant(fact.device)}")
     each.extend(f"{other} is not {dtypes[0]}" for other in dtypes[1:])
     each.extend(f"{other} != {devices[0]}" for other in devices[1:])
-    each.extend(f"not (s{check.input}[{check.dim}] {check.op} {check.bound})" for check in guard.sizes)
+    # What the planner chose is asked before the guard is (``runtime``).
+    each.extend(f"not (s{check.input}[{check.dim}] {check.op} {check.bound})" for check in guard.sizes if not check.chosen)
     each.extend(f"s{a}[{m}] != s{b}[{n}]" for (a, m), (b, n) in guard.equal_dims)
     inputs = [i for i, leaf in enumerate(guard.leaves) if isinstance(leaf, TensorGuard)]
     others.extend(f"x{i} is not x{guard.same[i]}" for i in inputs if guard.same[i] != i)
@@ -191,6 +192,8 @@ def _recorded_device(guard: Guard, facts: Sequence[Facts]) -> torch.device:
 def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (), tensors: Sequence[Tensor] = ()) -> str | None:
     """The first thing that keeps a call from the recorded program, as a sentence; None where nothing does.
 
+    Sizes that another program of the region serves, for being faster there, are no reason.
+
     >>> guard = Guard((TensorGuard((None, 3), torch.float32, torch.device("cpu")),), same=(0,))
     >>> explain_miss(guard, [torch.zeros(5, 4)])
     'input 0 has shape (5, 4), recorded (any, 3)'
@@ -237,7 +240,7 @@ def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (
     if late:
         return late[0]
     for size in guard.sizes:
-        if not _COMPARE[size.op](leaves[size.input].size(size.dim), size.bound):
+        if not size.chosen and not _COMPARE[size.op](leaves[size.input].size(size.dim), size.bound):
             return f"input {size.input} has size {leaves[size.input].size(size.dim)} in dim {size.dim}, recorded {size.op} {size.bound}"
     for (a, m), (b, n) in guard.equal_dims:
         if leaves[a].size(m) != leaves[b].size(n):

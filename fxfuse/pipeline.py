@@ -256,10 +256,7 @@ class _Pipeline:
         self.report.fused = plans
         if plans:
             with self.stage("measure"):
-                try:
-                    self._measure(result)
-                except Exception as error:  # the model is rewritten and verified: figures are all that is missing
-                    self.report.notes.append(f"launches and times could not be measured: {type(error).__name__}: {error}")
+                self._measure(result)
             for state in fused_modules.regions(result).values():
                 state.fallbacks.clear()
                 state.strict = self.options.strict  # from here on: verification itself tries sizes that fall back
@@ -455,6 +452,7 @@ class _Pipeline:
             others = other_examples(example)[2:3] if self.long else other_examples(example)[:3]
             if self.keep_integers:
                 others = [resample(*example, seed=seed, keep_integers=True) for seed in (1, 2)]
+            others = [*others, *self.builder.examples.get(entry.name, ())]
             if self.moved is not None:
                 original = twin(self.base)
                 compared = sample(original, result)
@@ -474,20 +472,26 @@ class _Pipeline:
         training, entry = self.options.mode == "train", self.entries[0]
         kept = preserved_state(self.work, result), attributes_kept(result, fused_modules.attributes_set(result))
         with kept[0], kept[1], hooks_silent(self.work), hooks_silent(result), torch.set_grad_enabled(training):
-            alone = self.report.fused[0] if len(self.report.fused) == 1 else None
-            for module in (self.work, result):
-                module.train(training)
-            if training and alone is not None and not alone.path and alone.launches is not None:
-                self.report.launches, self.report.heavy = alone.launches, alone.heavy  # the planner has counted already
-            else:
-                forwards = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(self.work), entry.root(result))]
-                counts = [count(forward, bound=False) for forward in forwards]
-                self.report.launches = (counts[0].total, counts[1].total)
-                self.report.heavy = (counts[0].heavy, counts[1].heavy)
-                if alone is not None:
-                    alone.launches, alone.heavy = self.report.launches, self.report.heavy
-            if self.options.tune and self.options.objective == "time":
-                self.report.timings["forward"] = self._known_times() or self._times(result)
+            try:
+                self._figures(result, entry, training)
+            except Exception as error:  # the model is rewritten and verified: figures are all that is missing
+                self.report.notes.append(f"launches and times could not be measured: {type(error).__name__}: {error}")
+
+    def _figures(self, result: nn.Module, entry: Entry, training: bool) -> None:
+        alone = self.report.fused[0] if len(self.report.fused) == 1 else None
+        for module in (self.work, result):
+            module.train(training)
+        if training and alone is not None and not alone.path and alone.launches is not None:
+            self.report.launches, self.report.heavy = alone.launches, alone.heavy  # the planner has counted already
+        else:
+            forwards = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(self.work), entry.root(result))]
+            counts = [count(forward, bound=False) for forward in forwards]
+            self.report.launches = (counts[0].total, counts[1].total)
+            self.report.heavy = (counts[0].heavy, counts[1].heavy)
+            if alone is not None:
+                alone.launches, alone.heavy = self.report.launches, self.report.heavy
+        if self.options.tune and self.options.objective == "time":
+            self.report.timings["forward"] = self._known_times() or self._times(result)
 
     def _known_times(self) -> tuple[float, float] | None:
         """Of an equal model that was fused by the same plans, all of which came from the cache."""

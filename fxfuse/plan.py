@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import plan_cache
-from .choice import Choice, from_data, to_data
+from .choice import Choice, from_data, in_words, to_data
 from .determinism import preserved_state
 from .estimate import Estimator
 from .fingerprint import fingerprint
@@ -26,16 +26,19 @@ from .graph import Refusal
 from .launches import Launches, count
 from .memory import peak_bytes
 from .options import Options
-from .passes.chunk import fitting_chunks, widest
+from .passes.chunk import CHUNK_BYTES, fitting_chunks, widest
 from .passes.packs import Packs
 from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
 from .private.profiler import is_profiling
+from .private.pytree import tree_flatten
 from .progress import Progress
 from .timing import medians, ratio
 from .workbench import Case, Workbench
 
 # A form must be this much faster than the loop to be worth the change: below, it is noise.
 LEAST_GAIN = 1.02
+# The same of an estimate: the static model may be wrong by so much, and the loop is what the user has.
+LEAST_ESTIMATED_GAIN = 1.15
 # A candidate replaces the best one so far only where it is clearly faster.
 CLEARLY = 0.97
 # Candidates within this factor of the best are timed once more, together, at the end.
@@ -49,6 +52,9 @@ MOST_MODELLED = 20_000
 FAR_BEHIND = 1.5
 # Lane sets whose widest result has fewer bytes than this fit the cache with room to spare: other numbers of chunks are not tried.
 WORTH_CHUNKING = 1 << 19
+FAR = 2.0
+# Inputs within this factor of the recorded ones are computed as those are.
+ALIKE = 2.0
 # A layer of its own that becomes a region pays for the guard at every call.
 GUARD_SECONDS = 6e-6
 
@@ -73,8 +79,19 @@ class Planner:
         self.prefer = _preferred(options)
         self.progress = progress or Progress(False)
         self.left: list[Refusal] = []  # of lane sets that do not pay
+        self.far: set[tuple[Any, str]] = set()  # lowerings that took so much longer than another that no size will make up for it
+        # The results that are timed are so many times the size of those that were recorded.
+        self.larger = self.times_larger()
         timed = options.tune and options.objective == "time"  # what is counted, rather than timed, is soon counted again
         self.key = fingerprint(prepared, region, packs, options, cases) if timed and options.cache else None
+
+    def times_larger(self) -> float:
+        """The inputs that are timed, in the geometric mean, against the recorded ones; 1 where they are about as large."""
+        raw = self.prepared.lifted.frame.raw or ((), {})
+        recorded = sum(leaf.numel() for leaf in tree_flatten(raw)[0] if isinstance(leaf, torch.Tensor))
+        ratios = [bench.numel / recorded for bench in self.benches if recorded and bench.numel]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
+        return 1.0 if 1 / ALIKE < mean < ALIKE else mean
 
     def plan(self) -> Choice:
         """Search, measure, decide; or what was decided before for an equal region."""
@@ -147,12 +164,16 @@ class Planner:
 
     def _start(self, base: Vectorized) -> Choice:
         """What is likely best: the first lowering of each rule, in chunks that fit the cache."""
-        chunks = fitting_chunks(self.prepared.bundles)
+        chunks = self.fitting()
         cut = self.emit({}, chunks) if chunks > 1 else None
         together = self.prepared.together
         if cut is None:
             return Choice(base, self._first(base), together=together)
         return Choice(cut, self._first(cut), chunks, together)
+
+    def fitting(self) -> int:
+        """The number of chunks in which the results of each op fit the cache, at the sizes that are timed."""
+        return fitting_chunks(self.prepared.bundles, max(int(CHUNK_BYTES / self.larger), 1))
 
     def _first(self, base: Vectorized) -> dict[Any, str]:
         return {key: self.prefer if self.prefer in options else options[0] for key, options in base.choices.items()}
@@ -190,7 +211,7 @@ class Planner:
     def _chunk_counts(self, chosen: int) -> list[int]:
         """Numbers of chunks to try besides the one chosen: none where all lanes fit the cache with room to spare."""
         size, lanes = widest(self.prepared.bundles)
-        if size < WORTH_CHUNKING:
+        if size * self.larger < WORTH_CHUNKING:
             return []
         return [count for count in dict.fromkeys((1, chosen // 2, chosen * 2, chosen * 4)) if 1 <= count <= lanes // 2 and count != chosen]
 
@@ -269,7 +290,7 @@ class Planner:
         seconds, choice = best
         self.prepared = self.prepared.with_widths(choice.together)
         loop = self._estimator().loop(self.prepared)
-        if seconds * LEAST_GAIN > loop and not self.options.large:  # large weights are timed once they have moved
+        if seconds * LEAST_ESTIMATED_GAIN > loop and not self.options.large:  # large weights are timed once they have moved
             said = f"left as a loop: packed is estimated at {loop / seconds:.2f}x, from its shapes ({self._timed_what()})"
             choice.refusal = self._refusal(f"{said}; tune=True measures it")
         return choice
@@ -325,14 +346,18 @@ class Planner:
         least = self._estimated(choice)
         for other in self._others(choice):
             estimated = self._estimated(other)
-            if estimated > HOPELESS * least:
+            changed = [item for item in other.lowering.items() if item not in choice.lowering.items()]
+            # The model speaks of the recorded sizes.
+            if (estimated > HOPELESS * least and self.larger == 1.0) or not self.far.isdisjoint(changed):
                 self.progress.step("")
                 continue
             least = min(least, estimated)
             others = self._steps(other)
             slower, seconds = self._compare(steps, others)
-            choice.tried.append((_describe(other), seconds))
+            choice.tried.append((in_words(other.lowering, other.chunks), seconds))
             self.progress.step(choice.tried[-1][0])
+            if slower > FAR and len(changed) == 1:
+                self.far.update(changed)
             if slower < CLEARLY:
                 close.append((replace(choice), steps))
                 choice.vectorized, choice.lowering, choice.chunks, steps = other.vectorized, other.lowering, other.chunks, others
@@ -425,15 +450,3 @@ def _cost(counted: Launches) -> tuple[int, int]:
 
 def _launches(forward: Callable[[], Any]) -> Launches:
     return count(forward, bound=False)
-
-
-def _describe(choice: Choice) -> str:
-    """The lowerings as a person reads them: ``linear 32x32: baddbmm``."""
-    words = []
-    for key, name in choice.lowering.items():
-        name_of, shapes = (key[1], key[2]) if key[0] == "single" else (key[0], key[2])
-        weight = "x".join(map(str, shapes[1] or ())) if len(shapes) > 1 else ""
-        words.append(f"{name_of} {weight}: {name}" if weight else f"{name_of}: {name}")
-    if choice.chunks > 1:
-        words.append(f"in {choice.chunks} chunks")
-    return ", ".join(dict.fromkeys(words)) or "as the rules name it"

@@ -131,6 +131,7 @@ def _region(plan: RegionPlan) -> list[str]:
         rows = [[op.op, _lanes(op), op.detail, op.lowering, str(op.place or "")] for op in _joined(ops)]
         lines += [f"  in {method}:", *_table(rows, "    ")]
     lines += _table(_changes(plan.launches, plan.heavy, plan.peak_bytes, {"median time": plan.seconds} if plan.seconds else {}), "  ")
+    lines += _sizes(plan)
     if plan.tried:
         # The data (to_dict) has them all; a person wants the few that came close.
         fastest = sorted(plan.tried, key=lambda entry: entry[1])
@@ -141,6 +142,16 @@ def _region(plan: RegionPlan) -> list[str]:
         lines += _wrap("plan and figures from the cache: an equal loop was measured on this machine before", "  ", "    ")
     for note in plan.notes:
         lines += _wrap(f"note: {note}", "  ", "    ")
+    return lines
+
+
+def _sizes(plan: RegionPlan) -> list[str]:
+    """Which plan serves which sizes."""
+    lines: list[str] = []
+    for each in plan.by_size:
+        sizes = f"sizes {each.first:,} to {each.last:,}" if each.last is not None else f"sizes from {each.first:,}"
+        gains = ", ".join(f"at {size:,} {_seconds(loop)} -> {_seconds(own)}" for size, loop, own in each.measured)
+        lines += _wrap(f"{sizes}: {each.how} ({gains})", "  ", "    ")
     return lines
 
 
@@ -305,6 +316,7 @@ def _plan(plan: RegionPlan) -> dict[str, Any]:
         "seconds": plan.seconds,
         "peak_bytes": plan.peak_bytes,
         "tried": plan.tried,
+        "by_size": [{"first": s.first, "last": s.last, "how": s.how, "measured": s.measured} for s in plan.by_size],
         "cached": plan.cached,
         "notes": plan.notes,
         "methods": {

@@ -16,6 +16,8 @@ import torch
 
 # A candidate that takes so many times as long need not be timed precisely.
 FAR_SLOWER = 1.4
+# The least rounds may not take longer than this, in seconds; three of them do in any case.
+PATIENCE = 0.5
 
 
 def medians(functions: Sequence[Callable[[], object]], *, budget: float = 0.3, least: int = 5, most: int = 200) -> list[float]:
@@ -53,6 +55,8 @@ def _samples(functions: Sequence[Callable[[], object]], budget: float, least: in
         _once(function)
     round_seconds = max(time.perf_counter() - start, 1e-7)
     rounds = max(least, min(most, int(budget / round_seconds)))
+    if rounds * round_seconds > PATIENCE:  # long steps vary less
+        rounds = max(3, min(rounds, int(PATIENCE / round_seconds)))
     samples: list[list[float]] = [[] for _ in functions]
     order = list(range(len(functions)))
     shuffle = random.Random(0).shuffle  # what runs after a slow loop finds cold caches: each gets that place as often

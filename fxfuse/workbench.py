@@ -21,6 +21,7 @@ from .inputs import clone_inputs
 from .passes.packs import Packs
 from .passes.vectorize import Vectorized
 from .runtime import graph_module, walk
+from .weight_views import evaluate
 
 Case = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -35,6 +36,11 @@ class Workbench:
     def batch(self) -> int | None:
         """The size of dim 0 of the first tensor."""
         return next((int(leaf.shape[0]) for leaf in self._tensors() if leaf.dim()), None)
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors that come in."""
+        return sum(leaf.numel() for leaf in self._tensors())
 
     @property
     def device(self) -> str:
@@ -82,7 +88,11 @@ class Workbench:
                 root[str(node.target)] = tensor
                 if tensor.requires_grad:
                     parameters.append(tensor)
-        code = graph_module(root, candidate.graph)
+        graph = candidate.graph
+        if not self.train:  # made once, not at every call
+            with torch.no_grad():
+                graph = evaluate(graph, root)
+        code = graph_module(root, graph)
         leaves = tree_flatten(self._inputs())[0]
         return lambda: code(*leaves), parameters
 

@@ -6,6 +6,7 @@ region read a weight that any of them has packed from the pack.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -112,14 +113,35 @@ def _spells_dtype(graph: torch.fx.Graph) -> bool:
 
 def resolve_packed(graph: torch.fx.Graph, packs: Packs) -> None:
     """Replace reads of packed members by their slice of the pack, in place."""
-    for node in list(graph.nodes):
-        if node.op != "get_attr" or str(node.target) not in packs.where:
-            continue
-        recipe, lane = packs.where[str(node.target)]
-        with graph.inserting_before(node):
+    reads: dict[str, list[tuple[torch.fx.Node, Recipe, int]]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target) in packs.where:
+            recipe, lane = packs.where[str(node.target)]
+            reads.setdefault(recipe.name, []).append((node, recipe, lane))
+    for name, found in reads.items():
+        with graph.inserting_before(found[0][0]):
             # create_node: get_attr() looks for it in a module that a trial run has left behind
-            node.replace_all_uses_with(member_of(graph, graph.create_node("get_attr", recipe.name), recipe, lane))
-        graph.erase_node(node)
+            packed = graph.create_node("get_attr", name)
+            parts = _all_members(graph, packed, found[0][1]) if len(found) > 1 else None
+        for node, recipe, lane in found:
+            with graph.inserting_before(node):
+                if parts is None:
+                    member = member_of(graph, packed, recipe, lane)
+                else:
+                    member = _finished(graph, graph.call_function(operator.getitem, (parts, lane)), recipe, lane)
+            node.replace_all_uses_with(member)
+            graph.erase_node(node)
+
+
+def _all_members(graph: torch.fx.Graph, packed: torch.fx.Node, recipe: Recipe) -> torch.fx.Node | None:
+    """All members by one ``unbind``, whose backward is one ``stack``: that of each ``select`` fills a tensor of the size of the pack."""
+    if recipe.style == "rows":
+        return None
+    order = tuple(recipe.order.index(d) for d in range(len(recipe.order)))
+    whole = graph.call_function(torch.unflatten, (packed, 0, (len(recipe.members), -1))) if recipe.style == "cat" else packed
+    if order != tuple(range(len(order))):
+        whole = graph.call_function(torch.permute, (whole, (0, *(1 + d for d in order))))
+    return graph.call_function(torch.unbind, (whole, 0))
 
 
 def member_of(graph: torch.fx.Graph, made: torch.fx.Node, recipe: Recipe, lane: int) -> torch.fx.Node:
@@ -133,6 +155,11 @@ def member_of(graph: torch.fx.Graph, made: torch.fx.Node, recipe: Recipe, lane: 
     inverse = tuple(recipe.order.index(d) for d in range(len(recipe.order)))
     if inverse != tuple(range(len(inverse))):
         made = graph.call_function(torch.permute, (made, inverse))
+    return _finished(graph, made, recipe, lane)
+
+
+def _finished(graph: torch.fx.Graph, made: torch.fx.Node, recipe: Recipe, lane: int) -> torch.fx.Node:
+    """A member of a pack in the original's own shape."""
     if recipe.style == "padded":
         return _narrowed(graph, made, recipe, lane, 0)
     return made if recipe.own_shapes is None else graph.call_function(torch.reshape, (made, recipe.own_shapes[lane]))
