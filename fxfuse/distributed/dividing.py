@@ -60,10 +60,11 @@ def _divided(state: RegionState, plan: RegionPlan, world: int, rank: int, group:
         if reason:
             staying[recipe.name] = reason
     trials: list[list[Trial]] = []
+    first = {id(program) for program in plan.programs.values() or plan.all_programs()}
     while packs or rows:
         trials = [_trials(state, program, packs, world) for program in plan.all_programs()]
-        # Programs of autocast gather what they need whole.
-        usual = [tried for program, tried in zip(plan.all_programs(), trials, strict=True) if program.guard.autocast is None]
+        # Of packs that other programs need whole (the loop at small sizes, calls under autocast) these gather the lanes.
+        usual = [t for p, t in zip(plan.all_programs(), trials, strict=True) if id(p) in first]
         wanted = {name for tried in usual for name in _needed_whole(tried[0])}
         if not wanted:
             break

@@ -14,11 +14,23 @@ from torch import Tensor
 from fxfuse.graph import Guard, TensorGuard
 
 ROWS = (5, 3, 8, 16, 2)  # batch sizes to try, in this order: a model may refuse some of them
+_MOST = 4096  # rows that are drawn
 
 
 def free_rows(guard: Guard) -> bool:
     """Does the program take any batch size?"""
     return any(isinstance(leaf, TensorGuard) and None in leaf.shape for leaf in guard.leaves)
+
+
+def rows_to_try(guard: Guard) -> list[int]:
+    """Batch sizes to try; those next to its bounds first, where the program is for a range of sizes.
+
+    >>> from fxfuse.graph import SizeCheck
+    >>> rows_to_try(Guard((TensorGuard((None,), torch.float32, torch.device("cpu")),), (0,), (SizeCheck(0, 0, ">", 64),)))[:3]
+    [65, 66, 64]
+    """
+    near = [check.bound + more for check in guard.sizes for more in (1, 2, 0, -1) if 1 < check.bound + more <= _MOST]
+    return list(dict.fromkeys([*near, *ROWS])) if free_rows(guard) else [ROWS[0]]
 
 
 class Drawn:

@@ -35,7 +35,7 @@ from fxfuse.validate import Example, other_examples
 
 from .agreement import Processes
 from .apart import apart
-from .drawn import ROWS, Drawn, free_rows
+from .drawn import Drawn, rows_to_try
 from .in_step import InStep, OutOfStep
 
 KEPT = "the model stays as it was, its lanes are not divided"
@@ -148,7 +148,7 @@ class Rehearsal:
                     missing.append(f"{path or 'the model'}: a program for other training flags was not tried")
                     continue
                 tries: list[_Case | str] = []
-                for seed, rows in enumerate(ROWS if free_rows(guard) else ROWS[:1]):
+                for seed, rows in enumerate(rows_to_try(guard)):
                     args, kwargs = tree_unflatten(_drawn(guard, rows, seed, wide), spec)
                     tries.append(_answered(one, path, name, args, kwargs, mode, guard.autocast))
                     if sum(isinstance(each, _Case) for each in tries) == _EXAMPLES:
