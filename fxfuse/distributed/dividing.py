@@ -23,6 +23,7 @@ from fxfuse.region import RegionState
 from fxfuse.runtime import source, walk
 from fxfuse.weight_views import VIEWS
 
+from .one_size import for_any_size
 from .sharding import Sharding
 
 _ROWS = (5, 3, 8, 16, 2)  # batch sizes to try; two of them have to run
@@ -30,7 +31,7 @@ _ROWS = (5, 3, 8, 16, 2)  # batch sizes to try; two of them have to run
 
 def divided(state: RegionState, world: int, rank: int, group: str) -> tuple[RegionPlan, Sharding]:
     """The plan of this process for a region, and what is to be said of it; the plan as it is where nothing can be divided."""
-    plan = state.plan
+    plan = for_any_size(state.plan)  # the lanes of a loop are not divided, and those of a process are other lanes than were timed
     packs: dict[str, Split] = {}
     staying: dict[str, str] = {}
     for recipe in plan.recipes:
@@ -55,7 +56,7 @@ def divided(state: RegionState, world: int, rank: int, group: str) -> tuple[Regi
             staying[name] = "some op needs all its lanes at once"
     sharding = Sharding(world, rank, frozenset(packs), staying)
     if not packs:
-        return plan, sharding
+        return state.plan, sharding
     made: dict[int, Program] = {}
     for number, (program, tried) in enumerate(zip(plan.all_programs(), trials, strict=True)):
         writer = PartWriter(tried[0], rank, group)
