@@ -109,7 +109,7 @@ class PlannerBySize(Planner):
         assert common.vectorized is not None
         here = copy.copy(self)
         here.benches, here.packs = [self.benches[case] for case in point.cases], common.vectorized.packs
-        here.larger = here.times_larger()
+        here.larger, here.far = here.times_larger(), set(self.far)
         options = [[bench.loop() for bench in here.benches], here._steps(common)]
         own = here._start_of(common) if search else common
         if search:
