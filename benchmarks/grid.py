@@ -53,12 +53,14 @@ def step(measure: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], o
         return infer
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-6) if measure == "step with Adam" else None
+    # torch.compile's wrapper walks all modules for its ``zero_grad``, whatever the model's own does.
+    bare = getattr(model, "_orig_mod", model)
 
     def train() -> None:
         if optimizer is not None:
             optimizer.zero_grad()
         else:
-            model.zero_grad(set_to_none=True)
+            bare.zero_grad(set_to_none=True)
         F.mse_loss(model(x), y).backward()
         if optimizer is not None:
             optimizer.step()

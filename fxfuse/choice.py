@@ -88,6 +88,7 @@ def from_data(data: dict[str, Any]) -> tuple[Choice, str | None] | None:
         sound = type(chunks) is int and chunks >= 1 and type(together) is bool and (reason is None or isinstance(reason, str))
         sizes = tuple(_size_choice(*each) for each in data["sizes"])
         leaf, dim = map(int, data["told_by"])
+        sound = sound and leaf >= 0 and dim >= 0
         if not sound or not all(isinstance(name, str) for name in [*lowering.values(), *(name for name, _ in tried)]):
             return None
         if sizes and ([each.above for each in sizes] != sorted({each.above for each in sizes}) or sizes[0].above != 0):

@@ -224,7 +224,7 @@ def _moved(size: float, rates: Rates) -> float:
     """Seconds to read or write so many bytes in all. What an op leaves in the cache pushes out what the ones around it want there: the
     bandwidth begins to fall where one op moves a quarter of the cache, and has fallen at twice its size."""
     fallen = min(max(math.log(size / rates.cache / FALLS[0]) / math.log(FALLS[1] / FALLS[0]), 0.0), 1.0) if size else 0.0
-    return size / (rates.near * (rates.far / rates.near) ** fallen)
+    return size / math.exp(math.log(rates.near) + fallen * math.log(rates.far / rates.near))
 
 
 def _work(node: Node, name: str, given: list[Any], made: Any, rates: Rates) -> float:
@@ -250,7 +250,7 @@ def _work(node: Node, name: str, given: list[Any], made: Any, rates: Rates) -> f
         return moved
     shapes = [tuple(form.shape) for form in given if hasattr(form, "numel")]
     if name == "layer_norm" and shapes:
-        return moved + rates.normalized * math.prod(shapes[0][:-1])
+        return moved + rates.normalized * float(math.prod(shapes[0][:-1]))
     if name in _SUMS and shapes and tuple(made.shape) in (shapes[0][:-1], (*shapes[0][:-1], 1)):
         return moved + rates.reduced * float(made.numel())
     return moved + rates.run * _runs(shapes, tuple(made.shape))

@@ -57,7 +57,8 @@ def optimize(
         objective: "time" fuses what measures faster; "launches" fuses everything that is legal, whatever its time.
         lowering: "auto" chooses by measurement; "grouped_conv" and "bmm" force that form where it exists.
         tune: measure candidates; False takes what a static model of costs calls fastest, the loop where that is it, and runs nothing.
-        tune_for: a batch size, or example inputs, to time at instead of ``example_inputs``; a list of them must all gain.
+        tune_for: a batch size, or example inputs, to time at instead of ``example_inputs``. Of a list, ranges of sizes may get plans of
+            their own over one pack, the loop among them; a region that loses at one of them stays as it is.
         max_memory: bytes that a fused region may allocate at its peak; one that needs more is computed in chunks of lanes, or stays a loop.
         validate: prove outputs, input gradients and every parameter gradient equal, in float64, on data and batch sizes not seen before.
         strict: a call that does not fit what was recorded raises ``FallbackError``; otherwise it runs the original forward.

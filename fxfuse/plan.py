@@ -115,6 +115,8 @@ class Planner:
         before = self.prepared
         self.prepared = before.with_widths(choice.together)
         choice.vectorized = self.emit(choice.lowering, choice.chunks)
+        if any(not 0 <= case < len(self.benches) for each in choice.sizes for case in each.cases):
+            choice.vectorized = None
         offered = choice.vectorized.choices if choice.vectorized is not None else {}
         if choice.vectorized is None or any(option not in offered.get(key, (option,)) for key, option in choice.lowering.items()):
             self.prepared = before

@@ -109,7 +109,7 @@ class PlannerBySize(Planner):
         assert common.vectorized is not None
         here = copy.copy(self)
         here.benches, here.packs = [self.benches[case] for case in point.cases], common.vectorized.packs
-        here.larger = here.times_larger()
+        here.larger, here.far = here.times_larger(), set(self.far)
         options = [[bench.loop() for bench in here.benches], here._steps(common)]
         own = here._start_of(common) if search else common
         if search:
@@ -124,7 +124,7 @@ class PlannerBySize(Planner):
         by_loop = means[-1] if loop is not None else math.inf
         point.packed = min(by_common, by_own)
         point.lowering, point.chunks, point.seconds = common.lowering, common.chunks, by_common
-        if by_own * MUCH < by_common or by_own < by_common and by_common * LEAST_GAIN > point.written:
+        if by_own * MUCH < by_common or (by_own < by_common and by_common * LEAST_GAIN > point.written):
             point.lowering, point.chunks, point.seconds = own.lowering, own.chunks, by_own
         if point.seconds * LEAST_GAIN > point.written and by_loop < point.seconds:
             point.lowering, point.chunks, point.seconds = None, 1, by_loop

@@ -25,6 +25,7 @@ from fxfuse.distributed.packs import LocalPack, gathered_once
 from fxfuse.distributed.sharding import Sharding
 from fxfuse.entries import FORWARD
 from fxfuse.errors import FallbackError, FxfuseError
+from fxfuse.first_of import always_miss, first_of
 from fxfuse.graph import Program, RegionPlan
 from fxfuse.guards import Facts
 from fxfuse.held import Held, Kept, resolved
@@ -166,7 +167,7 @@ class RegionState(Watch):
         }
         program = self.plan.programs.get(flags)
         if program is None:
-            self.ready = _always_miss if self.plan.methods else None
+            self.ready = always_miss if self.plan.methods else None
             return self._unknown_flags(flags)
         compiled = self.compiled.get(flags)
         if compiled is None:
@@ -174,7 +175,7 @@ class RegionState(Watch):
         else:
             compiled.hold(True)
         further = self.methods.get("forward")
-        self.current, self.ready = compiled, _first_of([compiled, *further]) if further else compiled.run
+        self.current, self.ready = compiled, first_of([compiled, *(further or ())])
         return compiled
 
     def compile(self, program: Program, facts: dict[str, Facts] | None = None) -> Compiled:
@@ -265,23 +266,6 @@ def _in_the_loop(state: RegionState) -> Iterator[None]:
         loops[key] -= 1
         if not loops[key]:
             del loops[key]
-
-
-def _always_miss(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return MISS
-
-
-def _first_of(programs: list[Compiled]) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """The first program whose guard holds."""
-
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for program in programs:
-            out = program.run(args, kwargs)
-            if out is not MISS:
-                break
-        return out
-
-    return run
 
 
 def _unchanged(module: nn.Module, name: str, existed: bool, before: Any) -> bool:
@@ -385,7 +369,7 @@ class RegionMixin(LaneMixin):
         said = adapt(state, name, args, kwargs)
         if said is None:
             state.prepare()
-            return reason, _first_of(state.methods[name])(args, kwargs)
+            return reason, first_of(state.methods[name])(args, kwargs)
         return f"{reason}{said and ', and '}{said}", MISS
 
     def _fxfuse_fall_back(

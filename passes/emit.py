@@ -458,9 +458,12 @@ class Emitter(WeightReader):
 
 
 def signature(bundle: Bundle) -> tuple[Any, ...]:
-    """What a bundle's choice of lowering hangs on, equal in the train and the eval graph."""
+    """What a bundle's choice of lowering hangs on, equal in the train and the eval graph. Layers that read one input have other forms
+    than equal ones that read inputs of their own."""
     shapes = tuple(n.meta.get("shape") for n in bundle.members[0].all_input_nodes)
-    return (bundle.name, bundle.whole or len(bundle.members), shapes)
+    first = bundle.members[0].args[0] if bundle.members[0].args else None
+    shared = isinstance(first, Node) and len(bundle.members) > 1 and all(member.args[0] is first for member in bundle.members)
+    return (bundle.name, bundle.whole or len(bundle.members), shapes, *(("one input",) if shared else ()))
 
 
 def _restrided(before: Node, after: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -96,9 +96,9 @@ PLANS: dict[str, dict[int, Callable[[Choice], Made]]] = {
 
 
 @pytest.fixture(params=list(PLANS))
-def plans(request: pytest.FixtureRequest, settled: Any) -> Iterator[list[int]]:
+def plans(request: pytest.FixtureRequest, settled: Any) -> list[int]:
     settled(PLANS[request.param])
-    yield list(PLANS[request.param])
+    return list(PLANS[request.param])
 
 
 def fused_for(model: nn.Module, x: Any, sizes: list[Any], **options: Any) -> nn.Module:
@@ -134,7 +134,8 @@ def test_every_size_is_the_original_and_served_by_one_program(plans: list[int], 
         {"first": s.first, "last": s.last, "how": s.how, "measured": [list(m) for m in s.measured]} for s in report.fused[0].by_size
     ]
     assert len(report.fused[0].by_size) == len(plans)
-    assert "sizes 1 to " in str(report) and "sizes from " in str(report)
+    assert "sizes 1 to " in str(report)
+    assert "sizes from " in str(report)
 
 
 def test_the_bound_lies_between_the_sizes(settled: Any) -> None:
@@ -271,7 +272,9 @@ def test_the_cache_keeps_them(settled: Any, tmp_path: Any, monkeypatch: pytest.M
     model = randomized(Nets(), seed=3)
     again = fused_for(model, randn(4, 6), [3, 9, 17], cache=True)
     (one,), (two,) = fxfuse.report(first).fused, fxfuse.report(again).fused
-    assert two.cached and two.by_size == one.by_size and len(two.by_size) == 3
+    assert two.cached
+    assert two.by_size == one.by_size
+    assert len(two.by_size) == 3
     for size in SIZES:
         x = randn(size, 6, seed=size)
         torch.testing.assert_close(again(x), model(x), rtol=1e-12, atol=1e-12)
@@ -327,4 +330,20 @@ def test_the_loop_where_it_is_faster_and_nothing_where_all_is_slower(monkeypatch
     with monkeypatch.context() as patch:
         measured(patch, lambda size, what: {"written": 3.0, "loop": 3.0, "packed": 2.0}[what])
         report = fxfuse.report(fxfuse.optimize(randomized(Nets()), randn(4, 6), **options))
-    assert report.fused and not report.fused[0].by_size
+    assert report.fused
+    assert not report.fused[0].by_size
+
+
+def test_divided_among_processes_one_program_is_left(settled: Any) -> None:
+    from fxfuse.distributed.one_size import for_any_size
+
+    settled({3: the_loop, 9: as_common, 33: in_chunks})
+    fused = fused_for(randomized(Nets()), randn(4, 6), [3, 9, 33])
+    (state,) = regions(fused).values()
+    assert len(state.plan.all_programs()) == 6
+    one = for_any_size(state.plan)
+    assert [len(one.programs), *(len(programs) for programs in one.methods["forward"].values())] == [2, 0, 0]
+    assert not any(check.chosen for program in one.all_programs() for check in program.guard.sizes)
+    unbound = [node for program in one.all_programs() for node in program.graph.nodes if node.target is torch.unbind]
+    assert not unbound, "the loop is no program for lanes that are divided"
+    assert for_any_size(one) is one

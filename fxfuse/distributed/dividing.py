@@ -27,6 +27,7 @@ from fxfuse.runtime import source, walk
 from fxfuse.weight_views import VIEWS
 
 from .drawn import ROWS, Drawn, free_rows
+from .one_size import for_any_size
 from .sharding import Sharding
 
 WORTH_DIVIDING = 1 << 16  # bytes of a pack that programs need whole: a smaller one stays so on every process
@@ -34,7 +35,7 @@ WORTH_DIVIDING = 1 << 16  # bytes of a pack that programs need whole: a smaller 
 
 def divided(state: RegionState, world: int, rank: int, group: str) -> tuple[RegionPlan, Sharding]:
     """The plan of this process for a region, and what is to be said of it; the plan as it is where nothing can be divided."""
-    plan = state.plan
+    plan = for_any_size(state.plan)  # the lanes of a loop are not divided, and those of a process are other lanes than were timed
     try:
         return _divided(state, plan, world, rank, group)
     except CannotSplit as reason:
@@ -42,7 +43,7 @@ def divided(state: RegionState, world: int, rank: int, group: str) -> tuple[Regi
         if less is not plan:  # programs of autocast shall not cost the others their lanes
             with suppress(CannotSplit):
                 return _divided(state, less, world, rank, group)
-        return plan, Sharding(world, rank, frozenset(), {recipe.name: str(reason) for recipe in plan.recipes})
+        return state.plan, Sharding(world, rank, frozenset(), {recipe.name: str(reason) for recipe in plan.recipes})
 
 
 def _divided(state: RegionState, plan: RegionPlan, world: int, rank: int, group: str) -> tuple[RegionPlan, Sharding]:
@@ -77,7 +78,7 @@ def _divided(state: RegionState, plan: RegionPlan, world: int, rank: int, group:
     gathered = {name: reason for name, reason in staying.items() if name in rows}
     sharding = Sharding(world, rank, frozenset((*packs, *rows)), whole, gathered)
     if not sharding.sharded:
-        return plan, sharding
+        return state.plan, sharding
     made: dict[int, Program] = {}
     for number, (program, tried) in enumerate(zip(plan.all_programs(), trials, strict=True)):
         writer = PartWriter(tried[0], rank, group, rows)
