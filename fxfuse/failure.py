@@ -1,6 +1,6 @@
 """A failure inside fxfuse costs nobody their model.
 
-Comes in: a model, and what was raised while it was fused. Goes out: the model, or a copy of it, with what to tell a bug tracker in its report.
+Comes in: a model, and what was raised while it was fused. Goes out: the model, or a copy, with what to tell a bug tracker in its report.
 """
 
 from __future__ import annotations

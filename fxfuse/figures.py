@@ -1,6 +1,6 @@
 """What a fused model saves: launches of one forward before and after, and the time of both.
 
-Comes in: the model as it was, and fused and verified. Goes out: figures in its report. They are all that is missing where one cannot be had.
+Comes in: the model as it was, and fused and verified. Goes out: figures in its report; all that is missing where one cannot be had.
 """
 
 from __future__ import annotations

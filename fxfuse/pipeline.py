@@ -175,10 +175,10 @@ class _Pipeline:
                 return self._unchanged(inplace, Refusal(f"the model cannot be copied: {str(error).splitlines()[0]}"))
             with tracked_len(self.work):
                 recorded = [self._record(entry) for entry in self.entries]
-        for failed in [way for way in recorded if way.observations[0].failure]:
-            what = failed.entry.name if failed.entry.is_method else "the forward"
-            refuse(self.report, Refusal(f"{what} raises {failed.observations[0].failure}"), failed.entry)
-            recorded.remove(failed)
+        for raising in [way for way in recorded if way.observations[0].failure]:
+            what = raising.entry.name if raising.entry.is_method else "the forward"
+            refuse(self.report, Refusal(f"{what} raises {raising.observations[0].failure}"), raising.entry)
+            recorded.remove(raising)
         if not recorded:
             return self._unchanged(inplace)
         self.entries = [way.entry for way in recorded]
