@@ -23,6 +23,7 @@ class Sharding:
     sharded: frozenset[str]
     whole: dict[str, str] = field(default_factory=dict)
     gathered: dict[str, str] = field(default_factory=dict)
+    idle: bool = False  # some process has no lane of some pack
     moved: list[tuple[str, tuple[int | None, ...], int]] = field(default_factory=list)  # and bytes of an element
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharding:
