@@ -72,9 +72,22 @@ class Images(nn.Module):
         return self.out(torch.stack([expert(h) * gates[:, i : i + 1] for i, expert in enumerate(self.experts)], 1).sum(1))
 
 
+class Attention(nn.Module):
+    """Lanes of attention, which lie in one dim with the rows while they attend. (The gradient of a bias of keys is rounding alone.)"""
+
+    def __init__(self, lanes: int) -> None:
+        super().__init__()
+        self.attend = nn.ModuleList(nn.MultiheadAttention(2, 2, bias=False, batch_first=True) for _ in range(lanes))
+        self.out = nn.ModuleList(nn.Linear(2, 2) for _ in range(lanes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[:, :6].unflatten(1, (3, 2))
+        return sum(out(attend(h, h, h, need_weights=False)[0].mean(1)) for attend, out in zip(self.attend, self.out, strict=True))
+
+
 def build(kind: str, lanes: int) -> nn.Module:
     torch.manual_seed(0)
-    made = {"images": Images, "ragged": Ragged}.get(kind)
+    made = {"images": Images, "ragged": Ragged, "attention": Attention}.get(kind)
     return (Additive(lanes, kind) if made is None else made(lanes)).double()
 
 
@@ -134,7 +147,10 @@ def compared(kind: str, lanes: int, expect_sharded: bool = True) -> None:
 
 def train(folder: str) -> None:
     world = dist.get_world_size()
-    for kind in ("cat", "stack", "sum", "images"):
+    for kind in ("cat", "stack", "sum", "images", "attention"):
+        if kind == "attention" and world > 2:
+            compared(kind, 2 * world)
+            continue
         for lanes in (2 * world, 2 * world + 1) if world == 2 else (world, world + 1):
             compared(kind, lanes)
     for kind in ("cat", "stack", "sum", "images"):

@@ -13,7 +13,7 @@ from torch import nn
 import fxfuse
 from fxfuse.distributed.dividing import divided
 from fxfuse.fused import regions
-from fxfuse.passes.split import Split, Trial
+from fxfuse.passes.split import Split, Step, Trial, alike
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here")
 
@@ -159,6 +159,15 @@ class TestSplit:
         assert step.result == Split(0, (0, 3, 6))
         step, _ = tried(lambda g, w: g.call_function(nn.functional.dropout1d, (w, 0.5)), {"w": (0, 3, 6)}, w=randn(6, 50))
         assert not step.own
+
+
+def test_parts_that_grow_with_the_batch():
+    small, large = Split(0, (0, 6, 10)), Split(0, (0, 9, 15))  # 5 lanes of 2 rows, of 3
+    assert alike(Step(True, result=small), Step(True, result=large))
+    for other in (Split(1, (0, 9, 15)), Split(0, (0, 8, 15)), None):
+        assert not alike(Step(True, result=small), Step(True, result=other))
+    assert not alike(Step(True, result=Split(0, (0, 4, 4))), Step(True, result=Split(0, (0, 6, 6))))
+    assert not alike(Step(True, result=small), Step(False))
 
 
 def plan_for(kind, lanes, world):

@@ -8,7 +8,6 @@ no edges where equal shares of its rows do, is held in shares and gathered at ea
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from fxfuse.graph import Program, Recipe, RegionPlan
 from fxfuse.lane import Slot, lane_info
 from fxfuse.passes.functional import autocast_to
 from fxfuse.passes.shard import PartWriter
-from fxfuse.passes.split import CannotSplit, Split, Trial
+from fxfuse.passes.split import CannotSplit, Split, Trial, alike
 from fxfuse.recipes import packed_shape
 from fxfuse.region import RegionState
 from fxfuse.runtime import source, walk
@@ -37,15 +36,15 @@ def divided(state: RegionState, world: int, rank: int, group: str, *, idle: bool
 
     ``idle``: lanes may be divided so that the last processes get none of them.
     """
-    plan = state.plan
-    try:
-        return _divided(state, plan, world, rank, group, idle)
-    except CannotSplit as reason:
-        less = without_autocast_programs(plan)
-        if less is not plan:  # programs of autocast shall not cost the others their lanes
-            with suppress(CannotSplit):
-                return _divided(state, less, world, rank, group, idle)
-        return plan, Sharding(world, rank, frozenset(), {recipe.name: str(reason) for recipe in plan.recipes})
+    plan, reason = state.plan, ""
+    less = without_autocast_programs(plan)  # which shall not cost the others their lanes
+    ways = [(plan, idle), *([(less, idle)] if less is not plan else []), *([(less, False)] if idle else [])]
+    for tried, some_idle in ways:
+        try:
+            return _divided(state, tried, world, rank, group, some_idle)
+        except CannotSplit as cannot:
+            reason = reason or str(cannot)
+    return plan, Sharding(world, rank, frozenset(), {recipe.name: reason for recipe in plan.recipes})
 
 
 def _divided(state: RegionState, plan: RegionPlan, world: int, rank: int, group: str, idle: bool) -> tuple[RegionPlan, Sharding]:
@@ -167,7 +166,7 @@ def _trials(state: RegionState, program: Program, packs: dict[str, Split], world
             break
     if not found or (free and len(found) < 2):
         raise CannotSplit(f"the program cannot be tried on random numbers: {said}")
-    if any(one.steps != found[0].steps for one in found):
+    if not all(alike(step, found[0].steps[node]) for one in found for node, step in one.steps.items()):
         raise CannotSplit("how lanes can be divided hangs on the batch size")
     return found
 
