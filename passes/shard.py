@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.fx
 
-from fxfuse.distributed.collectives import Apart, common_seed, enter, gather, reduce
+from fxfuse.distributed.collectives import Apart, common_seed, enter, gather, reduce, share_along
 from fxfuse.weight_views import VIEWS
 
-from .functional import drop_unused, slice_along
+from .functional import drop_unused
 from .split import Node, Split, Step, Trial, part_arguments
 
 
@@ -139,8 +139,8 @@ class PartWriter:
             return self._enter(node)
         key = (node, cut)
         if key not in self.cuts:
-            source, (start, stop) = self._enter(node), cut.starts[self.rank : self.rank + 2]
-            self.cuts[key] = self._placed(self.graph.call_function(slice_along, (source, cut.dim, start, stop, 1)), node)
+            made = self.graph.call_function(share_along, (self._enter(node), cut.dim, cut.starts, self.rank))
+            self.cuts[key] = self._placed(made, node)
         return self.cuts[key]
 
     def _enter(self, node: Node) -> Any:

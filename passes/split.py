@@ -58,6 +58,26 @@ class Step:
     draws: bool = False
 
 
+def alike(one: Step, other: Step) -> bool:
+    """Is a node computed in one way at two batch sizes? Where lanes lie beside rows in one dim, parts are as long as the batch says."""
+    if (one.own, one.sizes, one.shifts, one.total, one.draws) != (other.own, other.sizes, other.shifts, other.total, other.draws):
+        return False
+    if [node for node, _ in one.cuts] != [node for node, _ in other.cuts]:
+        return False
+    results = [step.result if isinstance(step.result, tuple) else (step.result,) for step in (one, other)]
+    pairs = [*zip(*results, strict=True), *((a, b) for (_, a), (_, b) in zip(one.cuts, other.cuts, strict=True))]
+    return all(_proportional(a, b) for a, b in pairs)
+
+
+def _proportional(one: Split | None, other: Split | None) -> bool:
+    if one is None or other is None or one == other:
+        return one == other
+    total, whole = one.starts[-1], other.starts[-1]
+    if any(a == b for a, b in itertools.pairwise(one.starts)):  # of a part without entries nothing can be scaled
+        return False
+    return one.dim == other.dim and all(a * whole == b * total for a, b in zip(one.starts, other.starts, strict=True))
+
+
 class CannotSplit(Exception):
     """The region stays whole on every process; the message says why."""
 

@@ -72,9 +72,22 @@ class Images(nn.Module):
         return self.out(torch.stack([expert(h) * gates[:, i : i + 1] for i, expert in enumerate(self.experts)], 1).sum(1))
 
 
+class Attention(nn.Module):
+    """Lanes of attention, which lie in one dim with the rows while they attend. (The gradient of a bias of keys is rounding alone.)"""
+
+    def __init__(self, lanes: int) -> None:
+        super().__init__()
+        self.attend = nn.ModuleList(nn.MultiheadAttention(2, 2, bias=False, batch_first=True) for _ in range(lanes))
+        self.out = nn.ModuleList(nn.Linear(2, 2) for _ in range(lanes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[:, :6].unflatten(1, (3, 2))
+        return sum(out(attend(h, h, h, need_weights=False)[0].mean(1)) for attend, out in zip(self.attend, self.out, strict=True))
+
+
 def build(kind: str, lanes: int) -> nn.Module:
     torch.manual_seed(0)
-    made = {"images": Images, "ragged": Ragged}.get(kind)
+    made = {"images": Images, "ragged": Ragged, "attention": Attention}.get(kind)
     return (Additive(lanes, kind) if made is None else made(lanes)).double()
 
 
@@ -134,10 +147,14 @@ def compared(kind: str, lanes: int, expect_sharded: bool = True) -> None:
 
 def train(folder: str) -> None:
     world = dist.get_world_size()
-    for kind in ("cat", "stack", "sum", "images"):
-        for lanes in (2 * world, 2 * world + 1) if world == 2 else (world, world + 3):
+    for kind in ("cat", "stack", "sum", "images", "attention"):
+        if kind == "attention" and world > 2:
+            compared(kind, 2 * world)
+            continue
+        for lanes in (2 * world, 2 * world + 1) if world == 2 else (world, world + 1):
             compared(kind, lanes)
-    compared("cat", 3, expect_sharded=world < 3)
+    for kind in ("cat", "stack", "sum", "images"):
+        compared(kind, 3)  # on four processes one has no lanes
 
 
 def state(folder: str) -> None:
@@ -253,7 +270,7 @@ def grid(folder: str) -> None:
             worker.assert_same(found, expected, f"FSDP2, {kind}, {optimizer}")
 
 
-def raises(*_: Any) -> Any:
+def raises(*_: Any, **keywords: Any) -> Any:
     raise ValueError("this process cannot")
 
 
@@ -338,6 +355,35 @@ def failing(folder: str) -> None:
         trained(plain, "sgd", inputs, y)
         trained(fxfuse.shard_lanes(model, mesh), "sgd", inputs, y)
         worker.assert_same(dict(fxfuse.original_state_dict(model)), dict(plain.state_dict()), what)
+
+
+class FailsOnce:
+    """In place of ``rehearsal._difference``: says that the first call differs."""
+
+    def __init__(self, good: Any) -> None:
+        self.good, self.called = good, False
+
+    def __call__(self, *given: Any) -> str:
+        said, self.called = "" if self.called else "it has no lanes", True
+        return said or self.good(*given)
+
+
+def idle(folder: str) -> None:
+    """A process without lanes; and where some op does not take that, all is whole."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    good = rehearsal._difference
+    for fails in (False, True):
+        model = fused("sum", 3)
+        if fails and dist.get_rank() == 3:
+            rehearsal._difference = FailsOnce(good)
+        fxfuse.shard_lanes(model, mesh)
+        rehearsal._difference = good
+        assert ("too few for 4 processes" in str(fxfuse.report(model))) is fails
+        plain = build("sum", 3)
+        inputs, y = batch(3, "sum")
+        for each in (plain, model):
+            trained(each, "sgd", inputs, y)
+        assert_alike(plain, model, "3 lanes")
 
 
 def adopting(folder: str) -> None:

@@ -1,6 +1,5 @@
 """Lane parallelism: lanes divided among processes, on 2 and 4 of them; and, in one process, which ops can be divided and how."""
 
-import re
 
 import distributed_worker as worker
 import lanes_worker
@@ -14,7 +13,7 @@ from torch import nn
 import fxfuse
 from fxfuse.distributed.dividing import divided
 from fxfuse.fused import regions
-from fxfuse.passes.split import Split, Trial
+from fxfuse.passes.split import Split, Step, Trial, alike
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here")
 
@@ -62,6 +61,11 @@ def test_what_users_do_afterwards(processes, tmp_path):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_lanes_without_equal_shares(processes, tmp_path):
     torchrun(processes, "uneven", tmp_path, "lanes_worker.py")
+
+
+@pytest.mark.slow
+def test_a_process_without_lanes(tmp_path):
+    torchrun(4, "idle", tmp_path, "lanes_worker.py")
 
 
 @pytest.mark.slow
@@ -157,17 +161,36 @@ class TestSplit:
         assert not step.own
 
 
+def test_parts_that_grow_with_the_batch():
+    small, large = Split(0, (0, 6, 10)), Split(0, (0, 9, 15))  # 5 lanes of 2 rows, of 3
+    assert alike(Step(True, result=small), Step(True, result=large))
+    for other in (Split(1, (0, 9, 15)), Split(0, (0, 8, 15)), None):
+        assert not alike(Step(True, result=small), Step(True, result=other))
+    assert not alike(Step(True, result=Split(0, (0, 4, 4))), Step(True, result=Split(0, (0, 6, 6))))
+    assert not alike(Step(True, result=small), Step(False))
+
+
 def plan_for(kind, lanes, world):
     (state,) = regions(lanes_worker.fused(kind, lanes)).values()
     return divided(state, world, 0, "processes")
 
 
-@pytest.mark.parametrize(("lanes", "world", "said"), [(3, 4, "3 lanes are too few for 4 processes"), (5, 2, "have no edges")])
-def test_what_stays_whole_says_why(lanes, world, said):
-    _, sharding = plan_for("cat", lanes, world)
-    assert all(said in reason or "no edges" in reason for reason in sharding.whole.values())
-    assert any(re.search(rf"stays whole on every process: .*{said}", line) for line in sharding.sentences())
-    assert bool(sharding.sharded) is (world == 2)
+def test_what_stays_whole_says_why():
+    _, sharding = plan_for("cat", 5, 2)
+    assert sharding.sharded
+    assert set(sharding.whole) == {f"packed.nets.{i}.bias" for i in (0, 2, 4)}
+    assert any("stays whole on every process: its 5 lanes of 8 rows have no edges where 2 equal parts of 40 rows do" in line
+               for line in sharding.sentences())  # fmt: skip
+
+
+def test_more_processes_than_lanes():
+    _, sharding = plan_for("cat", 3, 4)
+    assert sharding.sharded
+    assert sharding.idle
+    (state,) = regions(lanes_worker.fused("cat", 3)).values()
+    plan, sharding = divided(state, 4, 0, "processes", idle=False)
+    assert plan is state.plan
+    assert "3 lanes are too few for 4 processes: one of them would have none" in sharding.whole.values()
 
 
 def test_the_report_states_the_bytes():

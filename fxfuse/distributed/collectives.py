@@ -139,7 +139,12 @@ def enter(group: str, token: Tensor | None, values: list[Tensor]) -> tuple[Tenso
 
 
 def gather(group: str, token: Tensor | None, value: Tensor, dim: int, starts: tuple[int, ...]) -> Tensor:
-    """The lanes of all processes along ``dim``; backward each takes its own. ``starts``: where each process's part begins, and the end."""
+    """The lanes of all processes along ``dim``; backward each takes its own. ``starts``: where each process's part begins, and the end; in
+    parts of another size where lanes lie in one dim with rows."""
+    rank = dist.get_rank(group_of(group))
+    share, size = starts[rank + 1] - starts[rank], value.shape[dim]
+    if share and share != size:
+        starts = tuple(start * size // share for start in starts)
     if not (value.is_floating_point() or value.is_complex()):
         with torch.no_grad():
             return _Gather.apply(group, value, dim, starts)  # type: ignore[no-untyped-call, no-any-return]
@@ -151,6 +156,18 @@ def reduce(group: str, token: Tensor | None, value: Tensor) -> Tensor:
     """The sum over the processes; backward the gradient as it is."""
     total: Tensor = _Sum.apply(group, "sum", _after(value, token))[0]  # type: ignore[no-untyped-call]
     return total
+
+
+def share_along(value: Tensor, dim: int, starts: tuple[int, ...], rank: int) -> Tensor:
+    """One process's part along ``dim``, a view: the entries ``starts[rank]`` to ``starts[rank + 1]`` of as many as ``starts`` ends with,
+    and proportionally of another number.
+
+    >>> share_along(torch.arange(10), 0, (0, 3, 5), 1)
+    tensor([6, 7, 8, 9])
+    """
+    size, total = value.shape[dim], starts[-1]
+    start, stop = (edge * size // total for edge in starts[rank : rank + 2])
+    return value.narrow(dim, start, stop - start)
 
 
 def common_seed() -> Tensor:

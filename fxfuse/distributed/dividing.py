@@ -8,7 +8,6 @@ no edges where equal shares of its rows do, is held in shares and gathered at ea
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from fxfuse.graph import Program, Recipe, RegionPlan
 from fxfuse.lane import Slot, lane_info
 from fxfuse.passes.functional import autocast_to
 from fxfuse.passes.shard import PartWriter
-from fxfuse.passes.split import CannotSplit, Split, Trial
+from fxfuse.passes.split import CannotSplit, Split, Trial, alike
 from fxfuse.recipes import packed_shape
 from fxfuse.region import RegionState
 from fxfuse.runtime import source, walk
@@ -33,27 +32,31 @@ from .sharding import Sharding
 WORTH_DIVIDING = 1 << 16  # bytes of a pack that programs need whole: a smaller one stays so on every process
 
 
-def divided(state: RegionState, world: int, rank: int, group: str) -> tuple[RegionPlan, Sharding]:
-    """The plan of this process for a region, and what is to be said of it; the plan as it is where nothing can be divided."""
-    plan = for_any_size(state.plan)  # the lanes of a loop are not divided, and those of a process are other lanes than were timed
-    try:
-        return _divided(state, plan, world, rank, group)
-    except CannotSplit as reason:
-        less = without_autocast_programs(plan)
-        if less is not plan:  # programs of autocast shall not cost the others their lanes
-            with suppress(CannotSplit):
-                return _divided(state, less, world, rank, group)
-        return state.plan, Sharding(world, rank, frozenset(), {recipe.name: str(reason) for recipe in plan.recipes})
+def divided(state: RegionState, world: int, rank: int, group: str, *, idle: bool = True) -> tuple[RegionPlan, Sharding]:
+    """The plan of this process for a region, and what is to be said of it; the plan as it is where nothing can be divided.
+
+    ``idle``: lanes may be divided so that the last processes get none of them.
+    """
+    # The lanes of a loop are not divided, and those of a process are other lanes than were timed.
+    plan, reason = for_any_size(state.plan), ""
+    less = without_autocast_programs(plan)  # which shall not cost the others their lanes
+    ways = [(plan, idle), *([(less, idle)] if less is not plan else []), *([(less, False)] if idle else [])]
+    for tried, some_idle in ways:
+        try:
+            return _divided(state, tried, world, rank, group, some_idle)
+        except CannotSplit as cannot:
+            reason = reason or str(cannot)
+    return state.plan, Sharding(world, rank, frozenset(), {recipe.name: reason for recipe in plan.recipes})
 
 
-def _divided(state: RegionState, plan: RegionPlan, world: int, rank: int, group: str) -> tuple[RegionPlan, Sharding]:
+def _divided(state: RegionState, plan: RegionPlan, world: int, rank: int, group: str, idle: bool) -> tuple[RegionPlan, Sharding]:
     packs: dict[str, Split] = {}
     rows: dict[str, Split] = {}  # of packs whose lanes cannot be divided, but their memory
     staying: dict[str, str] = {}
     for recipe in plan.recipes:
         reason = _blocked(state, recipe)
         if not reason:
-            reason = _uneven(recipe, world)
+            reason = _uneven(recipe, world, idle)
             if not reason:
                 packs[recipe.name] = _equal_rows(recipe, world)
             elif _worth_dividing(state, recipe, world):
@@ -77,6 +80,7 @@ def _divided(state: RegionState, plan: RegionPlan, world: int, rank: int, group:
     whole = {name: reason for name, reason in staying.items() if name not in rows}
     gathered = {name: reason for name, reason in staying.items() if name in rows}
     sharding = Sharding(world, rank, frozenset((*packs, *rows)), whole, gathered)
+    sharding.idle = any(split.starts[-2] >= split.starts[-1] for split in packs.values())
     if not sharding.sharded:
         return state.plan, sharding
     made: dict[int, Program] = {}
@@ -117,17 +121,16 @@ def _equal_rows(recipe: Recipe, world: int) -> Split:
     return Split(0, tuple(min(size * r, rows) for r in range(world + 1)))
 
 
-def _uneven(recipe: Recipe, world: int) -> str:
-    """Why lanes would lie on two processes, or some process would have none; empty where equal parts of the rows are lanes."""
+def _uneven(recipe: Recipe, world: int, idle: bool) -> str:
+    """Why a lane would lie on two processes; empty where equal parts of the rows are lanes."""
     starts, lanes, rows = _equal_rows(recipe, world).starts, len(recipe.members), packed_shape(recipe)[0]
     edges = set(recipe.row_starts() if recipe.style in ("cat", "rows") else range(lanes + 1))
-    if starts[-2] >= rows:
-        few = f"{lanes} lanes are too few for {world} processes"
-        return few if lanes < world else f"{few}: in equal shares of {starts[1] * lanes // rows} one of them would have none"
-    if not edges.issuperset(starts):
-        each = f" of {rows // lanes} rows" if recipe.style == "cat" else ""
-        return f"its {lanes} lanes{each} have no edges where {world} equal parts of {rows} rows do"
-    return ""
+    if starts[-2] >= rows and not idle:
+        return f"{lanes} lanes are too few for {world} processes: one of them would have none"
+    if edges.issuperset(starts):
+        return ""
+    each = f" of {rows // lanes} rows" if recipe.style == "cat" else ""
+    return f"its {lanes} lanes{each} have no edges where {world} equal parts of {rows} rows do"
 
 
 def _worth_dividing(state: RegionState, recipe: Recipe, world: int) -> bool:
@@ -165,7 +168,7 @@ def _trials(state: RegionState, program: Program, packs: dict[str, Split], world
             break
     if not found or (free and len(found) < 2):
         raise CannotSplit(f"the program cannot be tried on random numbers: {said}")
-    if any(one.steps != found[0].steps for one in found):
+    if not all(alike(step, found[0].steps[node]) for one in found for node, step in one.steps.items()):
         raise CannotSplit("how lanes can be divided hangs on the batch size")
     return found
 

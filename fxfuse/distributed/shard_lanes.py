@@ -96,26 +96,18 @@ def _sharded(
     with processes.all_or_none():
         group_dim = _lanes_dim(fused, mesh, dim)
         example = make_inputs(*inputs)
-    undo = Undo()
-    way_back.callback(undo.restore)
-    for state in regions(fused).values():
-        way_back.callback(keep_adapted(state))
+        undo = Undo()
+        way_back.callback(undo.restore)
+        for state in regions(fused).values():
+            way_back.callback(keep_adapted(state))
     adopted = adopt_first(fused, processes, undo)
     held = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in [*fused.named_parameters(), *fused.named_buffers()]]
     given = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors_in(example)]
     if not processes.alike(repr((held, given, example is None, validate, group_dim))):
         raise FxfuseError("the processes hold different models (their tensors have other names or shapes), or were given other arguments")
-    group = mesh.get_group(group_dim)
-    world, rank, name = dist.get_world_size(group), dist.get_rank(group), name_of(group)
-    decided: dict[str, tuple[RegionPlan, Sharding]] = {}
-    with processes.all_or_none():
-        decided = {path: divided(state, world, rank, name) for path, state in regions(fused).items()}
-        for path, state in regions(fused).items():
-            if len(decided[path][0].all_programs()) < len(state.plan.all_programs()):  # those of autocast would cost the others their lanes
-                state.plan = without_autocast_programs(state.plan)
-    if not processes.alike(repr([(path, sorted(s.sharded), s.moved, s.whole, s.gathered) for path, (_, s) in decided.items()])):
-        raise FxfuseError("the processes would divide the lanes differently: call shard_lanes with the same model on all of them")
     _as_first(fused, processes, way_back)
+    group = mesh.get_group(group_dim)
+    decided: dict[str, tuple[RegionPlan, Sharding]] = {}
 
     def shard(model: nn.Module, undone: ExitStack) -> None:
         states = regions(model)
@@ -123,8 +115,20 @@ def _sharded(
             undone.callback(place(states[path], plan, sharding, mesh, group_dim))
 
     said = [_ADOPTED] if adopted else []
-    if validate and any(sharding.sharded for _, sharding in decided.values()):
-        said += Rehearsal(fused, lambda copied: shard(copied, ExitStack()), processes, group).sentences(_of_first(example, processes))
+    if dist.get_world_size(group) == 1:
+        said.append("the mesh has one process for all lanes: nothing is divided")
+    else:
+        tried = validate
+        decided.update(_decided(fused, processes, group, idle=True))
+        rehearsal = Rehearsal(fused, lambda copied: shard(copied, ExitStack()), processes, group)
+        if tried and any(sharding.idle for _, sharding in decided.values()):
+            try:
+                said += rehearsal.sentences(_of_first(example, processes))
+                tried = False
+            except Exception:  # on every process: some op takes no tensor without lanes, in its backward
+                decided.update(_decided(fused, processes, group, idle=False))
+        if tried and any(sharding.sharded for _, sharding in decided.values()):
+            said += rehearsal.sentences(_of_first(example, processes))
     with processes.all_or_none():
         shard(fused, way_back)
     plans = {state.plan.path: state.plan for state in regions(fused).values()}
@@ -133,6 +137,20 @@ def _sharded(
     report.notes += said
     average_gradients(fused, [mesh.get_group(d) for d in range(mesh.ndim) if d != group_dim])
     return fused
+
+
+def _decided(fused: nn.Module, processes: Processes, group: Any, idle: bool) -> dict[str, tuple[RegionPlan, Sharding]]:
+    """By region, the plan of this process and what is to be said of it; the same on all. ``idle``: some process may get no lanes."""
+    world, rank, name = dist.get_world_size(group), dist.get_rank(group), name_of(group)
+    decided: dict[str, tuple[RegionPlan, Sharding]] = {}
+    with processes.all_or_none():
+        for path, state in regions(fused).items():
+            decided[path] = divided(state, world, rank, name, idle=idle)
+            if len(decided[path][0].all_programs()) < len(state.plan.all_programs()):  # those of autocast would cost the others their lanes
+                state.plan = without_autocast_programs(state.plan)
+    if not processes.alike(repr([(path, sorted(s.sharded), s.moved, s.whole, s.gathered) for path, (_, s) in decided.items()])):
+        raise FxfuseError("the processes would divide the lanes differently: call shard_lanes with the same model on all of them")
+    return decided
 
 
 def _of_first(example: Example | None, processes: Processes) -> Example | None:

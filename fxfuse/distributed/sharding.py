@@ -23,6 +23,7 @@ class Sharding:
     sharded: frozenset[str]
     whole: dict[str, str] = field(default_factory=dict)
     gathered: dict[str, str] = field(default_factory=dict)
+    idle: bool = False  # some process has no lane of some pack
     moved: list[tuple[str, tuple[int | None, ...], int]] = field(default_factory=list)  # and bytes of an element
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharding:
@@ -39,7 +40,7 @@ class Sharding:
             for n in shape:
                 fixed *= 1 if n is None else n
             said = " x ".join("rows" if n is None else str(n) for n in shape) or "one number"
-            per = " per row" if None in shape else ""
+            per = f" per {' x '.join(['row'] * shape.count(None))}" if None in shape else ""
             does = {"gather": "gathers", "sum": "sums", "weights": "gathers weights"}[kind]
             lines.append(f"forward {does} {said} over processes: {fixed} bytes{per}")
         lines += [f"{name} is held in shares, and gathered at each call: {reason}" for name, reason in self.gathered.items()]
