@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .averages import migrate_average
     from .backend import backend, inductor_pass
     from .checkpoint_format import checkpoint_format
+    from .distributed.clipping import clip_grad_norm_
     from .distributed.shard_lanes import shard_lanes
     from .errors import ArgumentError, FallbackError, FxfuseError, OptimizerError, StateDictError, ValidationError
     from .freeze import freeze, unfreeze
@@ -43,6 +44,7 @@ __all__ = [
     "ValidationError",
     "backend",
     "checkpoint_format",
+    "clip_grad_norm_",
     "explain",
     "freeze",
     "graph",
@@ -68,6 +70,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("backend", "inductor_pass"), "backend"),
     "checkpoint_format": "checkpoint_format",
+    "clip_grad_norm_": "distributed.clipping",
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
     **dict.fromkeys(("freeze", "unfreeze"), "freeze"),
     **dict.fromkeys(("graph", "unfuse"), "fused"),

@@ -23,6 +23,7 @@ from fxfuse.module_tree import all_modules
 from fxfuse.private.dispatch import TorchDispatchMode
 from fxfuse.private.pytree import tree_leaves
 from fxfuse.private.schemas import schema_of
+from fxfuse.sharded import own_share
 
 UNIFORM = 0.37  # what a uniform number in 0..1 becomes: no special value, neither side of a symmetric choice
 NORMAL = 0.61  # what a standard normal number becomes
@@ -92,7 +93,8 @@ def _restore_buffers(module: torch.nn.Module, entries: list[tuple[str, Tensor | 
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal shape, dtype and bits: NaN equals itself, -0.0 differs from 0.0. Strides may differ."""
+    """Equal shape, dtype and bits: NaN equals itself, -0.0 differs from 0.0. Strides may differ. Of sharded ones, this process's share."""
+    a, b = own_share(a), own_share(b)
     if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout or a.device != b.device:
         return False
     if a.layout is not torch.strided:

@@ -12,10 +12,11 @@ from torch import nn
 
 from .entries import make_entries
 from .errors import ArgumentError, OptimizerError
+from .failure import failed
 from .live_optimizers import holding, parameter_ids, unwrapped
 from .migrate import collect, place
 from .options import make_inputs, make_options
-from .pipeline import failed, run_entries
+from .pipeline import run_entries
 from .quiet import quiet
 from .report import Report
 from .store import get_report
@@ -113,8 +114,7 @@ def optimize(
         return result
     for each, had in zip(optimizers, collected, strict=True):
         place(had, each, result)
-    lost = before - parameter_ids(result)
-    left = [type(each).__name__ for each in holders if any(id(p) in lost for group in each.param_groups for p in group["params"])]
+    left = _holding_lost(holders, before, result)
     if left:
         warnings.warn(
             f"{' and '.join(left)} holds Parameters of the model that was given to fxfuse.optimize: it would not train the fused model. "
@@ -124,6 +124,17 @@ def optimize(
             stacklevel=2,
         )
     return result
+
+
+def _holding_lost(holders: list[Any], before: set[int], result: nn.Module) -> list[str]:
+    """The optimizers, by class, that hold Parameters which the result has no more; all of them where that cannot be found out."""
+    if not holders:
+        return []
+    try:
+        lost = before - parameter_ids(result)
+    except Exception:  # the model is fused and verified: a warning too many is the smaller harm
+        lost = before
+    return [type(each).__name__ for each in holders if any(id(p) in lost for group in each.param_groups for p in group["params"])]
 
 
 def explain(model: nn.Module, example_inputs: Any = None, **keywords: Any) -> Report:

@@ -22,24 +22,23 @@ from fxfuse.private.pytree import tree_map_only
 
 from . import fused as fused_modules
 from . import install as installer
-from . import large, plan_cache
-from .attributes import attributes_kept
+from . import large
 from .build import Builder, Recorded, refuse
 from .casts import without_autocast
 from .collector import collecting, paused
 from .contents import Contents
-from .copies import independent_copy, sharing_copy
+from .copies import sharing_copy
 from .depth import deeper
 from .determinism import preserved_state
 from .difference import Validation
 from .entries import FORWARD, Entry
 from .errors import ArgumentError, FxfuseError, HeldElsewhereError
 from .exclusive import alone
-from .fingerprint import combined, sizes_of
+from .failure import failed, spare
+from .figures import measure
 from .graph import Refusal, RegionPlan
 from .inputs import resample
 from .large import Moved, sample, twin, weight_bytes, without_history
-from .launches import count
 from .lengths import tracked_len
 from .observe import observe_modes, reads_offsets
 from .options import Options
@@ -48,14 +47,12 @@ from .plan import LEAST_GAIN
 from .quiet import quiet
 from .regions import Region, RegionFinder
 from .report import Report
-from .silent_hooks import hooks_silent
 from .staying import times_faster
 from .store import get_report, set_report
 from .timing import medians
 from .undo import Undo
 from .validate import other_examples
 from .validate import validate as compare
-from .weights import carry_over
 
 _WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"})
 LONG = 20_000  # torch calls of one forward
@@ -122,33 +119,6 @@ def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool
         raise
 
 
-def failed(model: nn.Module, error: Exception, report: Report, inplace: bool) -> nn.Module:
-    """A failure inside fxfuse must not cost anybody their model: it comes back as it was, with what to tell a bug tracker."""
-    report.fused = []
-    said = str(error).splitlines()[0] if str(error) else ""
-    report.refused.append(Refusal(f"fxfuse failed ({type(error).__name__}: {said}); please report it"))
-    report.notes.append(_traceback(error))
-    result = model if inplace else _spare(model, report)
-    try:
-        set_report(result, report)
-    except Exception:  # whatever failed before: a working model matters more than what is said of it
-        return result
-    return result
-
-
-def _spare(model: nn.Module, report: Report) -> nn.Module:
-    """An independent copy of the model, or the model itself where it cannot be copied."""
-    try:
-        copied = independent_copy(model)
-        carry_over(model, copied)
-        return copied
-    except MemoryError:
-        raise
-    except Exception as error:
-        report.notes.append(f"the model cannot be copied ({error}): it is returned itself")
-        return model
-
-
 def _wraps(kind: type) -> bool:
     """Is this one of torch's wrappers for training on several devices?"""
     return any(base.__name__ in _WRAPPERS and base.__module__.startswith("torch.") for base in kind.__mro__)
@@ -187,7 +157,7 @@ class _Pipeline:
 
     def spare(self) -> nn.Module:
         """An independent copy of the model, or the model itself where it cannot be copied."""
-        return _spare(self.model, self.report)
+        return spare(self.model, self.report)
 
     def run(self, inplace: bool) -> nn.Module:
         if hooks_for_all():
@@ -205,10 +175,10 @@ class _Pipeline:
                 return self._unchanged(inplace, Refusal(f"the model cannot be copied: {str(error).splitlines()[0]}"))
             with tracked_len(self.work):
                 recorded = [self._record(entry) for entry in self.entries]
-        for failed in [way for way in recorded if way.observations[0].failure]:
-            what = failed.entry.name if failed.entry.is_method else "the forward"
-            refuse(self.report, Refusal(f"{what} raises {failed.observations[0].failure}"), failed.entry)
-            recorded.remove(failed)
+        for raising in [way for way in recorded if way.observations[0].failure]:
+            what = raising.entry.name if raising.entry.is_method else "the forward"
+            refuse(self.report, Refusal(f"{what} raises {raising.observations[0].failure}"), raising.entry)
+            recorded.remove(raising)
         if not recorded:
             return self._unchanged(inplace)
         self.entries = [way.entry for way in recorded]
@@ -256,10 +226,7 @@ class _Pipeline:
         self.report.fused = plans
         if plans:
             with self.stage("measure"):
-                try:
-                    self._measure(result)
-                except Exception as error:  # the model is rewritten and verified: figures are all that is missing
-                    self.report.notes.append(f"launches and times could not be measured: {type(error).__name__}: {error}")
+                measure(self.work, result, self.entries, self.options, self.report)
             for state in fused_modules.regions(result).values():
                 state.fallbacks.clear()
                 state.strict = self.options.strict  # from here on: verification itself tries sizes that fall back
@@ -470,56 +437,7 @@ class _Pipeline:
         self.report.validation = next((outcome for outcome in outcomes if not outcome.ok), outcomes[0])
         return self.report.validation
 
-    def _measure(self, result: nn.Module) -> None:
-        """Launches of one forward, before and after, in the mode asked for; times of the whole model where tuning is on."""
-        training, entry = self.options.mode == "train", self.entries[0]
-        kept = preserved_state(self.work, result), attributes_kept(result, fused_modules.attributes_set(result))
-        with kept[0], kept[1], hooks_silent(self.work), hooks_silent(result), torch.set_grad_enabled(training):
-            alone = self.report.fused[0] if len(self.report.fused) == 1 else None
-            for module in (self.work, result):
-                module.train(training)
-            if training and alone is not None and not alone.path and alone.launches is not None:
-                self.report.launches, self.report.heavy = alone.launches, alone.heavy  # the planner has counted already
-            else:
-                forwards = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(self.work), entry.root(result))]
-                counts = [count(forward, bound=False) for forward in forwards]
-                self.report.launches = (counts[0].total, counts[1].total)
-                self.report.heavy = (counts[0].heavy, counts[1].heavy)
-                if alone is not None:
-                    alone.launches, alone.heavy = self.report.launches, self.report.heavy
-            if self.options.tune and self.options.objective == "time":
-                self.report.timings["forward"] = self._known_times() or self._times(result)
-
-    def _known_times(self) -> tuple[float, float] | None:
-        """Of an equal model that was fused by the same plans, all of which came from the cache."""
-        known = plan_cache.load(self._times_key()) if all(plan.cached for plan in self.report.fused) and self.options.cache else None
-        try:
-            return None if known is None else (float(known["forward"][0]), float(known["forward"][1]))
-        except (KeyError, TypeError, ValueError, IndexError):
-            return None
-
-    def _times(self, result: nn.Module) -> tuple[float, float]:
-        entry = self.entries[0]
-        calls = [lambda m=root: m(*entry.args, **entry.kwargs) for root in (entry.root(self.work), entry.root(result))]
-        before, after = medians(calls, budget=0.3)
-        if self.options.cache and all(plan.key for plan in self.report.fused):
-            plan_cache.store(self._times_key(), {"forward": [before, after]})
-        return before, after
-
-    def _times_key(self) -> str:
-        modules = [f"{type(module).__module__}.{type(module).__qualname__}" for module in self.work.modules()]
-        weights = [str(tuple(parameter.shape)) for parameter in self.work.parameters()]
-        inputs = [repr(sizes_of((entry.name, entry.args, entry.kwargs))) for entry in self.entries]
-        return combined(["model", *(f"{plan.path} {plan.key}" for plan in self.report.fused), *modules, *weights, *inputs])
-
 
 def _inside(path: str, other: str) -> bool:
     """Is the module at ``path`` inside the one at ``other``?"""
     return path != other and (not other or path.startswith(f"{other}."))
-
-
-def _traceback(error: BaseException) -> str:
-    import traceback
-
-    lines = traceback.format_exception(error)
-    return "for a bug report: " + " ".join("".join(lines[-3:]).split())

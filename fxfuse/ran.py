@@ -127,6 +127,7 @@ def code_noted(trace: Trace, stack: list[int], internal: Callable[[str], bool], 
         try:
             yield
         finally:
+            hook(None)  # before anything of ours that could fail
             ears.stop()
         for codes in ran.values():
             for code in [code for code in codes if internal(code.co_filename)]:

@@ -7,6 +7,7 @@ alike, and between them the collectives of ``fxfuse.distributed.collectives``. W
 - Where lanes read such a value it enters, and its gradient is summed; all values known by then enter in one call. Views of it are made by
   each process: what enters, and whose gradient moves, is then the smaller of the two.
 - Where such a value reads lanes these are gathered; of a sum over lanes only the sum moves.
+- A pack that is held in shares which are no lanes is gathered at the start, and is then a value that all have.
 - Collectives come in the same order on every process, forward and backward.
 """
 
@@ -35,10 +36,10 @@ class Moved:
 
 
 class PartWriter:
-    """Writes the graph of process ``rank``; ``group`` names the processes."""
+    """Writes the graph of process ``rank``; ``group`` names the processes. ``rows``: packs that all need whole, each held in shares."""
 
-    def __init__(self, trial: Trial, rank: int, group: str) -> None:
-        self.trial, self.rank, self.group = trial, rank, group
+    def __init__(self, trial: Trial, rank: int, group: str, rows: dict[str, Split] | None = None) -> None:
+        self.trial, self.rank, self.group, self.rows = trial, rank, group, rows or {}
         self.graph = torch.fx.Graph()
         self.common: dict[Node, Any] = {}  # values that all processes have
         self.own: dict[Node, Any] = {}  # this process's parts
@@ -65,6 +66,10 @@ class PartWriter:
         split = self.trial.splits.get(node)
         if node.op in ("placeholder", "get_attr"):
             made = self.graph.create_node(node.op, node.target, name=node.name)
+            held = self.rows.get(str(node.target)) if node.op == "get_attr" else None
+            if held is not None:
+                self._gather_rows(node, made, held)
+                return
             (self.common if split is None else self.own)[node] = self._placed(made, node)
             return
         step = self.trial.steps[node]
@@ -73,6 +78,15 @@ class PartWriter:
             self.common[node] = self._placed(self.graph.create_node(node.op, node.target, args, kwargs, node.name), node)
         else:
             self._write_part(node, step)
+
+    def _gather_rows(self, node: Node, made: Node, held: Split) -> None:
+        """A pack of which this process has some rows, no lanes: all of them, once, on every process."""
+        known = next((n for n in self.common if n.op == "get_attr" and n.target == node.target), None)
+        if known is None:
+            self.common[node] = self._placed(self.graph.call_function(gather, (self.group, self.token, made, 0, held.starts)), node)
+            self.moved.append(("weights", node))
+        else:
+            self.common[node] = self.common[known]
 
     def _write_part(self, node: Node, step: Step) -> None:
         cuts, shifts = dict(step.cuts), dict(step.shifts)

@@ -141,6 +141,29 @@ def test_restore_is_bit_exact(run):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_restore_of_a_state_dict(run):
+    import cli_model
+
+    import fxfuse
+
+    model = cli_model.Net().double()
+    fused = fxfuse.optimize(model, torch.randn(4, 6).double(), objective="launches", tune=False)
+    assert fxfuse.report(fused).fused
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    for saved in (fused.state_dict(), {"epoch": 3, "state_dict": fused.state_dict()}):
+        torch.save(saved, "fused.pt")
+        assert run("restore", "fused.pt", "-o", "back.pt")[0] == codes.OK
+        expected, found = fxfuse.original_state_dict(fused), torch.load("back.pt", weights_only=True)
+        assert list(expected) == list(found)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    torch.save(model.state_dict(), "plain.pt")
+    code, _, said = run("restore", "plain.pt", "-o", "again.pt")
+    assert code == codes.INPUT
+    assert "holds no recipes" in said
+
+
 def test_an_exported_program_is_a_source(run, place):
     import cli_model
 

@@ -72,7 +72,7 @@ def functions() -> dict[str, list[tuple[dict[str, Any] | type, str, FunctionType
 
 
 # The way back itself, what only describes, and the functions that users call: these may say what is wrong by raising.
-LEFT_OUT = ("fxfuse.undo.", "fxfuse.optimize.optimize", "fxfuse.optimize.explain", "fxfuse.pipeline.failed", "fxfuse.pipeline.run")
+LEFT_OUT = ("fxfuse.undo.", "fxfuse.optimize.optimize", "fxfuse.optimize.explain", "fxfuse.failure.failed", "fxfuse.pipeline.run")
 FUNCTIONS = {name: places for name, places in functions().items() if not name.startswith(LEFT_OUT)}
 
 

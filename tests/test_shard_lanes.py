@@ -41,6 +41,30 @@ def test_state(processes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_fails_on_one_process_changes_nothing_on_any(processes, tmp_path):
+    torchrun(processes, "failing", tmp_path, "lanes_worker.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_plan_of_the_first_process(processes, tmp_path):
+    torchrun(processes, "adopting", tmp_path, "lanes_worker.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_users_do_afterwards(processes, tmp_path):
+    torchrun(processes, "afterwards", tmp_path, "lanes_worker.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_lanes_without_equal_shares(processes, tmp_path):
+    torchrun(processes, "uneven", tmp_path, "lanes_worker.py")
+
+
+@pytest.mark.slow
 def test_with_data_parallelism(tmp_path):
     torchrun(4, "grid", tmp_path, "lanes_worker.py")
 

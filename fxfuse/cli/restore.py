@@ -22,7 +22,10 @@ Examples:
 @options.as_json
 @click.pass_obj
 def restore(screen: Screen, /, folder: str, out: str, **values: Any) -> None:
-    """Write the weights in FOLDER, further trained or not, as a checkpoint with the original model's names and shapes."""
+    """Write the weights in FOLDER, further trained or not, as a checkpoint with the original model's names and shapes.
+
+    FOLDER may also be one file: a .safetensors that fxfuse wrote, or what torch.save(fused.state_dict(), "net.pt") did.
+    """
     from fxfuse import convert
 
     source, target = Path(folder), Path(out)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.errors import ConvertError
+from fxfuse.errors import ConvertError, StateDictError
+from fxfuse.saved_recipes import noted, unpacked
 
 from .archives import TRUST, check_zip
 from .packed import read_tensors, save_tensors
@@ -70,13 +71,31 @@ def _load(path: Path, allow_pickle: bool) -> Any:
         raise ConvertError(f"{path} is no readable checkpoint ({_line(error)}): is it complete?") from error
 
 
+def original_weights(path: Path) -> dict[str, Tensor]:
+    """The original's tensors by name, of a ``torch.save`` file of a fused model's ``state_dict()``, which carries its recipes.
+
+    It is read weights-only. Raises ``ConvertError`` for a file that is none, or whose recipes are missing, or do not fit.
+    """
+    found = _unwrapped(_load(path, False))
+    _named(found, path)  # looks at it
+    if not noted(found):
+        raise ConvertError(f"{path} holds no recipes: give a folder or a .safetensors that fxfuse wrote, or torch.save(fused.state_dict())")
+    try:
+        return dict(unpacked(found))
+    except StateDictError as error:
+        raise ConvertError(f"{path}: {error}") from error
+
+
+def _unwrapped(found: Any) -> Any:
+    """The state dict in what training scripts save."""
+    inner = (found[name] for name in _WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(name), Mapping))
+    return next(inner, found)
+
+
 def _named(found: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(found, torch.nn.Module):
         found = found.state_dict()
-    for name in _WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-            break
+    found = _unwrapped(found)
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise ConvertError(f"{path} holds a {type(found).__name__}, no tensors by name: save model.state_dict()")
     odd = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)

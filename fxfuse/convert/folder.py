@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fxfuse.errors import ConvertError
 from fxfuse.store import get_report
 
-from .checkpoints import read_weights, write_weights
+from .checkpoints import original_weights, read_weights, write_weights
 from .manifest import complete, original_of
 from .packed import read_manifest, write_packed
 from .program import Example
@@ -53,7 +53,7 @@ def load_folder(path: Path, *, allow_pickle: bool = False) -> nn.Module:
 
 
 def restore(folder: str | Path, out: str | Path) -> None:
-    """Write the packed weights of a folder (or of one ``.safetensors``) as the original's checkpoint, bit for bit.
+    """Write the packed weights of a folder (or one ``.safetensors``, or ``torch.save(fused.state_dict())``) as the original's, bit for bit.
 
     ``out`` ends in ``.safetensors`` or ``.pt``. Names, order, shapes and tied names are the original's, dtypes those of the packed
     weights. Raises ``ConvertError`` where the folder was not written by fxfuse, or its weights do not fit its recipes.
@@ -64,11 +64,13 @@ def restore(folder: str | Path, out: str | Path) -> None:
     weights = folder / WEIGHTS if folder.is_dir() else folder
     if not weights.is_file():
         what = f"has no {WEIGHTS}" if folder.is_dir() else "is not there"
-        raise ConvertError(f"{folder} {what}: give a folder or a .safetensors that fxfuse wrote")
+        raise ConvertError(f"{folder} {what}: give a folder or a .safetensors that fxfuse wrote, or a .pt of fused.state_dict()")
     write_weights(_original(folder, weights), out)
 
 
 def _original(folder: Path, weights: Path) -> dict[str, Tensor]:
+    if weights.suffix.lower() in (".pt", ".pth"):
+        return original_weights(weights)
     manifest = _manifest(folder)
     if manifest is None:
         raise ConvertError(f"{folder} holds no recipes: give a folder or a .safetensors that fxfuse wrote")

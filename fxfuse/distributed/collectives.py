@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .groups import group_of
+from .in_step import about_to
 from .traffic import moved
 
 
@@ -29,6 +30,7 @@ def _summed(tensors: Sequence[Tensor], group: str, kind: str) -> list[Tensor]:
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         of = [index for index, tensor in enumerate(tensors) if tensor.dtype is dtype]
         flat = torch.cat([results[index].reshape(-1) for index in of])
+        about_to(f"{kind} {flat.dtype} {flat.numel()}")
         moved(kind, flat)
         dist.all_reduce(flat, group=group_of(group))
         for index, part in zip(of, torch.split(flat, [results[index].numel() for index in of]), strict=True):
@@ -83,6 +85,7 @@ class _Gather(torch.autograd.Function):
             filled = laid.new_zeros([shape[d] for d in order])
             filled.narrow(order.index(dim), 0, value.shape[dim]).copy_(laid)
             laid = filled
+        about_to(f"gather {value.dtype} {shape} {order}")
         parts = [laid.new_empty([shape[d] for d in order]) for _ in sizes]
         dist.all_gather(parts, laid.contiguous(), group=processes)
         at = order.index(dim)

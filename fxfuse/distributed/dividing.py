@@ -1,21 +1,24 @@
 """How the lanes of a region can be divided among processes.
 
 Comes in: a fused region, how many processes, and which of them this is. Goes out: the plan of this process, and what is to be said of it.
-Its programs are tried at two batch sizes (``passes.split``); a pack that some op needs whole stays whole, and all is tried anew.
+Its programs are tried at two batch sizes (``passes.split``); a pack that some op needs whole, or whose lanes have
+no edges where equal shares of its rows do, is held in shares and gathered at each call, or stays whole where it is small.
 """
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor
 
 from fxfuse.determinism import preserved_state
-from fxfuse.graph import Program, Recipe, RegionPlan, TensorGuard
+from fxfuse.graph import Program, Recipe, RegionPlan
 from fxfuse.lane import Slot, lane_info
+from fxfuse.passes.functional import autocast_to
 from fxfuse.passes.shard import PartWriter
 from fxfuse.passes.split import CannotSplit, Split, Trial
 from fxfuse.recipes import packed_shape
@@ -23,71 +26,116 @@ from fxfuse.region import RegionState
 from fxfuse.runtime import source, walk
 from fxfuse.weight_views import VIEWS
 
+from .drawn import ROWS, Drawn, free_rows
 from .one_size import for_any_size
 from .sharding import Sharding
 
-_ROWS = (5, 3, 8, 16, 2)  # batch sizes to try; two of them have to run
+WORTH_DIVIDING = 1 << 16  # bytes of a pack that programs need whole: a smaller one stays so on every process
 
 
 def divided(state: RegionState, world: int, rank: int, group: str) -> tuple[RegionPlan, Sharding]:
     """The plan of this process for a region, and what is to be said of it; the plan as it is where nothing can be divided."""
     plan = for_any_size(state.plan)  # the lanes of a loop are not divided, and those of a process are other lanes than were timed
+    try:
+        return _divided(state, plan, world, rank, group)
+    except CannotSplit as reason:
+        less = without_autocast_programs(plan)
+        if less is not plan:  # programs of autocast shall not cost the others their lanes
+            with suppress(CannotSplit):
+                return _divided(state, less, world, rank, group)
+        return state.plan, Sharding(world, rank, frozenset(), {recipe.name: str(reason) for recipe in plan.recipes})
+
+
+def _divided(state: RegionState, plan: RegionPlan, world: int, rank: int, group: str) -> tuple[RegionPlan, Sharding]:
     packs: dict[str, Split] = {}
+    rows: dict[str, Split] = {}  # of packs whose lanes cannot be divided, but their memory
     staying: dict[str, str] = {}
     for recipe in plan.recipes:
-        found = _rows(state, recipe, world)
-        if isinstance(found, str):
-            staying[recipe.name] = found
-        else:
-            packs[recipe.name] = found
+        reason = _blocked(state, recipe)
+        if not reason:
+            reason = _uneven(recipe, world)
+            if not reason:
+                packs[recipe.name] = _equal_rows(recipe, world)
+            elif _worth_dividing(state, recipe, world):
+                rows[recipe.name] = _equal_rows(recipe, world)
+        if reason:
+            staying[recipe.name] = reason
     trials: list[list[Trial]] = []
-    while packs:
-        try:
-            trials = [_trials(state, program, packs, world) for program in plan.all_programs()]
-        except CannotSplit as reason:
-            staying.update(dict.fromkeys(packs, str(reason)))
-            packs = {}
-            break
-        wanted = {name for tried in trials for name in _needed_whole(tried[0])}
+    first = {id(program) for program in plan.programs.values() or plan.all_programs()}
+    while packs or rows:
+        trials = [_trials(state, program, packs, world) for program in plan.all_programs()]
+        # Of packs that other programs need whole (the loop at small sizes, calls under autocast) these gather the lanes.
+        usual = [t for p, t in zip(plan.all_programs(), trials, strict=True) if id(p) in first]
+        wanted = {name for tried in usual for name in _needed_whole(tried[0])}
         if not wanted:
             break
-        for name in wanted:
-            del packs[name]
+        for name in sorted(wanted):  # in one order on every process
+            split = packs.pop(name)
             staying[name] = "some op needs all its lanes at once"
-    sharding = Sharding(world, rank, frozenset(packs), staying)
-    if not packs:
+            if _worth_dividing(state, next(recipe for recipe in plan.recipes if recipe.name == name), world):
+                rows[name] = split
+    whole = {name: reason for name, reason in staying.items() if name not in rows}
+    gathered = {name: reason for name, reason in staying.items() if name in rows}
+    sharding = Sharding(world, rank, frozenset((*packs, *rows)), whole, gathered)
+    if not sharding.sharded:
         return state.plan, sharding
     made: dict[int, Program] = {}
     for number, (program, tried) in enumerate(zip(plan.all_programs(), trials, strict=True)):
-        writer = PartWriter(tried[0], rank, group)
+        writer = PartWriter(tried[0], rank, group, rows)
         made[id(program)] = replace(program, graph=writer.written())
         if number == 0:
             sharding.moved = [(kind, *_free_shape(node, tried, _dtype(state, program))) for kind, node in writer.moved]
     programs = {flags: made[id(program)] for flags, program in plan.programs.items()}
-    methods = {
-        name: {flags: tuple(made[id(p)] for p in each) for flags, each in modes.items()} for name, modes in plan.methods.items()
-    }
+    methods = {name: {flags: tuple(made[id(p)] for p in each) for flags, each in modes.items()} for name, modes in plan.methods.items()}
     return replace(plan, programs=programs, methods=methods, making=None), sharding
 
 
-def _rows(state: RegionState, recipe: Recipe, world: int) -> Split | str:
-    """How ``Shard(0)`` divides a packed tensor, where no lane lies on two processes and each has one; else why not."""
+def without_autocast_programs(plan: RegionPlan) -> RegionPlan:
+    """The plan without its programs for calls under autocast; itself where it has none."""
+    if all(program.guard.autocast is None for program in plan.all_programs()):
+        return plan
+    methods = {name: {flags: tuple(p for p in each if p.guard.autocast is None) for flags, each in modes.items()}
+               for name, modes in plan.methods.items()}  # fmt: skip
+    kept = {name: {flags: each for flags, each in modes.items() if each} for name, modes in methods.items()}
+    return replace(plan, methods={name: modes for name, modes in kept.items() if modes})
+
+
+def _blocked(state: RegionState, recipe: Recipe) -> str:
+    """Why a packed tensor stays a plain one; empty where it may become a DTensor."""
     if state.packing != "packed" or state.plan.keeps_parameters:
         return "its lanes stay Parameters of their own"
-    if recipe.name in {part.name for part in state.plan.recipes} and state.plan.wholes:
+    if state.plan.wholes:
         return "packs of its region are cut into parts (frozen lanes, other param groups)"
     slot = slot_of(state, recipe)
-    if slot is None or slot.store == "__dict__":
-        return "its lanes are not registered by the model"
-    rows, lanes = packed_shape(recipe)[0], len(recipe.members)
+    return "its lanes are not registered by the model" if slot is None or slot.store == "__dict__" else ""
+
+
+def _equal_rows(recipe: Recipe, world: int) -> Split:
+    """As ``Shard(0)`` divides the rows."""
+    rows = packed_shape(recipe)[0]
     size = -(-rows // world)
-    starts = tuple(min(size * r, rows) for r in range(world + 1))
+    return Split(0, tuple(min(size * r, rows) for r in range(world + 1)))
+
+
+def _uneven(recipe: Recipe, world: int) -> str:
+    """Why lanes would lie on two processes, or some process would have none; empty where equal parts of the rows are lanes."""
+    starts, lanes, rows = _equal_rows(recipe, world).starts, len(recipe.members), packed_shape(recipe)[0]
     edges = set(recipe.row_starts() if recipe.style in ("cat", "rows") else range(lanes + 1))
     if starts[-2] >= rows:
-        return f"{lanes} lanes are too few for {world} processes"
+        few = f"{lanes} lanes are too few for {world} processes"
+        return few if lanes < world else f"{few}: in equal shares of {starts[1] * lanes // rows} one of them would have none"
     if not edges.issuperset(starts):
-        return f"its {lanes} lanes of {rows // lanes} rows have no edges where {world} equal parts of {rows} rows do"
-    return Split(0, starts)
+        each = f" of {rows // lanes} rows" if recipe.style == "cat" else ""
+        return f"its {lanes} lanes{each} have no edges where {world} equal parts of {rows} rows do"
+    return ""
+
+
+def _worth_dividing(state: RegionState, recipe: Recipe, world: int) -> bool:
+    """Is it worth a collective at each call to hold a share only? Not for buffers, into which programs write."""
+    slot, shape = slot_of(state, recipe), packed_shape(recipe)
+    if slot is None or recipe.kind != "parameter" or shape[0] < world:
+        return False
+    return math.prod(shape) * slot.packed().element_size() >= WORTH_DIVIDING
 
 
 def slot_of(state: RegionState, recipe: Recipe) -> Slot | None:
@@ -102,10 +150,10 @@ def slot_of(state: RegionState, recipe: Recipe) -> Slot | None:
 
 def _trials(state: RegionState, program: Program, packs: dict[str, Split], world: int) -> list[Trial]:
     """The program tried at two sizes, with equal steps. Raises ``CannotSplit`` where that cannot be had."""
-    free = any(isinstance(leaf, TensorGuard) and None in leaf.shape for leaf in program.guard.leaves)
+    free = free_rows(program.guard)
     found: list[Trial] = []
     said = ""
-    for rows in _ROWS:
+    for rows in ROWS:
         try:
             with preserved_state(state.region), torch.no_grad():
                 found.append(_trial(state, program, packs, world, rows, len(found)))
@@ -123,45 +171,30 @@ def _trials(state: RegionState, program: Program, packs: dict[str, Split], world
 
 
 def _trial(state: RegionState, program: Program, packs: dict[str, Split], world: int, rows: int, seed: int) -> Trial:
-    generator = torch.Generator().manual_seed(seed)
     closed = any(node.op == "call_module" for node in program.graph.nodes)
-    wide = program.guard.generic_dtype and not closed
-
-    def drawn(shape: Any, dtype: torch.dtype, device: torch.device, positive: bool = False) -> Tensor:
-        if not (dtype.is_floating_point or dtype.is_complex):
-            return torch.randint(0, 2, shape, generator=generator).to(device, dtype)
-        made = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5 if positive else torch.randn(
-            shape, generator=generator, dtype=torch.complex128 if dtype.is_complex else torch.float64
-        )  # fmt: skip
-        return made.to(device, torch.float64 if wide and dtype.is_floating_point else dtype)
-
-    trial = Trial(program.graph, world, packs, lambda node, args, kwargs: _call(state, node, args, kwargs))
-    leaves = iter(zip(program.guard.leaves, program.guard.same, strict=True))
-    given: list[Any] = []
+    # In float64 where the program takes it, the casts of autocast left out: rounding of a narrow dtype would hide a bias added twice.
+    draw = Drawn(seed, (program.guard.generic_dtype or program.guard.autocast is not None) and not closed)
+    trial = Trial(program.graph, world, packs, lambda node, args, kwargs: _call(state, node, args, kwargs, draw.wide))
+    given = iter(draw.inputs(program.guard, rows))
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            leaf, same = next(leaves)
-            if not isinstance(leaf, TensorGuard):
-                given.append(leaf[1])
-            elif same != len(given):
-                given.append(given[same])
-            else:
-                given.append(drawn([rows if n is None else n for n in leaf.shape], leaf.dtype, leaf.device))
-            trial.values[node] = given[-1]
+            trial.values[node] = next(given)
         elif node.op == "get_attr":
             place = state.sources().get(node.target) or source(state.region, node.target)
             held = place.fetch().detach()
             known = next((v for n, v in trial.values.items() if n.op == "get_attr" and n.target == node.target), None)
             if known is None:
                 real = held.is_floating_point() or held.is_complex()
-                known = drawn(held.shape, held.dtype, held.device, place.store == "_buffers") if real else held
+                known = draw.tensor(held.shape, held.dtype, held.device, place.store == "_buffers") if real else held
             trial.values[node] = known
     trial.run()
     return trial
 
 
-def _call(state: RegionState, node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+def _call(state: RegionState, node: torch.fx.Node, args: Any, kwargs: Any, wide: bool) -> Any:
     target: Any = node.target
+    if wide and target is autocast_to and args[1].is_floating_point:
+        return args[0].view_as(args[0])
     if node.op == "call_module":
         return walk(state.region, target)(*args, **kwargs)
     return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fxfuse.sharded import is_sharded, shared_as
 
+from .in_step import about_to
 from .traffic import moved
 
 _thread = threading.local()
@@ -51,6 +52,7 @@ def whole(tensor: Tensor) -> Tensor:
     key = (id(tensor), tensor.requires_grad and torch.is_grad_enabled())
     if known is not None and key in known:
         return known[key][1]
+    about_to(f"weights {tensor.dtype} {tuple(tensor.shape)}")
     full: Tensor = cast(Any, tensor).full_tensor()
     moved("weights", full)
     if known is not None:

@@ -13,14 +13,16 @@ from typing import Any
 class Sharding:
     """One region's lanes over ``world`` processes: this one is number ``rank`` of them.
 
-    ``sharded``: packed names of which each process holds its lanes; ``whole``: those that stay whole, and why.
-    ``moved``: what one forward moves: ("gather" or "sum", shape; None is a size that is free).
+    ``sharded``: packed names of which each process holds its share; ``whole``: those that stay whole, and why; ``gathered``: those of
+    ``sharded`` that programs gather at each call, and why. ``moved``: what one forward moves: ("gather", "sum" or "weights", shape; None is
+    a size that is free).
     """
 
     world: int
     rank: int
     sharded: frozenset[str]
     whole: dict[str, str] = field(default_factory=dict)
+    gathered: dict[str, str] = field(default_factory=dict)
     moved: list[tuple[str, tuple[int | None, ...], int]] = field(default_factory=list)  # and bytes of an element
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharding:
@@ -28,7 +30,8 @@ class Sharding:
 
     def sentences(self) -> list[str]:
         """For the report."""
-        lines = [f"lanes are divided among {self.world} processes: of {len(self.sharded)} packed tensors each process holds its lanes"]
+        number = len(self.sharded) - len(self.gathered)
+        lines = [f"lanes are divided among {self.world} processes: of {number} packed tensors each process holds its lanes"]
         if not self.sharded:
             lines = [f"lanes stay whole on each of {self.world} processes"]
         for kind, shape, size in self.moved:
@@ -37,6 +40,8 @@ class Sharding:
                 fixed *= 1 if n is None else n
             said = " x ".join("rows" if n is None else str(n) for n in shape) or "one number"
             per = " per row" if None in shape else ""
-            lines.append(f"forward {'gathers' if kind == 'gather' else 'sums'} {said} over processes: {fixed} bytes{per}")
+            does = {"gather": "gathers", "sum": "sums", "weights": "gathers weights"}[kind]
+            lines.append(f"forward {does} {said} over processes: {fixed} bytes{per}")
+        lines += [f"{name} is held in shares, and gathered at each call: {reason}" for name, reason in self.gathered.items()]
         lines += [f"{name} stays whole on every process: {reason}" for name, reason in self.whole.items()]
         return lines
