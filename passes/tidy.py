@@ -94,7 +94,8 @@ def _activate_before_views(graph: torch.fx.Graph) -> None:
             first, root = root, root.args[0]
         value, result = root.meta.get("val"), node.meta.get("val")
         same = isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor) and value.dtype is result.dtype
-        if first is None or root.op not in ("call_function", "call_method") or root.target not in _FRESH or len(root.users) != 1 or not same:
+        fresh = root.op in ("call_function", "call_method") and root.target in _FRESH and len(root.users) == 1
+        if first is None or not fresh or not same:
             continue
         with graph.inserting_after(root):
             made = graph.create_node(node.op, node.target, (root,))

@@ -83,7 +83,9 @@ def test_of_a_view_it_is_the_memory_before_the_view(activation):
     assert names.index("linear") < written < names.index("unflatten"), names
 
 
-@pytest.mark.parametrize("lane", [lambda y, x: torch.tanh(y) + y, lambda y, x: torch.softmax(torch.tanh(y) * y.exp(), -1)], ids=["sum", "exp"])
+@pytest.mark.parametrize(
+    "lane", [lambda y, x: torch.tanh(y) + y, lambda y, x: torch.softmax(torch.tanh(y) * y.exp(), -1)], ids=["sum", "exp"]
+)
 def test_of_a_view_that_is_read_again_it_stays_behind(lane):
     fused = assert_fused_equals(lanes(lane), randn(5, 3), batches=(4,), tune=False, objective="time")
     assert not {"tanh_", "exp_"} & set(called(fused))
