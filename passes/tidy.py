@@ -27,6 +27,7 @@ _FROM_RESULT = {
 }  # fmt: skip
 # What these return is new memory that no backward needs either, and may be written.
 _WRITABLE = (torch.zeros, torch.ones, torch.full, torch.empty, index_write, index_write_)
+_RESHAPING = (torch.unflatten, torch.flatten, torch.unsqueeze, torch.squeeze, torch.transpose, torch.permute, torch.movedim)
 _SPLITTING = (torch.unflatten, torch.unsqueeze, torch.flatten, torch.squeeze)
 
 
@@ -50,6 +51,7 @@ def tidy(graph: torch.fx.Graph) -> None:
             made.meta.update(node.meta)
             node.replace_all_uses_with(made)
     drop_unused(graph)
+    _activate_before_views(graph)
     _reuse_memory(graph)
     _write_in_place(graph)
 
@@ -78,6 +80,29 @@ def _reuse_memory(graph: torch.fx.Graph) -> None:
         same = isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor) and value.dtype is result.dtype
         if same and source.target in _FRESH:
             node.target = _FROM_RESULT[node.target]
+
+
+def _activate_before_views(graph: torch.fx.Graph) -> None:
+    """ReLU and the like of a view of new memory: of the memory itself, before the view. Written over a view, it would be the view's base
+    that autograd sees written, by a copy."""
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "call_method") or node.target not in _FROM_RESULT or node.kwargs or len(node.args) != 1:
+            continue
+        view: Any = node.args[0]
+        first, root = None, view
+        while root.op == "call_function" and root.target in _RESHAPING and len(root.users) == 1:
+            first, root = root, root.args[0]
+        value, result = root.meta.get("val"), node.meta.get("val")
+        same = isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor) and value.dtype is result.dtype
+        fresh = root.op in ("call_function", "call_method") and root.target in _FRESH and len(root.users) == 1
+        if first is None or not fresh or not same:
+            continue
+        with graph.inserting_after(root):
+            made = graph.create_node(node.op, node.target, (root,))
+        made.meta.update({**node.meta, "val": value})
+        first.replace_input_with(root, made)
+        node.replace_all_uses_with(view)
+        graph.erase_node(node)
 
 
 def _write_in_place(graph: torch.fx.Graph) -> None:

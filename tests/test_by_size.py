@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import operator
 import pickle
 from collections.abc import Callable
 from importlib import import_module
@@ -296,6 +297,38 @@ def test_a_plan_that_is_wrong_is_found_at_its_own_sizes(settled: Any, monkeypatc
     fused = fxfuse.optimize(randomized(Nets()), randn(4, 6), tune_for=[3, 400], cache=False)
     assert not fxfuse.report(fused).fused
     assert "the rewritten form differs" in str(fxfuse.report(fused).refused[0])
+
+
+def test_views_of_weights_are_no_part_of_what_is_timed_in_inference() -> None:
+    from fxfuse.weight_views import evaluate
+
+    graph = torch.fx.Graph()
+    x, packed, bias = graph.placeholder("x"), graph.create_node("get_attr", "weight"), graph.create_node("get_attr", "bias")
+    lanes = graph.call_function(torch.unbind, (graph.call_function(torch.permute, (packed, (0, 2, 1))), 0))
+    second = graph.call_function(operator.getitem, (lanes, 1))
+    scaled = graph.call_function(torch.mul, (graph.call_method("reshape", (bias, (2, 2))), 2.0))  # no view
+    copied = graph.call_method("reshape", (graph.call_function(torch.transpose, (packed, 1, 2)), (-1,)))  # has to be copied
+    product = graph.call_function(torch.matmul, (x, second))
+    graph.output((product, scaled, copied))
+    tensors: dict[str, Any] = {"weight": randn(3, 4, 5), "bias": randn(4)}
+    expected = torch.fx.GraphModule(dict(tensors), graph)(randn(2, 5))
+    made = evaluate(graph, tensors)
+    left = [node.target for node in made.nodes if node.op in ("call_function", "call_method")]
+    assert left == [torch.mul, "reshape", torch.matmul]
+    for got, want in zip(torch.fx.GraphModule(tensors, made)(randn(2, 5)), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_the_loop_reads_all_lanes_of_a_pack_at_once(settled: Any) -> None:
+    """One ``unbind``, not a ``select`` for each lane, whose backward fills a tensor of the size of the pack."""
+    settled({3: as_common, 9: the_loop})
+    fused = fused_for(randomized(Nets()), randn(4, 6), [3, 9])
+    (state,) = regions(fused).values()
+    (loop,) = state.plan.methods["forward"][state.flags()]
+    targets = [node.target for node in loop.graph.nodes]
+    assert targets.count(torch.unbind) == len(state.plan.recipes)
+    assert torch.select not in targets
+    assert sum(node.op == "get_attr" for node in loop.graph.nodes) == len(state.plan.recipes)
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, str], float]) -> None:

@@ -71,3 +71,55 @@ def test_second_derivatives():
         (slope,) = torch.autograd.grad(each(x).sum(), x, create_graph=True)
         found.append(torch.autograd.grad(slope.pow(2).sum(), x)[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_of_a_view_it_is_the_memory_before_the_view(activation):
+    """Layers on one input are one wide layer, whose result is a view of lanes: the activation comes first, in its memory."""
+    model = lanes(lambda y, x: ACTIVATIONS[activation](y))
+    fused = assert_fused_equals(model, randn(5, 3), batches=(4, 1), tune=False, lowering="auto", objective="time")
+    names = called(fused)
+    written = next(i for i, name in enumerate(names) if name in ("relu_", "tanh_", "sigmoid_", "exp_"))
+    assert names.index("linear") < written < names.index("unflatten"), names
+
+
+@pytest.mark.parametrize(
+    "lane", [lambda y, x: torch.tanh(y) + y, lambda y, x: torch.softmax(torch.tanh(y) * y.exp(), -1)], ids=["sum", "exp"]
+)
+def test_of_a_view_that_is_read_again_it_stays_behind(lane):
+    fused = assert_fused_equals(lanes(lane), randn(5, 3), batches=(4,), tune=False, objective="time")
+    assert not {"tanh_", "exp_"} & set(called(fused))
+
+
+def test_all_kinds_of_views_between():
+    """The pass alone, on graphs: through one view and several, not through a slice."""
+    from fxfuse.passes.tidy import tidy
+
+    views = {
+        "none": [], "unflatten": [(torch.unflatten, 1, (3, 2))], "turned": [(torch.unflatten, 1, (3, 2)), (torch.transpose, 0, 1)],
+        "flat": [(torch.flatten, 0, 1)], "permuted": [(torch.unsqueeze, 0), (torch.permute, (2, 0, 1))],
+    }  # fmt: skip
+    for name, chain in {**views, "slice": [(torch.narrow, 1, 0, 2)]}.items():
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        x.meta["val"] = torch.zeros(4, 6)
+        node = graph.call_function(torch.mul, (x, 3.0))
+        node.meta["val"] = torch.zeros(4, 6)
+        for function, *args in chain:
+            value = function(node.meta["val"], *args)
+            node = graph.call_function(function, (node, *args))
+            node.meta["val"] = value
+        value = node.meta["val"]
+        node = graph.call_function(torch.tanh, (node,))
+        node.meta["val"] = value.clone()
+        graph.output(node)
+        given = randn(4, 6)
+        expected = torch.fx.GraphModule({}, graph)(given)
+        tidy(graph)
+        graph.lint()
+        targets = [each.target for each in graph.nodes if each.op == "call_function"]
+        assert torch.equal(torch.fx.GraphModule({}, graph)(given), expected), name
+        if name != "slice":
+            assert targets.index(torch.tanh_) == 1, (name, targets)
+        else:
+            assert targets == [torch.mul, torch.narrow, torch.tanh]
