@@ -15,6 +15,7 @@ from torch import Tensor
 from fxfuse.determinism import Derandomized
 from fxfuse.private.pytree import tree_leaves
 from fxfuse.private.schemas import schema_of
+from fxfuse.private.storages import storage_key
 
 
 class FollowedDraws(Derandomized):  # type: ignore[no-untyped-call]
@@ -62,7 +63,7 @@ class FollowedDraws(Derandomized):  # type: ignore[no-untyped-call]
 
     def _key(self, tensor: Tensor) -> int:
         held: Any = tensor.untyped_storage() if tensor.layout is torch.strided else tensor
-        key: int = held._cdata
+        key = id(tensor) if held is tensor else storage_key(held)
         if key not in self._marks:
             self._held.append(held)
             self._marks[key] = 0
