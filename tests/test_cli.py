@@ -296,3 +296,14 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(place):
     assert err.strip() == "fxfuse: interrupted; nothing was written"
     assert not out
     assert not list(place.glob("*net.pt2*"))
+
+
+def test_weights_are_let_go_except_where_answers_are_views_of_them():
+    from fxfuse.cli.compare import Expected
+    from fxfuse.cli.conversion import _let_go
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5))
+    kept = model[1].weight.detach().clone()
+    _let_go(model, [Expected(((), {}), {"the output": model[1].weight.detach()[1:]}, {})])
+    assert model[0].weight.untyped_storage().nbytes() == 0
+    assert torch.equal(model[1].weight, kept)

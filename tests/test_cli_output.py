@@ -87,3 +87,14 @@ def test_safetensors_have_the_rights_that_new_files_have(mask, tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_weights_of_the_onnx_file_that_stood_there_go_with_it(own, tmp_path):
+    out, data = tmp_path / "net.onnx", tmp_path / "net.onnx.data"
+    out.write_bytes(b"location net.onnx.data" if own else b"weights inside")
+    data.write_bytes(b"weights")
+    with replacing(out) as temporary:
+        temporary.write_bytes(b"new")
+    assert out.read_bytes() == b"new"
+    assert data.exists() is not own

@@ -1,6 +1,7 @@
 """``.safetensors``, folders, ``restore``, ``read_weights``, ``.onnx``: what was written is what was there."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,3 +287,28 @@ def test_without_a_compiler_aotinductor_is_a_sentence(tmp_path, monkeypatch):
     model, made, inputs = fused("columns")
     with pytest.raises(ConvertError, match="needs a C\\+\\+ compiler"):
         convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net.aoti.pt2")
+
+
+def test_a_file_that_may_not_be_opened_is_named_with_the_reason(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    model, made, inputs = fused("columns")
+    convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net")
+    true_open = Path.open
+    for hidden in (tmp_path / "net" / "weights.safetensors", tmp_path / "net" / "recipes.json"):
+
+        def refusing(path, *args, hidden=hidden, **kwargs):  # root, as which tests may run, opens whatever it likes
+            if path == hidden:
+                raise PermissionError(13, "Permission denied", str(path))
+            return true_open(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", refusing)
+
+        def read_text(path, encoding):
+            with path.open(encoding=encoding) as file:
+                return file.read()
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        with pytest.raises(ConvertError, match=rf"{hidden.name} cannot be read: Permission denied"):
+            convert.restore(tmp_path / "net", tmp_path / "back.safetensors")
+        monkeypatch.undo()
+    assert not (tmp_path / "back.safetensors").exists()

@@ -628,10 +628,30 @@ def test_pt2_archives(tmp_path) -> None:
 
 def test_aotinductor() -> None:
     """Compiling is tested where packages are written; here, that the functions are there."""
-    assert callable(torch._inductor.aoti_compile_and_package)
+    from torch.export.pt2_archive import _package
+
+    assert callable(torch._inductor.aot_compile)
+    assert callable(_package._package_aoti_files)
+    assert isinstance(torch._inductor.config.aot_inductor.force_mmap_weights, bool)
     assert callable(torch._inductor.aoti_load_package)
     with pytest.raises(Exception, match="zip archive"):
         aotinductor.load_package("none.pt2")
+
+
+def test_the_writer_that_maps_files_writes_what_torchs_own_does(tmp_path: Path) -> None:
+    """Torch's own reads a file whole; both give the same records, also of an empty file."""
+    from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
+
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 33)
+    (tmp_path / "empty").write_bytes(b"")
+    found = []
+    for writer in (PT2ArchiveWriter, aotinductor._MappingWriter):
+        with writer(str(tmp_path / "out.pt2")) as opened:
+            opened.write_file("data/file", str(tmp_path / "file"))
+            opened.write_file("data/empty", str(tmp_path / "empty"))
+        with PT2ArchiveReader(str(tmp_path / "out.pt2")) as read:
+            found.append([read.read_bytes(name) for name in ("data/file", "data/empty")])
+    assert found[0] == found[1] == [(tmp_path / "file").read_bytes(), b""]
 
 
 def test_exported() -> None:

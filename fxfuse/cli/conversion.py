@@ -24,7 +24,7 @@ from fxfuse.lane import by_original_name
 from fxfuse.large import LARGE, weight_bytes
 
 from . import codes
-from .compare import compare, expected, fresh_calls
+from .compare import Expected, compare, expected, fresh_calls
 from .exported import Exported
 from .failure import CommandError
 from .fusing import fuse
@@ -56,6 +56,8 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
         stage("loading it again")
         if written.kind == "safetensors":
             return written, report, _same_weights(temporary, fused if large else subject.model)
+        if large and written.kind == "aoti":
+            _let_go(fused, wanted)
         subject.model = fused = nn.Module()  # what was written shall stand alone, and a large model is not there twice
         if large:
             gc.collect()  # modules and what watches them refer to each other
@@ -69,6 +71,15 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
                 hint = "; onnxruntime draws its own dropout, which cannot be compared: leave --mode train out, or write a .pt2"
             raise CommandError(f"{out} was not written: what was loaded again is {result.sentence()}{hint}", codes.DIFFERENT)
     return written, report, result.sentence()
+
+
+def _let_go(model: nn.Module, wanted: list[Expected]) -> None:
+    """Free the weights' memory under whoever holds them: torch's compiler keeps what it compiled. ``wanted`` may hold views of them."""
+    kept = {leaf.untyped_storage().data_ptr() for each in wanted for leaf in each.answers.values() if isinstance(leaf, torch.Tensor)}
+    for parameter in model.parameters():
+        storage = parameter.untyped_storage()
+        if storage.resizable() and storage.data_ptr() not in kept:
+            storage.resize_(0)
 
 
 def _same_weights(path: Path, model: nn.Module) -> str:

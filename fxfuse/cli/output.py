@@ -85,7 +85,10 @@ def replacing(out: Path) -> Iterator[Path]:
     try:
         try:
             yield folder / out.name
+            left = _left_behind(folder, out)
             _move(folder, out)
+            if left is not None:
+                left.unlink(missing_ok=True)
         except ConvertError as error:  # says what is wrong with the file that it was given
             raise type(error)(str(error).replace(str(folder / out.name), str(out))) from None
         except OSError as error:
@@ -96,6 +99,14 @@ def replacing(out: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _left_behind(folder: Path, out: Path) -> Path | None:
+    """The weights beside the ONNX file that stands at OUT, where they are its own and the new file has none."""
+    data = out.with_name(f"{out.name}.data")
+    if ending(out) != ".onnx" or not (out.is_file() and data.is_file()) or (folder / data.name).exists():
+        return None
+    return data if data.name.encode() in out.read_bytes() else None
 
 
 def _move(folder: Path, out: Path) -> None:

@@ -7,6 +7,7 @@ The weights may be trained further, in the program's own names, and saved over `
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def restore(folder: str | Path, out: str | Path) -> None:
     weights. Raises ``ConvertError`` where the folder was not written by fxfuse, or its weights do not fit its recipes.
     """
     folder, out = Path(folder), Path(out)
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise ConvertError(f"{folder} cannot be read: no permission")
     if out.suffix.lower() not in (".safetensors", ".pt"):
         raise ConvertError(f"{out} must end in .safetensors or .pt")
     weights = folder / WEIGHTS if folder.is_dir() else folder
@@ -82,6 +85,8 @@ def _manifest(folder: Path) -> Any:
     if folder.is_dir() and (folder / RECIPES).is_file():
         try:
             return json.loads((folder / RECIPES).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise ConvertError(f"{folder / RECIPES} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
             raise ConvertError(f"{folder / RECIPES} cannot be read ({error}): write the folder again") from error
     return read_manifest(folder / WEIGHTS if folder.is_dir() else folder)

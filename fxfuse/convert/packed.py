@@ -76,9 +76,18 @@ def _errno(text: str) -> int:
     return int(digits) if digits else 5
 
 
+def check_readable(path: Path) -> None:
+    """Raise ``ConvertError`` with the system's reason where a file cannot be opened: safetensors says of any that it is not there."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ConvertError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors``, mapped into memory. Raises ``ConvertError`` for a file that is none."""
     library = need("safetensors.torch", "reading .safetensors")
+    check_readable(path)
     try:
         found: dict[str, Tensor] = library.load_file(str(path))
         return found
@@ -91,6 +100,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_manifest(path: Path) -> Any:
     """The manifest in a ``.safetensors``; None where it has none."""
     library = need("safetensors", "reading .safetensors")
+    check_readable(path)
     try:
         with library.safe_open(str(path), framework="pt") as opened:
             text = (opened.metadata() or {}).get(_KEY)
