@@ -60,13 +60,9 @@ USUAL = ["--inputs", X, "--dtype", "float64", "--objective", "launches"]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(importable):
     """A folder with a model in it, in which commands run."""
-    (tmp_path / "cli_model.py").write_text(MODEL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "cli_model", raising=False)
-    return tmp_path
+    return importable("cli_model", MODEL)
 
 
 @pytest.fixture

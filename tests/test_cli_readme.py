@@ -1,7 +1,6 @@
 """The README's section on the ``fxfuse`` command: every line of it, as a user would type it."""
 
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,19 +35,15 @@ def block(heading, language):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(importable):
     from safetensors.torch import save_file
 
-    (tmp_path / "model.py").write_text(MODEL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "model", raising=False)
+    importable("model", MODEL)
     import model
 
     torch.manual_seed(3)
     save_file(model.Net(24).state_dict(), "net.safetensors")
-    yield model
-    sys.modules.pop("model", None)
+    return model
 
 
 @pytest.mark.slow

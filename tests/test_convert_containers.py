@@ -35,6 +35,19 @@ class Unknown:
     mean: torch.Tensor
 
 
+class Names(dict):
+    """Nobody has registered it."""
+
+
+class Other:
+    def __init__(self, mean):
+        self.mean = mean
+
+
+class Labelled(Other):
+    """torch knows how to take it apart, files have no name for it."""
+
+
 class Output(OrderedDict):
     """As the outputs of transformers are."""
 
@@ -42,6 +55,7 @@ class Output(OrderedDict):
 pytree._register_namedtuple(Known, serialized_type_name="test_containers.Known")
 torch.export.register_dataclass(Registered, serialized_type_name="test_containers.Registered")
 torch.export.register_dataclass(Nameless)
+pytree.register_pytree_node(Labelled, lambda value: ([value.mean], None), lambda values, context: Labelled(*values))
 pytree.register_pytree_node(
     Output,
     lambda output: (list(output.values()), list(output.keys())),
@@ -106,10 +120,32 @@ def test_classes_that_are_registered_come_back(made, tmp_path):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize(("made", "name"), [(lambda y, z: Unknown(y), "Unknown"), (lambda y, z: Nameless(y), "Nameless")])
+@pytest.mark.parametrize(("made", "plain", "name"), [
+    (lambda y, z: Unknown(y), lambda y, z: {"mean": y}, "Unknown"),
+    (lambda y, z: Nameless(y), lambda y, z: {"mean": y}, "Nameless"),
+    (lambda y, z: [Unknown(Unknown((y, z))), y], lambda y, z: [{"mean": {"mean": (y, z)}}, y], "Unknown"),
+    (lambda y, z: Names(b=y, a=z), lambda y, z: {"b": y, "a": z}, "Names"),
+], ids=["dataclass", "dataclass without a name", "nested", "dict of a class"])  # fmt: skip
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+def test_dataclasses_are_written_as_dicts(made, plain, name, ending, tmp_path):
+    if ending == ".onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    model, said = written(made, tmp_path / f"net{ending}")
+    assert f"{name} is returned as a plain dict" in said.notes
+    x = torch.randn(7, 4, dtype=torch.float64)
+    found = convert.load(tmp_path / f"net{ending}")(x)
+    model.made = plain
+    expected = model(x)
+    assert type(found) is type(expected)
+    assert pytree.tree_structure(found) == pytree.tree_structure(expected)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("made", "name"), [(lambda y, z: Other(y), "Other"), (lambda y, z: [Labelled(y)], "Labelled")])
 def test_other_classes_are_one_line_that_says_what_to_do(made, name, tmp_path):
     with pytest.raises(ConvertError, match=rf"{name}.*serialized_type_name") as caught:
-        written(made, tmp_path / "net.pt2")
+        convert.write(Returning(made).eval(), None, ((torch.ones(5, 4),), {}), tmp_path / "net.pt2")
     assert "\n" not in str(caught.value)
 
 

@@ -1,6 +1,9 @@
 """``.safetensors``, folders, ``restore``, ``read_weights``, ``.onnx``: what was written is what was there."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -312,3 +315,28 @@ def test_a_file_that_may_not_be_opened_is_named_with_the_reason(tmp_path, monkey
             convert.restore(tmp_path / "net", tmp_path / "back.safetensors")
         monkeypatch.undo()
     assert not (tmp_path / "back.safetensors").exists()
+
+
+def test_a_torch_without_the_writer_of_aotinductor_is_a_sentence(tmp_path):
+    """In a process of its own: fxfuse.convert is imported there, and all else works."""
+    code = """
+import sys, types
+name = "torch.export.pt2_archive._package"
+import torch.export.pt2_archive._package as real
+stub = types.ModuleType(name)  # as of a torch that keeps it elsewhere
+stub.__dict__.update({k: v for k, v in vars(real).items() if k != "PT2ArchiveWriter"})
+sys.modules[name] = stub
+import torch, fxfuse
+from fxfuse import convert
+from fxfuse.errors import ConvertError
+model, x = torch.nn.Linear(2, 3).eval(), torch.ones(4, 2)
+convert.write(model, None, ((x,), {}), "folder")
+try:
+    convert.write(model, None, ((x,), {}), "net.aoti.pt2")
+except ConvertError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(fxfuse.__file__).parents[1]), "CXX": sys.executable}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    assert "has no writer for packages of AOTInductor" in done.stdout, done
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -113,3 +113,59 @@ def test_an_operator_that_the_exporter_lacks_is_named(tmp_path):
         convert.write(NotInOnnx().eval(), None, ((x,), {}), tmp_path / "net.onnx")
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
+
+
+class Mixed(nn.Module):
+    """Results of every kind; a dict's keys that are names of an input, of an op inside and of a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.nets = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+
+    def forward(self, x):
+        found = torch.stack([net(x[:, i]) for i, net in enumerate(self.nets)], 1)
+        mean = found.mean(1).exp()
+        return {"mean": mean.sum(1), "x": mean * self.scale, "c": (found, [found[:, 0], 3]), "none": None, "name": "fused", "scale": mean * 2, "rows": True}
+
+
+def test_results_have_the_names_of_the_original_and_plain_values_come_back(tmp_path):
+    model = randomized(Mixed()).eval()
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    assert fxfuse.report(fused).fused
+    convert.write(fused, None, ((x,), {}), tmp_path / "net.onnx")
+    loaded = convert.load(tmp_path / "net.onnx")
+    x = torch.randn(7, 4, 3, dtype=torch.float64)
+    found, expected = loaded(x), model(x)
+    assert loaded.outputs == ["mean", "output_x", "c.0", "c.1.0", "output_scale" if "scale" in stored(tmp_path / "net.onnx") else "scale"]
+    assert list(found) == list(expected)
+    assert (found["none"], found["name"], found["c"][1][1], found["rows"]) == (None, "fused", 3, True)
+    for a, b in ((found[name], expected[name]) for name in ("mean", "x", "scale")):
+        assert_close(a, b, "out", rtol=1e-12)
+    for a, b in zip([found["c"][0], found["c"][1][0]], [expected["c"][0], expected["c"][1][0]]):
+        assert_close(a, b, "out", rtol=1e-12)
+
+
+def stored(path):
+    """The names of the weights in a file."""
+    import onnx
+
+    return {each.name for each in onnx.load(path).graph.initializer}
+
+
+@pytest.mark.parametrize(("made", "names"), [
+    (lambda y: y, ["output"]),
+    (lambda y: (y, [y * 2]), ["output_0", "output_1.0"]),
+    (lambda y: {"a": {"b": y}, "c": y + 1}, ["a.b", "c"]),
+], ids=["tensor", "tuple", "dict"])  # fmt: skip
+def test_names_of_results(made, names, tmp_path):
+    class Net(nn.Module):
+        def forward(self, x):
+            return made(x.exp())
+
+    convert.write(Net().eval(), None, ((torch.ones(4, 2),), {}), tmp_path / "net.onnx")
+    loaded = convert.load(tmp_path / "net.onnx")
+    assert loaded.outputs == names
+    x = torch.randn(6, 2)
+    torch.testing.assert_close(loaded(x), Net()(x))

@@ -645,7 +645,7 @@ def test_the_writer_that_maps_files_writes_what_torchs_own_does(tmp_path: Path) 
     (tmp_path / "file").write_bytes(bytes(range(256)) * 33)
     (tmp_path / "empty").write_bytes(b"")
     found = []
-    for writer in (PT2ArchiveWriter, aotinductor._MappingWriter):
+    for writer in (PT2ArchiveWriter, aotinductor.mapping_writer()):
         with writer(str(tmp_path / "out.pt2")) as opened:
             opened.write_file("data/file", str(tmp_path / "file"))
             opened.write_file("data/empty", str(tmp_path / "empty"))

@@ -11,10 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxfuse.errors import ConvertError
-from fxfuse.private.aotinductor import compile_package, load_package
+from fxfuse.private.aotinductor import compile_package, load_package, mapping_writer
 
 from .archives import check_zip
 from .program import Example, export, silent
@@ -23,10 +24,12 @@ _written: set[str] = set()  # by this process: what it compiled itself it may lo
 
 
 def write_aoti(model: nn.Module, example: Example, path: Path, *, static: bool) -> list[str]:
-    """Compile and write. Raises ``ConvertError`` where there is no compiler, or it fails."""
+    """Compile and write. Raises ``ConvertError`` where there is no compiler, torch lacks the writer, or it fails."""
     wanted = os.environ.get("CXX", "g++")
     if not (shutil.which(wanted) or shutil.which("clang++")):
         raise ConvertError(f"AOTInductor needs a C++ compiler, and {wanted} is not there: install one, or write a .pt2")
+    if mapping_writer() is None:
+        raise ConvertError(f"torch {torch.__version__} has no writer for packages of AOTInductor that fxfuse knows: write a .pt2")
     notes: list[str] = []
     program = export(model, example, static=static, notes=notes)
     with silent():

@@ -18,6 +18,7 @@ from fxfuse.errors import ConvertError
 from fxfuse.private.pytree import tree_flatten
 
 from .onnx_graph import copies_as_views
+from .onnx_results import name_results, with_constants, without_constants
 from .packages import need
 from .program import Example, export, silent
 from .structure import flattened, put_together, structure_of
@@ -34,13 +35,16 @@ def write_onnx(model: nn.Module, example: Example, path: Path, *, static: bool) 
         need(package, "writing .onnx")
     notes: list[str] = []
     program = copies_as_views(export(model, example, static=static, notes=notes))
+    signature = _signature(program)
+    signature["returned"] = without_constants(program)
     held = [value for value in (*program.state_dict.values(), *program.constants.values()) if isinstance(value, Tensor)]
     large = sum(value.numel() * value.element_size() for value in held) > _LARGE
     with silent():
         try:
             made = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=True)
             assert made is not None
-            made.model.metadata_props[_KEY] = json.dumps(_signature(program))
+            name_results(made.model, signature["out"], signature["returned"])
+            made.model.metadata_props[_KEY] = json.dumps(signature)
             made.save(path, external_data=large)
         except (OSError, MemoryError):
             raise
@@ -88,7 +92,9 @@ class OnnxModel:
         """What the model's forward takes and gives."""
         tensors = self._inputs(args, kwargs)
         given = {name: value.detach().cpu().contiguous().numpy() for name, value in zip(self.inputs, tensors, strict=True)}
-        results = [torch.from_numpy(value) for value in self.session.run(None, given)]
+        results: list[Any] = [torch.from_numpy(value) for value in self.session.run(None, given)]
+        if self.signature is not None and "returned" in self.signature:
+            results = with_constants(results, self.signature["returned"])
         if self.signature is None or self.signature["out"] is None:
             return results[0] if len(results) == 1 else tuple(results)
         return put_together(self.signature["out"], results)

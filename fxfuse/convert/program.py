@@ -22,7 +22,7 @@ from fxfuse.errors import ConvertError
 from fxfuse.private.pytree import tree_leaves
 from fxfuse.quiet import quiet
 
-from .containers import in_plain_tuples
+from .containers import in_plain_containers
 from .frozen import frozen
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -47,8 +47,8 @@ def export(model: nn.Module, example: Example, *, static: bool, notes: list[str]
             batched[id(leaf)] = leaf
     for leaf in batched.values():
         free[leaf] = {0: torch.export.Dim.DYNAMIC}
-    ready, named = frozen(model), set[str]()
-    ready.__dict__["forward"] = in_plain_tuples(ready.forward, named)
+    ready, changed = frozen(model), dict[str, str]()
+    ready.__dict__["forward"] = in_plain_containers(ready.forward, changed)
     with silent(), deterministic_state():
         shapes = free.dynamic_shapes(ready, args, kwargs) if batched else None  # type: ignore[no-untyped-call]
         try:
@@ -60,7 +60,7 @@ def export(model: nn.Module, example: Example, *, static: bool, notes: list[str]
             raise ConvertError(_sentence(error, static)) from error
     if notes is not None:
         notes += ["for this batch size only" if static else "for any batch size", f"of the {'train' if model.training else 'eval'} mode"]
-        notes += [f"{name} is returned as a plain tuple" for name in sorted(named)]
+        notes += [f"{name} is returned as a plain {kind}" for name, kind in sorted(changed.items())]
     return program
 
 

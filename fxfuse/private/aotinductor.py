@@ -6,26 +6,36 @@ Private by their names: ``torch._inductor.aot_compile`` and ``aoti_load_package`
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
 from typing import Any
 
 import torch
-from torch.export.pt2_archive._package import PT2ArchiveWriter
 
 
-class _MappingWriter(PT2ArchiveWriter):
-    """Maps the files that it copies into the archive; torch's own reads each whole, twice."""
+@functools.cache
+def mapping_writer() -> Any:
+    """The class of writers that map the files that they copy into the archive; torch's own reads each whole, twice.
 
-    def write_file(self, name: str, file_path: str) -> None:
-        """Copy a file into the archive."""
-        size = os.path.getsize(file_path)
-        if not size:
-            super().write_file(name, file_path)
-            return
-        mapped: Any = torch.UntypedStorage.from_file(file_path, False, size)
-        self.archive_file.write_record(name, mapped, size)
+    None in a torch that has no such writer, or keeps it elsewhere. (Imported here: all else of ``fxfuse.convert`` works there.)
+    """
+    try:
+        from torch.export.pt2_archive._package import PT2ArchiveWriter, _package_aoti_files  # noqa: F401  # both are needed
+    except ImportError:
+        return None
+
+    class MappingWriter(PT2ArchiveWriter):
+        def write_file(self, name: str, file_path: str) -> None:
+            size = os.path.getsize(file_path)
+            if not size:
+                super().write_file(name, file_path)
+                return
+            mapped: Any = torch.UntypedStorage.from_file(file_path, False, size)
+            self.archive_file.write_record(name, mapped, size)
+
+    return MappingWriter
 
 
 def compile_package(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
@@ -43,7 +53,7 @@ def compile_package(program: torch.export.ExportedProgram, path: str | os.PathLi
     files = aot_compile(graph, args, kwargs, options=options)
     del graph
     gc.collect()
-    with _MappingWriter(os.fspath(path)) as writer:
+    with mapping_writer()(os.fspath(path)) as writer:
         _package_aoti_files(writer, files)  # type: ignore[arg-type]
 
 
