@@ -10,6 +10,7 @@ from types import TracebackType
 from . import codes
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_OPTIONAL = ("click", "rich", "safetensors", "numpy", "onnx", "onnxscript", "onnxruntime")
 _MOST = 300  # characters of somebody else's message
 
 
@@ -74,6 +75,9 @@ def explained(error: BaseException) -> tuple[str, int]:
         return one_line(error), error.code
     if isinstance(error, MissingPackageError):
         return one_line(error), codes.PACKAGE
+    missing = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if missing in _OPTIONAL:  # asked for by another package, or by torch
+        return f"this needs {missing}, which is not installed: pip install 'fxfuse[convert]'", codes.PACKAGE
     if isinstance(error, (ConvertError, FxfuseError)):
         return one_line(error), codes.INPUT
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):

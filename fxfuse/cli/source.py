@@ -35,6 +35,8 @@ def load_source(text: str, args: str | None = None, *, seed: int = 0, allow_pick
     Linear(in_features=2, out_features=3, bias=True)
     """
     name, colon, attribute = text.rpartition(":")
+    if not text.strip():  # Path("") is the current folder
+        raise CommandError(f"SOURCE is empty: {FORMS}", codes.USAGE)
     if os.path.exists(text) or not colon or _is_drive(name):
         if args is not None:
             raise CommandError(f"--args is for a factory; {text} is a file: leave --args out", codes.USAGE)
