@@ -305,44 +305,6 @@ def test_weights_are_let_go_except_where_answers_are_views_of_them():
     assert torch.equal(model[1].weight, kept)
 
 
-def blocking(folder, *names):
-    """The environment of a process in which a finder refuses some packages, as an environment without them does."""
-    (folder / "sitecustomize.py").write_text(f"""
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Blocked())
-""")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.mark.parametrize(("missing", "words"), [
-    ("click", ["--help"]),
-    ("safetensors", ["convert", "cli_model:Net", *USUAL, "-o", "net.safetensors"]),
-    ("onnxscript", ["convert", "cli_model:Net", *USUAL, "-o", "net.onnx"]),
-    ("onnxruntime", ["verify", "cli_model:Net", "net.onnx", *USUAL[:4]]),
-], ids=["click", "safetensors", "onnxscript", "onnxruntime"])  # fmt: skip
-def test_a_package_that_a_finder_refuses_is_missing(place, tmp_path, missing, words):
-    (place / "net.onnx").write_bytes(b"")
-    (tmp_path / "site").mkdir()
-    command = [sys.executable, "-m", "fxfuse", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=blocking(tmp_path / "site", missing), check=False)
-    assert done.returncode == codes.PACKAGE, done
-    assert f"needs {missing}, which is not installed: pip install 'fxfuse[convert]'" in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not (place / "net.safetensors").exists()
-
-
-def test_without_rich_tables_are_plain_text(place, tmp_path):
-    (tmp_path / "site").mkdir()
-    command = [sys.executable, "-m", "fxfuse", "verify", "cli_model:Net", "cli_model:Net", *USUAL[:4]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=blocking(tmp_path / "site", "rich"), check=False)
-    assert done.returncode == codes.OK, done
-    assert "furthest apart" in done.stdout
-
-
 def test_sentences_about_files_and_names_are_whole(run, place):
     (place / "cut.pt").write_bytes(b"PK\x03\x04" + bytes(50))
     code, _, err = run("explain", "cli_model:Net", "--inputs", "cut.pt")

@@ -320,7 +320,8 @@ def test_a_file_that_may_not_be_opened_is_named_with_the_reason(tmp_path, monkey
 def test_a_torch_without_the_writer_of_aotinductor_is_a_sentence(tmp_path):
     """In a process of its own: fxfuse.convert is imported there, and all else works."""
     code = """
-import sys, types
+import sys
+import types
 name = "torch.export.pt2_archive._package"
 import torch.export.pt2_archive._package as real
 stub = types.ModuleType(name)  # as of a torch that keeps it elsewhere
@@ -337,6 +338,7 @@ except ConvertError as error:
     print(error)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(fxfuse.__file__).parents[1]), "CXX": sys.executable}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    words = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
     assert "has no writer for packages of AOTInductor" in done.stdout, done
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -126,7 +126,9 @@ class Mixed(nn.Module):
     def forward(self, x):
         found = torch.stack([net(x[:, i]) for i, net in enumerate(self.nets)], 1)
         mean = found.mean(1).exp()
-        return {"mean": mean.sum(1), "x": mean * self.scale, "c": (found, [found[:, 0], 3]), "none": None, "name": "fused", "scale": mean * 2, "rows": True}
+        parts = (found, [found[:, 0], 3])
+        values = {"none": None, "name": "fused", "rows": True}
+        return {"mean": mean.sum(1), "x": mean * self.scale, "c": parts, **values, "scale": mean * 2}
 
 
 def test_results_have_the_names_of_the_original_and_plain_values_come_back(tmp_path):
@@ -145,13 +147,6 @@ def test_results_have_the_names_of_the_original_and_plain_values_come_back(tmp_p
         assert_close(a, b, "out", rtol=1e-12)
     for a, b in zip([found["c"][0], found["c"][1][0]], [expected["c"][0], expected["c"][1][0]]):
         assert_close(a, b, "out", rtol=1e-12)
-
-
-def stored(path):
-    """The names of the weights in a file."""
-    import onnx
-
-    return {each.name for each in onnx.load(path).graph.initializer}
 
 
 @pytest.mark.parametrize(("made", "names"), [

@@ -52,7 +52,7 @@ def convert(screen: Screen, /, source: str, out: str, static: bool, **values: An
     asked, start = Asked.of(values), time.perf_counter()
     target = Path(out)
     check_out(target, owned="recipes.json")
-    need(f"writing {ending(target) or 'a folder'}", *PACKAGES.get(ending(target), ("safetensors",)))
+    need(f"writing {ending(target) or 'a folder'}", *PACKAGES.get(ending(target), ("safetensors", "numpy")))
     from .conversion import write
     from .fusing import nothing_fused
     from .prepare import prepare

@@ -129,7 +129,8 @@ def read_inputs(path: Path) -> Call:
     except Exception as error:
         if "eights only" in str(error) or "Unsupported" in str(error):
             raise CommandError(f"{path} holds more than tensors (pickled code is not run): save it with torch.save((x, y), path)") from None
-        raise CommandError(f"{path} cannot be read ({one_line(str(error).partition('. ')[0])}): write it with torch.save((x, y), path)") from None
+        reason = one_line(str(error).partition(". ")[0])
+        raise CommandError(f"{path} cannot be read ({reason}): write it with torch.save((x, y), path)") from None
     if isinstance(value, Tensor):
         return (value,), {}
     if isinstance(value, (list, tuple)):

@@ -65,7 +65,8 @@ def name_results(model: Any, structure: Any, returned: list[list[Any] | None]) -
     fixed = {value.name for value in graph.inputs} | set(graph.initializers)
     names = [f"output_{name}" if name in fixed else name for name in names]
     own = {id(value) for node in graph for value in node.outputs}  # one that is an input or a weight is named already
-    if len(names) != len(outputs) or len(set(names) | fixed) != len(names) + len(fixed) or len({id(value) for value in outputs}) != len(outputs):
+    twice = len({id(value) for value in outputs}) != len(outputs)
+    if twice or len(names) != len(outputs) or len(set(names) | fixed) != len(names) + len(fixed):
         return
     inner = [value for node in graph for value in node.outputs if not any(value is output for output in outputs)]
     used = {value.name for value in inner} | fixed | set(names)

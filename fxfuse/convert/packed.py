@@ -32,6 +32,7 @@ def write_packed(model: nn.Module, path: Path) -> dict[str, Any]:
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write tensors to a ``.safetensors``; those that are not dense in memory, or share it with others, as copies of their own."""
     library = need("safetensors.torch", "writing .safetensors")
+    need("numpy", "writing .safetensors")  # which the library does not ask for before it writes
     odd = next((name for name, value in tensors.items() if value.layout is not torch.strided or value.is_quantized or value.is_meta), None)
     if odd is not None:
         raise ConvertError(f"{odd} is sparse, quantized or on the meta device, which .safetensors cannot hold: write a .pt2")
