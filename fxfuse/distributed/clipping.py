@@ -59,7 +59,7 @@ def _norm(gradients: list[Any], power: float) -> Tensor:
     # One sum, or maximum, for each way in which gradients lie; processes come to them in the same order.
     keyed = [(_placed(gradient), gradient) for gradient in gradients]
     for placed in dict.fromkeys(key for key, _ in keyed):
-        local = [torch.linalg.vector_norm(_local(gradient), power).to(device) for key, gradient in keyed if key == placed]
+        local = [_norm_here(_local(gradient), power).to(device) for key, gradient in keyed if key == placed]
         part = torch.linalg.vector_norm(torch.stack([each.to(_widest(local)) for each in local]), power)
         for group in _groups(placed):
             part = part if math.isinf(power) else part**power
@@ -68,6 +68,14 @@ def _norm(gradients: list[Any], power: float) -> Tensor:
         parts.append(part)
     total: Tensor = torch.linalg.vector_norm(torch.stack([part.to(_widest(parts)) for part in parts]), power)
     return total
+
+
+def _norm_here(share: Tensor, power: float) -> Tensor:
+    """Of a share of a gradient; a process may have none of it, of which torch refuses the largest value."""
+    if not share.numel():
+        return torch.zeros((), dtype=share.abs().dtype, device=share.device)
+    norm: Tensor = torch.linalg.vector_norm(share, power)
+    return norm
 
 
 def _local(gradient: Any) -> Tensor:

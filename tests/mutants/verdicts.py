@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import checks
 import fxfuse
 from fxfuse import packing
+from fxfuse.fused import regions
 from fxfuse.passes.emit import Emitter
 from mutants.subjects import Subject
 
@@ -114,7 +115,7 @@ def _called(one: nn.Module, other: nn.Module, trial: tuple[Any, ...], kwargs: di
     except Exception:  # data that the original refuses shows nothing
         return ""
     try:
-        got = _run(other, trial, kwargs, lambda: packing.original_gradients(other))
+        got = _run(other, trial, kwargs, lambda: _gradients(other))
     except Exception as error:
         return f"{where}the fused model raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     for what in expected:
@@ -123,6 +124,11 @@ def _called(one: nn.Module, other: nn.Module, trial: tuple[Any, ...], kwargs: di
             return where + said
     said = _unequal("buffer", dict(fxfuse.original_state_dict(other)), dict(one.state_dict()))
     return where + said if said else ""
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    """By the original's names; of a model where nothing is fused without what finds lanes in packs, which may be what is wrong."""
+    return packing.original_gradients(model) if regions(model) else {n: p.grad for n, p in model.named_parameters()}
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: Callable[[], Any]) -> dict[str, dict[str, Any]]:
