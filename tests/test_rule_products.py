@@ -161,3 +161,18 @@ def test_complex_products() -> None:
             return torch.stack(outputs, 1)
 
     checks.assert_fused_equals(checks.randomized(Spectral()), checks.randn(5, 3, 6), batches=(1, 3), **checks.QUICK)
+
+
+class Triangles(nn.Module):
+    """Each lane decomposes a Parameter of its own, of which torch reads one triangle: its pack must not exchange rows and columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.ParameterList(nn.Parameter(checks.randn(4, 4, seed=i)) for i in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([torch.tanh(x * torch.linalg.eigvalsh(matrix).amax()) for matrix in self.matrices])
+
+
+def test_a_triangle_of_a_parameter() -> None:
+    checks.assert_fused_equals(Triangles().double(), checks.randn(5))
