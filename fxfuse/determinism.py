@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -63,11 +63,13 @@ def preserved_state(*models: torch.nn.Module) -> Iterator[None]:
         if numpy_random is not None and numpy_state is not None:
             numpy_random.set_state(numpy_state)
         torch.set_grad_enabled(grad)
-        for module, flag, entries in zip(modules, flags, buffers, strict=True):
+        for module, flag in zip(modules, flags, strict=True):
             if module.training is not flag:
                 module.training = flag
-            if entries or module._buffers:
-                _restore_buffers(module, entries)
+        with ExitStack() as every:  # each module's, whatever happens to another's
+            for module, entries in zip(modules, buffers, strict=True):
+                if entries or module._buffers:
+                    every.callback(_restore_buffers, module, entries)
 
 
 def foreign_random_state() -> tuple[Any, ...]:
