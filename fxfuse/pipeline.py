@@ -104,7 +104,8 @@ def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool
         try:
             # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
             # Recorded without autocast, whoever calls: a region makes programs for calls under it when the first of them comes.
-            with quiet(), deeper(model), torch.inference_mode(False), without_autocast(), paused():
+            # Random numbers are drawn on the way (rules are tried, candidates timed): the caller's come as if nothing had been drawn.
+            with quiet(), deeper(model), torch.inference_mode(False), without_autocast(), paused(), preserved_state():
                 return _Pipeline(model, entries, options, report, undo).run(inplace)
         finally:
             given.restore()  # a cache among the example inputs is as it was

@@ -92,3 +92,25 @@ class TwoLoopsOfThree(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([net(x[:, i]) for i, net in enumerate(self.nets)], 1)
+
+
+class Drawing(nn.Module):
+    """Recurrent lanes, whose rules are tried on random numbers, beside lanes with the wrong rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.GRU(2, 3, batch_first=True) for _ in range(3))
+        self.gates = nn.ModuleList(nn.Sequential(nn.Linear(2, 4), nn.Softmax(-1), nn.Dropout(0.5)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        states = torch.stack([torch.nn.functional.dropout(net(x)[0], 0.5, self.training) for net in self.nets])
+        return states, torch.stack([net(x[:, i]) for i, net in enumerate(self.gates)], 1)
+
+
+@pytest.mark.usefixtures("wrong_softmax")
+def test_undoing_draws_no_random_numbers_of_the_caller() -> None:
+    model, x = Drawing().double(), torch.randn(4, 3, 2, dtype=torch.float64)
+    before = torch.get_rng_state()
+    fused = fxfuse.optimize(model, x, objective="launches")
+    assert torch.equal(before, torch.get_rng_state())
+    assert [str(refusal).partition(":")[0] for refusal in fxfuse.report(fused).refused] == ["undone"]
