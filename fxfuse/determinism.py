@@ -175,8 +175,7 @@ class Derandomized(TorchDispatchMode):
         if special != _RANDOM:  # the names of arguments that hold a probability of dropping
             if not any(map(bound.get, special)):
                 return func(*args, **kwargs)
-            out = func(**{**bound, **dict.fromkeys(special, 0.0)})
-            self._count(out)
+            self.drawn += _masked(out := func(**{**bound, **dict.fromkeys(special, 0.0)}), bound)
             return out
         parts, out = self._fixed(func, name, bound, args, kwargs)
         if not parts:
@@ -233,6 +232,15 @@ def _bound(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     bound.update(zip((a.name for a in schema_of(func).arguments), args, strict=False))
     bound.update(kwargs)
     return bound
+
+
+def _masked(out: Any, bound: dict[str, Any]) -> int:
+    """The entries of the masks inside attention and cuDNN's recurrent nets: as many as where the same is spelled out with dropouts."""
+    if "query" in bound and "key" in bound:  # one for each weight
+        query, key = bound["query"], bound["key"]
+        return int(query.numel() // max(query.shape[-1], 1) * key.shape[-2])
+    first = next(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+    return int(first.numel() * max(bound.get("num_layers", 2) - 1, 0))  # between the layers
 
 
 def _dropout(func: Any, bound: dict[str, Any]) -> tuple[Tensor, Tensor]:

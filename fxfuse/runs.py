@@ -98,8 +98,8 @@ def run(
                     if now is not value:
                         leaves.update(named_leaves(now, f"attribute {path}.{name}" if path else f"attribute {name}"))
                 result.flags = {n: leaf.requires_grad for n, leaf in leaves.items() if isinstance(leaf, Tensor)}
-                # Copied before backward: a model may hand out a tensor that it goes on to write.
                 result.drawn = random.reaching(t for t in [*leaves.values(), *inputs.values(), *model.buffers()] if isinstance(t, Tensor))
+                # Copied before backward: a model may hand out a tensor that it goes on to write.
                 result.outputs = {n: _kept(leaf) if isinstance(leaf, Tensor) else leaf for n, leaf in leaves.items()}
             if gradients:
                 ends = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]

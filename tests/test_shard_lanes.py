@@ -39,28 +39,17 @@ def test_state(processes, tmp_path):
         worker.assert_same(dict(fxfuse.original_state_dict(model)), dict(expected), kind)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_what_fails_on_one_process_changes_nothing_on_any(processes, tmp_path):
-    torchrun(processes, "failing", tmp_path, "lanes_worker.py")
+PHASES = {
+    "failing": "what fails on one process changes nothing on any", "adopting": "the plan of the first process",
+    "afterwards": "what users do afterwards", "uneven": "lanes without equal shares",
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_the_plan_of_the_first_process(processes, tmp_path):
-    torchrun(processes, "adopting", tmp_path, "lanes_worker.py")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_what_users_do_afterwards(processes, tmp_path):
-    torchrun(processes, "afterwards", tmp_path, "lanes_worker.py")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_lanes_without_equal_shares(processes, tmp_path):
-    torchrun(processes, "uneven", tmp_path, "lanes_worker.py")
+@pytest.mark.parametrize("phase", PHASES, ids=lambda phase: PHASES[phase].replace(" ", "_"))
+def test_on_several_processes(phase, processes, tmp_path):
+    torchrun(processes, phase, tmp_path, "lanes_worker.py")
 
 
 @pytest.mark.slow
