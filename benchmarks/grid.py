@@ -1,7 +1,7 @@
 """Every peer over a grid of loops: lanes x width x batch, six families, shared and own inputs, concatenated and summed.
 
     python benchmarks/grid.py [--whole | --sample N] [--minutes M] [--out FOLDER] [--seconds S] [--compile]
-                              [--device cuda] [--lanes N] [--only mlp]
+                              [--device cuda] [--only mlp] [--lanes N] [--widths N] [--batches N]
 
 Three measures of each case: inference, forward + backward, a whole training step with Adam. All peers run in turn in one process, in
 changing order; figures are medians, and what counts are their ratios. Where the fused model reads slower than the loop it is timed twice
@@ -116,6 +116,8 @@ def chosen(options: argparse.Namespace) -> list[Case]:
     found = cases() if options.whole else short() if options.sample is None else sample(options.sample)
     if options.lanes:
         found = [case for case in found if case.lanes in options.lanes]
+    found = [case for case in found if not options.widths or case.width in options.widths]
+    found = [case for case in found if not options.batches or case.batch in options.batches]
     return [case for case in found if not options.only or case.family in options.only]
 
 
@@ -130,6 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lanes", type=int, nargs="+", help="these alone")
+    parser.add_argument("--widths", type=int, nargs="+", help="these alone")
+    parser.add_argument("--batches", type=int, nargs="+", help="these alone")
     parser.add_argument("--only", nargs="+", choices=FAMILIES, help="these families alone")
     parser.add_argument("--out", type=Path, default=Path(".bench"))
     parser.add_argument("--report", action="store_true", help="measure nothing")

@@ -82,7 +82,9 @@ def _tile(places: list[Tensor], packed: Tensor) -> bool:
 
 
 def _sum(tensor: Tensor) -> int:
-    return int(tensor.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
+    """Of all bytes; a part at a time, since adding them up makes each a number of eight."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return sum(int(data[start : start + (1 << 20)].sum(dtype=torch.int64)) for start in range(0, data.numel(), 1 << 20))
 
 
 def twin(model: M) -> M:

@@ -24,12 +24,11 @@ from .estimate import Estimator
 from .fingerprint import fingerprint
 from .graph import Refusal
 from .launches import Launches, count
-from .memory import peak_bytes
 from .options import Options
 from .passes.chunk import CHUNK_BYTES, fitting_chunks, widest
 from .passes.packs import Packs
 from .passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
-from .private.profiler import is_profiling
+from .plan_memory import as_usual, within_limit
 from .private.pytree import tree_flatten
 from .progress import Progress
 from .timing import medians, ratio
@@ -99,8 +98,10 @@ class Planner:
         if known is not None:
             return known
         choice = self._searched()
+        if self.options.max_memory is not None and choice.refusal is None:
+            choice = within_limit(self, choice, self.options.max_memory)
         if self.options.tune and choice.refusal is None:
-            self._measure_memory(choice)
+            choice = as_usual(self, choice)
         if self.key is not None and (choice.tried or choice.seconds is not None):
             plan_cache.store(self.key, to_data(choice))
         return choice
@@ -122,7 +123,7 @@ class Planner:
             self.prepared = before
             return None
         choice.cached = True
-        choice.refusal = None if reason is None else self._refusal(reason)
+        choice.refusal = None if reason is None else self.refusal(reason)
         return choice
 
     def _searched(self) -> Choice:
@@ -130,12 +131,6 @@ class Planner:
             self.train = False  # a model that can only be run forward is timed so
             for bench in self.benches:
                 bench.train = False
-        choice = self._planned()
-        if self.options.max_memory is not None and choice.refusal is None:
-            choice = self._within_memory(choice)
-        return choice
-
-    def _planned(self) -> Choice:
         base = self.emit({})
         forms = self._forms() if base is None or self.options.tune else [self.prepared]
         if self.options.objective == "time" and self.options.tune:
@@ -149,7 +144,7 @@ class Planner:
                 launches = self.options.objective == "launches" and not self.options.large
                 found.append((self._fewest_launches(base) if launches else self._start(base), self.left))
         if not found:
-            return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
+            return Choice(None, {}, refusal=self.refusal("nothing is left to fuse"))
         best, self.left = min(found, key=lambda form: _rank(form[0]))
         self.prepared = self.prepared.with_widths(best.together)
         return best
@@ -180,7 +175,7 @@ class Planner:
     def _first(self, base: Vectorized) -> dict[Any, str]:
         return {key: self.prefer if self.prefer in options else options[0] for key, options in base.choices.items()}
 
-    def _refusal(self, reason: str) -> Refusal:
+    def refusal(self, reason: str) -> Refusal:
         return Refusal(reason, self.prepared.lifted.place, self.prepared.lifted.frame.path)
 
     def _others(self, choice: Choice) -> Iterator[Choice]:
@@ -240,10 +235,10 @@ class Planner:
             what = f"left as a loop: the writes around the lanes launch {more} ops more, to save {saved} that carry parameters"
             if saved <= 0:
                 what = f"left as a loop: packed launches {least.total} ops, the loop {loop.total}"
-            choice.refusal = self._refusal(what)
+            choice.refusal = self.refusal(what)
         if choice.refusal is None and least.total >= loop.total and least.heavy >= loop.heavy:
             said = f"left as a loop: packed launches {least.total} ops, the loop {loop.total}"
-            choice.refusal = self.left.pop() if self.left else self._refusal(said)
+            choice.refusal = self.left.pop() if self.left else self.refusal(said)
         return choice
 
     def _without_dear_ones(self, choice: Choice, loop: Launches, least: Launches) -> Launches:
@@ -257,7 +252,7 @@ class Planner:
             if more <= max(saved, 0):
                 continue
             what = f"left as a loop: packed launches {more} ops more, to save {saved} that carry parameters"
-            refusal = replace(self._refusal(what), place=place)
+            refusal = replace(self.refusal(what), place=place)
             choice.skipped, least = skipped, counted
             if made is None:
                 choice.refusal = refusal
@@ -288,13 +283,13 @@ class Planner:
             if best is None or seconds < best[0]:
                 best = (seconds, choice)
         if best is None:
-            return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
+            return Choice(None, {}, refusal=self.refusal("nothing is left to fuse"))
         seconds, choice = best
         self.prepared = self.prepared.with_widths(choice.together)
         loop = self._estimator().loop(self.prepared)
         if seconds * LEAST_ESTIMATED_GAIN > loop and not self.options.large:  # large weights are timed once they have moved
             said = f"left as a loop: packed is estimated at {loop / seconds:.2f}x, from its shapes ({self._timed_what()})"
-            choice.refusal = self._refusal(f"{said}; tune=True measures it")
+            choice.refusal = self.refusal(f"{said}; tune=True measures it")
         return choice
 
     def _estimated(self, choice: Choice) -> float:
@@ -318,18 +313,18 @@ class Planner:
                 continue
             choice = self._start(base)
             if self.prepared.single and not base.choices:
-                choice.refusal = self._refusal("a layer with one spelling")
+                choice.refusal = self.refusal("a layer with one spelling")
                 return choice
             best = (choice, self._descended(choice)) if best is None else self._better(best, choice)
         if best is None:
-            return Choice(None, {}, refusal=self._refusal("nothing is left to fuse"))
+            return Choice(None, {}, refusal=self.refusal("nothing is left to fuse"))
         self.prepared = self.prepared.with_widths(best[0].together)
-        return self._decide(*best)
+        return self.decide(best[0])
 
     def _better(self, best: tuple[Choice, Steps], other: Choice) -> tuple[Choice, Steps]:
         """The best form so far or the other one, whose lowerings are searched only where it is not far behind."""
         choice, steps = best
-        others = self._steps(other)
+        others = self.steps(other)
         slower, seconds = self._compare(steps, others)
         if slower < FAR_BEHIND:
             others = self._descended(other)
@@ -342,7 +337,7 @@ class Planner:
 
     def _descended(self, choice: Choice) -> Steps:
         """Change ``choice`` for the better as long as that is faster; what is timed of it."""
-        steps = self._steps(choice)
+        steps = self.steps(choice)
         close: list[tuple[Choice, Steps]] = []
         self.progress.expect(self._how_many(choice))
         least = self._estimated(choice)
@@ -354,7 +349,7 @@ class Planner:
                 self.progress.step("")
                 continue
             least = min(least, estimated)
-            others = self._steps(other)
+            others = self.steps(other)
             slower, seconds = self._compare(steps, others)
             choice.tried.append((in_words(other.lowering, other.chunks), seconds))
             self.progress.step(choice.tried[-1][0])
@@ -376,7 +371,7 @@ class Planner:
         choice.vectorized, choice.lowering, choice.chunks = best.vectorized, best.lowering, best.chunks
         return winner
 
-    def _steps(self, choice: Choice) -> Steps:
+    def steps(self, choice: Choice) -> Steps:
         assert choice.vectorized is not None
         return [bench.step(choice.vectorized) for bench in self.benches]
 
@@ -385,9 +380,10 @@ class Planner:
         pairs = [ratio(a, b, budget=0.25) for a, b in zip(steps, others, strict=True)]
         return math.exp(sum(math.log(slower) for slower, _ in pairs) / len(pairs)), pairs[0][1]
 
-    def _decide(self, choice: Choice, steps: list[Callable[[], object]]) -> Choice:
+    def decide(self, choice: Choice) -> Choice:
+        """The choice with its seconds next to the loop's; refused where the loop is as fast in any case that is timed."""
         single = self.prepared.single
-        for bench, step in zip(self.benches, steps, strict=True):
+        for bench, step in zip(self.benches, self.steps(choice), strict=True):
             loop, fused = medians([bench.loop(), step], budget=0.5)
             if single:
                 fused += GUARD_SECONDS + 0.03 * loop
@@ -395,43 +391,11 @@ class Planner:
             if fused * LEAST_GAIN > loop and choice.refusal is None:
                 batch = f" at batch {bench.batch}" if bench.batch is not None else ""
                 said = f"left as a loop: packed runs {loop / fused:.2f}x{batch} on {bench.device} ({self._timed_what()})"
-                choice.refusal = self._refusal(said)
+                choice.refusal = self.refusal(said)
         assert choice.vectorized is not None
         if single and choice.lowering == self._first(choice.vectorized):
-            choice.refusal = self._refusal("no other spelling of the layer is faster")
+            choice.refusal = self.refusal("no other spelling of the layer is faster")
         return choice
-
-    # -- memory -------------------------------------------------------------------------------------------------------------------
-
-    def _within_memory(self, choice: Choice) -> Choice:
-        """The choice, in as many more chunks as ``max_memory`` asks for; refused where no number of them is enough."""
-        assert self.options.max_memory is not None
-        _, lanes = widest(self.prepared.bundles)
-        least = used = self._peak(choice)
-        while used > self.options.max_memory:
-            more = min(choice.chunks * 2, lanes)
-            made = self.emit(choice.lowering, more, choice.skipped) if more > choice.chunks else None
-            if made is None:
-                said = f"packed needs {least} bytes at its peak, in any number of chunks; max_memory allows {self.options.max_memory}"
-                choice.refusal = self._refusal(f"left as a loop: {said}")
-                return choice
-            choice.vectorized, choice.chunks = made, more
-            used = self._peak(choice)
-            least = min(used, least)
-        if choice.seconds is not None and choice.chunks > 1 and not self.prepared.single:
-            choice.seconds = None
-            return self._decide(choice, self._steps(choice))
-        return choice
-
-    def _peak(self, choice: Choice) -> int:
-        with preserved_state(self.region):
-            return max(peak_bytes(step) for step in self._steps(choice))
-
-    def _measure_memory(self, choice: Choice) -> None:
-        """Peak bytes of the loop and of the chosen form, in the mode that was asked for."""
-        if choice.vectorized is not None and not is_profiling():  # PyTorch runs one profiler at a time: here it is the user's
-            with preserved_state(self.region):
-                choice.peak = (peak_bytes(self.benches[0].loop()), peak_bytes(self.benches[0].step(choice.vectorized)))
 
 
 def _preferred(options: Options) -> str:

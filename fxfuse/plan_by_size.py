@@ -68,7 +68,7 @@ class PlannerBySize(Planner):
         common = super()._fastest(forms)
         self.benches, common.refusal = every, None
         if common.vectorized is None:
-            return replace(common, refusal=self._refusal("nothing is left to fuse"))
+            return replace(common, refusal=self.refusal("nothing is left to fuse"))
         loop = the_loop(self.prepared, common.vectorized.packs, self.prefer)
         for point in points:
             self._settle(point, common, loop, search=point is not middle)
@@ -83,7 +83,7 @@ class PlannerBySize(Planner):
 
     def _left(self, choice: Choice, point: _Point) -> Choice:
         at = f"at size {point.size} on {self.benches[0].device} ({self._timed_what()})"
-        choice.refusal = self._refusal(f"left as a loop: packed runs {point.written / point.packed:.2f}x {at}")
+        choice.refusal = self.refusal(f"left as a loop: packed runs {point.written / point.packed:.2f}x {at}")
         choice.seconds = (point.written, point.packed)
         return choice
 
@@ -110,7 +110,7 @@ class PlannerBySize(Planner):
         here = copy.copy(self)
         here.benches, here.packs = [self.benches[case] for case in point.cases], common.vectorized.packs
         here.larger, here.far = here.times_larger(), set(self.far)
-        options = [[bench.loop() for bench in here.benches], here._steps(common)]
+        options = [[bench.loop() for bench in here.benches], here.steps(common)]
         own = here._start_of(common) if search else common
         if search:
             options.append(here._descended(own))

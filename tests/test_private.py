@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tokenize
+import tracemalloc
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from fxfuse.private import (
     parse_to,
     profiler,
     pt2_archives,
+    pt2_writer,
     pytree,
     recurrent,
     schemas,
@@ -636,6 +638,30 @@ def test_aotinductor() -> None:
     assert callable(torch._inductor.aoti_load_package)
     with pytest.raises(Exception, match="zip archive"):
         aotinductor.load_package("none.pt2")
+
+
+def test_weights_of_a_pt2_are_written_from_where_they_lie(tmp_path: Path) -> None:
+    """The same records as torch writes; no ``bytes`` of a weight's size is made, which ``tracemalloc`` would see."""
+    layer = nn.Linear(512, 256)
+    layer.register_buffer("empty", torch.zeros(0, 4))
+    program = torch.export.export(layer, (torch.randn(2, 512),))
+    torch.export.save(program, tmp_path / "torch.pt2")
+    with pt2_writer.written_in_place() as known:
+        assert known
+        tracemalloc.start()
+        torch.export.save(program, tmp_path / "own.pt2")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < layer.weight.nbytes
+    one, other = (pt2_archives.Records(tmp_path / f"{name}.pt2") for name in ("torch", "own"))
+    assert one.names == other.names
+    weights = [name for name in one.names if name.startswith(pt2_archives.WEIGHTS)]
+    assert len(weights) == 4  # three tensors, and the config
+    assert all(one.read(name) == other.read(name) for name in weights)
+    tracemalloc.start()
+    torch.export.save(program, tmp_path / "again.pt2")
+    assert tracemalloc.get_traced_memory()[1] > layer.weight.nbytes  # what torch does by itself, and does again afterwards
+    tracemalloc.stop()
 
 
 def test_the_writer_that_maps_files_writes_what_torchs_own_does(tmp_path: Path) -> None:

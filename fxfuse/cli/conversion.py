@@ -7,7 +7,6 @@ again and gives the same answers; then it becomes OUT.
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from fxfuse import convert as files
 from fxfuse import inputs as fresh
 from fxfuse.convert import Written
 from fxfuse.convert.manifest import original_of
-from fxfuse.convert.packed import read_manifest, read_tensors
+from fxfuse.convert.packed import TensorFile, read_manifest
 from fxfuse.determinism import same_bits
 from fxfuse.lane import by_original_name
 from fxfuse.large import LARGE, weight_bytes
@@ -27,6 +26,7 @@ from . import codes
 from .compare import Expected, compare, expected, fresh_calls
 from .exported import Exported
 from .failure import CommandError
+from .freed import give_back_memory
 from .fusing import fuse
 from .options import Asked
 from .output import check_room, replacing
@@ -51,16 +51,18 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
     fused = fuse(subject, asked, inplace=large)
     set_mode(fused, asked.mode == "train")
     report = fxfuse.report(fused)
+    if large:
+        give_back_memory()
     with replacing(out) as temporary:
         written = files.write(fused, None, call, temporary, static=static, progress=stage)
         stage("loading it again")
         if written.kind == "safetensors":
-            return written, report, _same_weights(temporary, fused if large else subject.model)
-        if large and written.kind == "aoti":
+            return written, report, _same_weights(temporary, fused, fused if large else subject.model)
+        if large and written.kind in ("aoti", "onnx"):
             _let_go(fused, wanted)
         subject.model = fused = nn.Module()  # what was written shall stand alone, and a large model is not there twice
         if large:
-            gc.collect()  # modules and what watches them refer to each other
+            give_back_memory()
         again = files.load(temporary, allow_pickle=written.kind == "aoti")  # ours, of this moment
         stage("comparing")
         result = compare(wanted, again, seed=asked.seed)
@@ -74,7 +76,7 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
 
 
 def _let_go(model: nn.Module, wanted: list[Expected]) -> None:
-    """Free the weights' memory under whoever holds them: torch's compiler keeps what it compiled. ``wanted`` may hold views of them."""
+    """Free the weights' memory under whoever holds them, as torch's compiler and its ONNX exporter do. ``wanted`` may be views of them."""
     kept = {leaf.untyped_storage().data_ptr() for each in wanted for leaf in each.answers.values() if isinstance(leaf, torch.Tensor)}
     for parameter in model.parameters():
         storage = parameter.untyped_storage()
@@ -82,12 +84,27 @@ def _let_go(model: nn.Module, wanted: list[Expected]) -> None:
             storage.resize_(0)
 
 
-def _same_weights(path: Path, model: nn.Module) -> str:
-    """Packed weights hold no program to run: they are compared bit for bit, as the original's checkpoint."""
-    found = original_of(read_manifest(path), read_tensors(path))
-    with by_original_name():  # views of the packs: a large model is not there twice
-        own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    lost = [name for name, tensor in own.items() if name not in found or not same_bits(found[name], tensor.cpu())]
-    if lost or found.keys() - own.keys():
-        raise CommandError(f"{path.name} was not written: read again, {lost or sorted(found.keys() - own.keys())} differ", codes.DIFFERENT)
-    return f"equal: {len(own)} tensors of the checkpoint, bit for bit"
+def _same_weights(path: Path, fused: nn.Module, original: nn.Module) -> str:
+    """Packed weights hold no program to run: bit for bit, the file holds the packs, and these by its recipes the original's checkpoint.
+
+    The file is read in parts, and lanes are views of the packs: nothing is in memory twice.
+    """
+    packs = fused.state_dict()
+    manifest = read_manifest(path)
+    rows = {name: len(pack) if pack.ndim else 1 for name, pack in packs.items() if name not in manifest["same"]}
+    wrong: list[str] = []
+    for name, start, part in TensorFile(path).parts():
+        pack = packs.get(name)
+        own = pack[start : start + len(part)] if pack is not None and part.ndim else pack
+        if own is None or not same_bits(part, own.cpu()):
+            wrong.append(name)
+        else:
+            rows[name] -= len(part) if part.ndim else 1
+    with by_original_name():
+        wanted = {name: tensor for name, tensor in original.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    found = original_of(manifest, packs)
+    wrong += [name for name, tensor in wanted.items() if name not in found or not same_bits(found[name], tensor)]
+    wrong += [*(name for name, missing in rows.items() if missing), *sorted(found.keys() - wanted.keys())]
+    if wrong:
+        raise CommandError(f"{path.name} was not written: read again, {', '.join(dict.fromkeys(wrong))} differ", codes.DIFFERENT)
+    return f"equal: {len(wanted)} tensors of the checkpoint, bit for bit"

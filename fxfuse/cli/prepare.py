@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,6 +22,7 @@ from .failure import CommandError, said
 from .options import Asked
 from .source import load_source
 from .specs import DTYPES, Call, make_inputs
+from .weights import load_weights
 
 T = TypeVar("T")
 
@@ -88,48 +88,6 @@ def placed(call: Call, asked: Asked, device: torch.device) -> Call:
     """The arguments on the device and, where asked for, in the dtype."""
     call = cast(Call, tree_map_only(Tensor, lambda t: t.to(device), call))
     return to_dtype(call, DTYPES[asked.dtype]) if asked.dtype else call
-
-
-def load_weights(model: nn.Module, path: str, allow_pickle: bool) -> None:
-    """Load a checkpoint into the model; every key must fit. Raises ``CommandError``."""
-    from fxfuse import convert
-
-    state = convert.read_weights(Path(path), allow_pickle=allow_pickle)
-    own = model.state_dict()
-    misfits = _misfits(own, state)
-    if misfits:
-        raise CommandError(f"{path} does not fit the model: {misfits}")
-    try:
-        # Not copied over: a checkpoint of the size of memory would be there twice. Cast first: the model decides what it computes in.
-        model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, assign=True)
-    except Exception as error:
-        raise CommandError(f"{path} cannot be loaded into the model: {said(error)}") from None
-
-
-def _misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    """Which keys and shapes are others than the model's, in a few words."""
-    missing = [name for name in own if name not in state]
-    unknown = [name for name in state if name not in own]
-    shapes = [
-        f"{name} is {list(state[name].shape)}, the model has {list(own[name].shape)}"
-        for name in own
-        if name in state and isinstance(own[name], Tensor) and own[name].shape != state[name].shape
-    ]
-    parts = []
-    if missing:
-        parts.append(f"it lacks {_few(missing)}")
-    if unknown:
-        parts.append(f"it has {_few(unknown)}, unknown to the model")
-    if shapes:
-        parts.append(_few(shapes))
-    prefixes = {name.split(".")[0] for name in unknown}
-    if missing and len(unknown) == len(state) and len(prefixes) == 1 and {n.partition(".")[2] for n in unknown} & set(missing):
-        parts.append(f"its names begin with {prefixes.pop()}.: save the state dict of the inner model")
-    return "; ".join(parts)
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def answer(model: Callable[..., Any], call: Call, source: str) -> Any:

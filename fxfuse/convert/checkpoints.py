@@ -46,7 +46,13 @@ def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
     if path.suffix.lower() == ".safetensors":
         save_tensors(tensors, path, {"format": "pt"})
     else:
-        torch.save({name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}, path)
+        torch.save({name: _dense(value) for name, value in tensors.items()}, path)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """In memory of its own size: of a view torch would save all that it is a view of."""
+    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _load(path: Path, allow_pickle: bool) -> Any:

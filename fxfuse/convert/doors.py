@@ -5,6 +5,7 @@ Comes in: a fused model, an example call, a path. Goes out: what was written; wh
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,9 @@ from torch import nn
 
 from fxfuse.errors import ConvertError
 
-from .aoti import load_aoti, write_aoti
-from .folder import load_folder, write_folder
 from .kinds import Written, kind_of, size_of
-from .onnx import load_onnx, write_onnx
 from .packed import write_packed
 from .program import Example
-from .pt2 import load_pt2, write_pt2
 
 
 def write(
@@ -48,16 +45,10 @@ def write(
     path, kind = Path(out), kind_of(Path(out))
     (progress or _silent)({"aoti": "compiling", "safetensors": "writing"}.get(kind, "exporting"))
     notes: list[str] = []
-    if kind == "pt2":
-        notes = write_pt2(fused, example, path, static=static)
-    elif kind == "aoti":
-        notes = write_aoti(fused, example, path, static=static)
-    elif kind == "onnx":
-        notes = write_onnx(fused, example, path, static=static)
-    elif kind == "safetensors":
+    if kind == "safetensors":
         write_packed(fused, path)
     else:
-        notes = write_folder(fused, example, path, static=static)
+        notes = _door(kind, "write")(fused, example, path, static=static)
     return Written(path, kind, size_of(path), notes)
 
 
@@ -77,11 +68,15 @@ def load(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Any:
     if kind == "safetensors":
         raise ConvertError(f"{path} holds weights and no program: fxfuse restore writes them as the original's checkpoint, for --weights")
     try:
-        if kind == "onnx":
-            return load_onnx(path)
-        return {"pt2": load_pt2, "aoti": load_aoti, "folder": load_folder}[kind](path, allow_pickle=allow_pickle)
+        return _door("onnx", "load")(path) if kind == "onnx" else _door(kind, "load")(path, allow_pickle=allow_pickle)
     except OSError as error:
         raise ConvertError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _door(kind: str, what: str) -> Callable[..., Any]:
+    """``write_pt2`` and its like. Imported now: torch's exporters, and the compiler that they bring, take 80 MB and a second."""
+    found: Callable[..., Any] = getattr(importlib.import_module(f".{kind}", __package__), f"{what}_{kind}")
+    return found
 
 
 def _silent(step: str) -> None:

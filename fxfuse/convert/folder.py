@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from fxfuse.errors import ConvertError
 from fxfuse.store import get_report
 
-from .checkpoints import original_weights, read_weights, write_weights
-from .manifest import complete, original_of
-from .packed import read_manifest, write_packed
+from .checkpoints import original_weights, write_weights
+from .manifest import original_of, stored_as
+from .packed import TensorFile, read_manifest, write_packed
 from .program import Example
-from .pt2 import load_pt2, write_pt2
 
 MODEL, WEIGHTS, RECIPES = "model.pt2", "weights.safetensors", "recipes.json"
 
 
 def write_folder(model: nn.Module, example: Example, path: Path, *, static: bool) -> list[str]:
     """Write all files; what to say of them comes back."""
+    from .pt2 import write_pt2  # here: ``restore`` needs none of torch's exporters
+
     path.mkdir(exist_ok=True)
     notes = write_pt2(model, example, path / MODEL, static=static)
     manifest = write_packed(model, path / WEIGHTS)
@@ -39,18 +40,27 @@ def write_folder(model: nn.Module, example: Example, path: Path, *, static: bool
 
 def load_folder(path: Path, *, allow_pickle: bool = False) -> nn.Module:
     """The program of a folder, with the weights that lie beside it."""
+    from .pt2 import load_pt2
+
     if not (path / MODEL).is_file():
         raise ConvertError(f"{path} is no folder that fxfuse wrote: it has no {MODEL}")
     module = load_pt2(path / MODEL, allow_pickle=allow_pickle)
     if (path / WEIGHTS).is_file():
-        tensors = complete(_manifest(path), read_weights(path / WEIGHTS))
-        own = module.state_dict()
-        odd = next((name for name in own if name not in tensors or tensors[name].shape != own[name].shape), None)
-        if odd is not None:
-            raise ConvertError(f"{path / WEIGHTS} does not fit {MODEL}: {odd} is missing or of another shape")
-        for name, value in own.items():
-            value.copy_(tensors[name])
+        _copy_into(module.state_dict(), TensorFile(path / WEIGHTS), path)
     return module
+
+
+def _copy_into(own: dict[str, Tensor], weights: TensorFile, path: Path) -> None:
+    manifest = _manifest(path)
+    names: dict[str, list[str]] = {}
+    for name, value in own.items():
+        stored = stored_as(manifest, name, weights)
+        if weights.shapes.get(stored) != tuple(value.shape):
+            raise ConvertError(f"{path / WEIGHTS} does not fit {MODEL}: {name} is missing or of another shape")
+        names.setdefault(stored, []).append(name)
+    for stored, start, part in weights.parts():
+        for name in names.get(stored, ()):
+            (own[name][start : start + len(part)] if part.ndim else own[name]).copy_(part)
 
 
 def restore(folder: str | Path, out: str | Path) -> None:
@@ -77,7 +87,7 @@ def _original(folder: Path, weights: Path) -> dict[str, Tensor]:
     manifest = _manifest(folder)
     if manifest is None:
         raise ConvertError(f"{folder} holds no recipes: give a folder or a .safetensors that fxfuse wrote")
-    return original_of(manifest, read_weights(weights))
+    return original_of(manifest, TensorFile(weights), copied=True)
 
 
 def _manifest(folder: Path) -> Any:

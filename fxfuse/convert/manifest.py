@@ -6,9 +6,10 @@ bit for bit (``original_of``). Per name of the original, in its order: a tensor 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxfuse.errors import ConvertError, FxfuseError
@@ -55,41 +56,60 @@ def manifest_of(model: nn.Module) -> dict[str, Any]:
     return {"fxfuse": VERSION, "model": type(model).__name__, "recipes": recipes, "original": names, "same": _aliases(saved)}
 
 
-def original_of(manifest: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original's checkpoint: views of ``tensors`` by the original's names, in order. ``ConvertError`` where they do not fit."""
+def original_of(manifest: Any, tensors: Mapping[str, Tensor], *, copied: bool = False) -> dict[str, Tensor]:
+    """The original's checkpoint: views of ``tensors`` by the original's names, in order. ``ConvertError`` where they do not fit.
+
+    Each of ``tensors`` is asked for once and, with ``copied``, let go of before the next: what comes back are dense copies.
+    """
     if not isinstance(manifest, dict) or manifest.get("fxfuse") != VERSION:
         raise ConvertError(f"there are no recipes that this version of fxfuse knows (it writes version {VERSION})")
     try:
         recipes = {name: recipe_from_data(data) for name, data in manifest["recipes"].items()}
-        return dict(_unpacked(manifest["original"], recipes, complete(manifest, tensors)))
+        found = dict(_unpacked(manifest, recipes, tensors, copied))
+        return {name: found[name] for name in manifest["original"]}
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, FxfuseError) as error:
         if isinstance(error, ConvertError):
             raise
         raise ConvertError(f"the recipes are corrupt ({error}): write the folder again") from error
 
 
-def complete(manifest: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with those that were stored once under several names."""
+def stored_as(manifest: Any, name: str, tensors: Container[str]) -> str:
+    """The name under which a tensor of the fused model is in a file, which holds once what has several names."""
     same = manifest.get("same", {}) if isinstance(manifest, dict) else {}
-    found = dict(tensors)
-    found.update((name, tensors[first]) for name, first in same.items() if first in tensors and name not in tensors)
-    return found
+    return name if name in tensors else str(same.get(name, name))
 
 
-def _unpacked(names: Any, recipes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    for name, (source, *lane) in names.items():
-        if source not in tensors:
-            raise ConvertError(f"the weights lack {source}, which holds {name} of the original")
-        tensor = tensors[source]
-        if not lane:
-            yield name, tensor
-            continue
-        recipe = recipes[source]
-        if tuple(tensor.shape) != packed_shape(recipe):
-            raise ConvertError(f"{source} has shape {tuple(tensor.shape)}, its recipe says {packed_shape(recipe)}")
-        if type(lane[0]) is not int or not 0 <= lane[0] < len(recipe.members):
-            raise ConvertError(f"the recipes are corrupt: {source} has no lane {lane[0]}")
-        yield name, lane_view(recipe, tensor, lane[0])
+def _unpacked(
+    manifest: Mapping[str, Any], recipes: Mapping[str, Any], tensors: Mapping[str, Tensor], copied: bool
+) -> Iterator[tuple[str, Tensor]]:
+    members: dict[str, list[tuple[str, str, list[Any]]]] = {}
+    for name, (source, *lane) in manifest["original"].items():
+        members.setdefault(stored_as(manifest, source, tensors), []).append((name, source, lane))
+    for stored, each in members.items():
+        if stored not in tensors:
+            raise ConvertError(f"the weights lack {each[0][1]}, which holds {each[0][0]} of the original")
+        tensor = tensors[stored]
+        copies: dict[Any, Tensor] = {}  # a tied tensor is one again
+        for name, source, lane in each:
+            view = _lane(source, lane, recipes, tensor)
+            if copied:
+                key = tuple(lane)
+                if key not in copies:
+                    copies[key] = view.clone(memory_format=torch.contiguous_format)
+                view = copies[key]
+            yield name, view
+        del tensor, view
+
+
+def _lane(source: str, lane: list[Any], recipes: Mapping[str, Any], tensor: Tensor) -> Tensor:
+    if not lane:
+        return tensor
+    recipe = recipes[source]
+    if tuple(tensor.shape) != packed_shape(recipe):
+        raise ConvertError(f"{source} has shape {tuple(tensor.shape)}, its recipe says {packed_shape(recipe)}")
+    if type(lane[0]) is not int or not 0 <= lane[0] < len(recipe.members):
+        raise ConvertError(f"the recipes are corrupt: {source} has no lane {lane[0]}")
+    return lane_view(recipe, tensor, lane[0])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

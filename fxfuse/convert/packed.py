@@ -5,8 +5,10 @@ Comes in: a fused model; a path. Goes out: the file; its tensors and its manifes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from .manifest import manifest_of
 from .packages import need
 
 _KEY = "fxfuse"
+PART = 1 << 24  # bytes of a file that are read before what was read of it is let go of
 
 
 def write_packed(model: nn.Module, path: Path) -> dict[str, Any]:
@@ -89,24 +92,77 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors``, mapped into memory. Raises ``ConvertError`` for a file that is none."""
     library = need("safetensors.torch", "reading .safetensors")
     check_readable(path)
-    try:
+    with _understood(path):
         found: dict[str, Tensor] = library.load_file(str(path))
         return found
+
+
+@contextlib.contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """What the library raises, as ``ConvertError``."""
+    try:
+        yield
     except (OSError, MemoryError):
         raise
     except Exception as error:
         raise ConvertError(f"{path} is no readable .safetensors ({next(iter(str(error).splitlines()), '')}): is it complete?") from error
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a ``.safetensors`` by name, each read (mapped) when it is asked for, and kept by nobody else.
+
+    Raises ``ConvertError`` for a file that is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.library = need("safetensors", "reading .safetensors")
+        check_readable(path)
+        with _understood(path), self._opened() as opened:
+            self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  # no mapping
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        with _understood(self.path), self._opened() as opened:
+            found: Tensor = opened.get_tensor(name)
+            return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def parts(self) -> Iterator[tuple[str, int, Tensor]]:
+        """All tensors in parts of ``PART`` bytes at most (one row at the least): name, number of the first row, rows.
+
+        The file is mapped anew after that many bytes: pages that were read stay in memory as long as their mapping.
+        """
+        opened, left = self._opened(), PART
+        for name, shape in self.shapes.items():
+            start, rows = 0, shape[0] if shape else 1
+            while start < max(rows, 1):
+                with _understood(self.path):
+                    if left <= 0:
+                        opened, left = self._opened(), PART
+                    part = opened.get_tensor(name)
+                    if shape and rows:
+                        part = part[start : start + max(1, left * rows // max(1, part.nbytes))]
+                left -= part.nbytes
+                yield name, start, part
+                start += len(part) if shape and rows else 1
+                del part
+
+    def _opened(self) -> Any:
+        return self.library.safe_open(str(self.path), framework="pt")
 
 
 def read_manifest(path: Path) -> Any:
     """The manifest in a ``.safetensors``; None where it has none."""
     library = need("safetensors", "reading .safetensors")
     check_readable(path)
-    try:
+    with _understood(path):
         with library.safe_open(str(path), framework="pt") as opened:
             text = (opened.metadata() or {}).get(_KEY)
         return None if text is None else json.loads(text)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:
-        raise ConvertError(f"{path} is no readable .safetensors ({next(iter(str(error).splitlines()), '')}): is it complete?") from error

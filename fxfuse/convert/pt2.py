@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fxfuse.errors import ConvertError
+from fxfuse.private.pt2_writer import written_in_place
 
 from .inspection import inspect_pt2
 from .program import Example, export, register, silent
@@ -27,7 +28,7 @@ def write_pt2(model: nn.Module, example: Example, path: Path, *, static: bool) -
 
 def save(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write an exported program to exactly this path."""
-    with silent(), SurvivingFile(path) as file:
+    with silent(), SurvivingFile(path) as file, written_in_place():
         try:
             torch.export.save(program, file)  # type: ignore[arg-type]  # says IO[bytes], and only writes
         except (OSError, MemoryError):
