@@ -223,6 +223,7 @@ class _Check:
         self.result = Validation(rtol=rtol, examples=[_described(*example) for example in examples])
         self.rounding: dict[Kind, Rounding] = {}
         self.proofs: set[str] = set()
+        self.casts_follow = False
         self.in_place, self.all_float64, self.several_dtypes = not copied, False, False
         copies = [self._copy(original, "original"), self._copy(fused, "fused model")] if copied else [(original, False), (fused, False)]
         self.copied = all(made for _, made in copies)
@@ -285,8 +286,11 @@ class _Check:
         return original, fused
 
     def _compare_both(self, call: _Call, wide: tuple[nn.Module, nn.Module] | None, own: bool) -> None:
-        exact = self._pair(replace(call, dtype=torch.float64), *wide) if wide is not None else None
+        exact = self._pair_in_float64(call, *wide) if wide is not None else None
         if exact is not None and (self.all_float64 or self.several_dtypes) and _follows_no_dtype(exact):
+            exact, own = None, True
+        if exact is not None and self.casts_follow and not _same_dtypes(exact):
+            self._note(f"float64 left out ({call.label}): some casts follow a tensor's dtype, others do not")
             exact, own = None, True
         proved = exact is not None and self._compare(exact, proved=False) is True and not exact.fused.fallbacks
         if proved:
@@ -299,6 +303,17 @@ class _Check:
                 self._round(mine, exact)
             if passed and self.all_float64 and not mine.fused.fallbacks:
                 self.proofs.add(call.mode)
+
+    def _pair_in_float64(self, call: _Call, original: nn.Module, fused: nn.Module) -> _Pair:
+        """Both in float64; recorded casts to their own dtype follow it where the fused model computes more narrowly without."""
+        call = replace(call, dtype=torch.float64)
+        pair = self._pair(call, original, fused)
+        recorded = bool(fused_modules.regions(fused))  # else it is no program of ours, and its dtypes are its own
+        if recorded and not self.casts_follow and (not _same_dtypes(pair) or pair.fused.precisions - pair.original.precisions):
+            self.casts_follow = True
+            fused_modules.accept_any_dtype(fused, casts=call.cotangents)
+            pair = self._pair(call, original, fused)
+        return pair
 
     def _pair(self, call: _Call, original: nn.Module, fused: nn.Module) -> _Pair:
         pair = _Pair(call, original, fused, call.run(original), call.run(fused))
@@ -534,6 +549,15 @@ def _inexact(tensor: Tensor) -> bool:
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.to(fresh.wider(tensor.dtype, torch.float64))
+
+
+def _same_dtypes(pair: _Pair) -> bool:
+    """Are results of one dtype in both models, where both give them?"""
+    one, other = pair.original, pair.fused
+    if one.error is not None or other.error is not None:
+        return True
+    pairs = [(value, other.outputs.get(name)) for name, value in one.outputs.items()]
+    return all(a.dtype == b.dtype for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
 
 
 def _follows_no_dtype(pair: _Pair) -> bool:

@@ -3,6 +3,8 @@
 Comes in: the graph of a program, in which ``torch.zeros(n, dtype=x.dtype)`` names the dtype of the recording. Goes out: a copy that makes
 float64 where the making is exact either way: zeros, ones, infinities and other fills that no dtype rounds, casts of masks and
 integers, and what autocast casts, which leaves float64 alone. A call whose dtype forward itself spells out gives the same values then.
+Of a cast between floating dtypes one cannot see whether forward spelled out its dtype (``x.to(torch.float32)``) or followed another tensor
+(``x.to(h.dtype)``): it stays, or follows with all that cast to the same dtype, as is asked for.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ _EXACT = frozenset("autocast_to zeros ones zeros_like ones_like new_zeros new_on
 _FILLED = frozenset("full full_like new_full".split())
 
 
-def widened(graph: torch.fx.Graph) -> torch.fx.Graph:
-    """A copy of ``graph`` whose factories make float64.
+def widened(graph: torch.fx.Graph, casts: torch.dtype | None = None) -> torch.fx.Graph:
+    """A copy of ``graph`` whose factories make float64; with ``casts``, casts to that dtype do so too.
 
     >>> graph = torch.fx.Graph()
     >>> _ = graph.output(graph.call_function(torch.zeros, (2,), {"dtype": torch.float32}))
@@ -27,19 +29,27 @@ def widened(graph: torch.fx.Graph) -> torch.fx.Graph:
     torch.float64
     """
     made = copy.deepcopy(graph)
-    widen(made)
+    widen(made, casts)
     return made
 
 
-def widen(graph: torch.fx.Graph) -> None:
+def widen(graph: torch.fx.Graph, casts: torch.dtype | None = None) -> None:
     """``widened``, in place."""
     for node in graph.nodes:
-        if node.op in ("call_function", "call_method") and _exact(node):
+        if node.op in ("call_function", "call_method") and (_exact(node) or _casts(node, casts)):
             node.args, node.kwargs = _double(tuple(node.args)), _double(dict(node.kwargs))
 
 
+def _casts(node: torch.fx.Node, dtype: torch.dtype | None) -> bool:
+    return dtype is not None and _name(node) == "to" and dtype in (*node.args, *node.kwargs.values())
+
+
+def _name(node: torch.fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
+
+
 def _exact(node: torch.fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _name(node)
     if name in _EXACT:
         return True
     if name in _FILLED:
