@@ -68,9 +68,12 @@ class Prepared:
             if saved <= cost:
                 self._note_idle(component, saved, cost)
                 self._leave(component)
-        for component in self.bundles.components(through_forks=False) if self.skipped else ():
-            if self._lane_set(component) in self.skipped:
-                self._leave(component)
+        if self.skipped:
+            components = [(component, self._lane_set(component)) for component in self.bundles.components(through_forks=False)]
+            here = {lanes for _, lanes in components}
+            for component, lanes in components:
+                if lanes in self.skipped or any(_mostly(lanes, other) for other in self.skipped - here):
+                    self._leave(component)
         self.whole = self.bundles
         self.bundles = in_chunks(self.whole, self.chunks)
 
@@ -149,6 +152,11 @@ class Vectorized:
     ops: list[FusedOp]
     choices: dict[Any, tuple[str, ...]]
     notes: list[str] = field(default_factory=list)
+
+
+def _mostly(lanes: LaneSet, other: LaneSet) -> bool:
+    """Is it the same lane set in another mode of the model, in which some of its ops (dropout) are not there, or are others?"""
+    return 2 * len(lanes & other) > min(len(lanes), len(other))
 
 
 def prepare(lifted: Lifted, min_lanes: int, merge: bool = False) -> Prepared:

@@ -114,3 +114,8 @@ def test_undoing_draws_no_random_numbers_of_the_caller() -> None:
     fused = fxfuse.optimize(model, x, objective="launches")
     assert torch.equal(before, torch.get_rng_state())
     assert [str(refusal).partition(":")[0] for refusal in fxfuse.report(fused).refused] == ["undone"]
+    # Without the lanes with the wrong rule in every mode, also in the one in which they have one op more.
+    (plan,) = fxfuse.report(fused).fused
+    assert {op.op for op in plan.ops} >= {"gru"}
+    assert not {op.op for op in plan.ops} & {"linear", "softmax"}
+    fxfuse.verify(model, fused, x, raises=True)

@@ -217,7 +217,11 @@ def untracked(scope: Scope, shape: Shape, steps: list[Any]) -> Shape:
 @step
 def state(scope: Scope, shape: Shape, text: str, whole: bool) -> Shape:
     """A buffer that forward updates."""
-    scope.write(text.format(b=scope.buffer("torch.tensor(0)" if whole else "torch.tensor(0.5)")))
+    buffer = scope.buffer("torch.tensor(0)" if whole else "torch.tensor(0.5)")
+    if text.startswith("{b} +=") and buffer.endswith(")"):  # no target of an assignment: what getattr gives
+        scope.write(f"counter = {buffer}")
+        buffer = "counter"
+    scope.write(text.format(b=buffer))
     return shape
 
 
