@@ -4,7 +4,7 @@
 
 * cold: seconds from ``torch.compile`` to the end of the first training step, each in a process of its own in which another model has been
   compiled before (imports and what Inductor does once are not counted), with a fresh Inductor cache; medians of ``--rounds`` in turn.
-* run: inference and forward + backward of the compiled models, in one process, in turn, medians.
+* run: inference and forward + backward of the compiled models, in one process, in turns of ten calls each, medians.
 
 Over the number of lanes: ``benchmarks/compile_sweep.py``. Quote the ratios, not the times.
 """
@@ -100,7 +100,8 @@ def run_times(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         infer[name] = lambda call=call: torch.no_grad()(call)(x)
         step[name] = lambda call=call, model=model: train(call, model, x)
         torch.testing.assert_close(call(x), first(x), rtol=1e-4, atol=1e-4)
-    return {"inference": medians(infer, seconds=args.seconds), "forward + backward": medians(step, seconds=args.seconds)}
+    measures = {"inference": infer, "forward + backward": step}
+    return {name: medians(calls, seconds=args.seconds, calls=10) for name, calls in measures.items()}
 
 
 def main() -> None:

@@ -62,6 +62,7 @@ def makers(case: Case, model: nn.Module, x: Tensor, mode: str, compiled: bool) -
     if not compiled:
         return found
     found["fused, compiled"] = lambda: torch.compile(fxfuse.optimize(model, x, mode=mode, cache=False, progress=False))  # type: ignore
+    found["by hand, compiled"] = lambda: torch.compile(by_hand(case, model))  # type: ignore[return-value]
     if case.lanes > MOST_COMPILED:
         reason = f"not compiled: more than {MOST_COMPILED} lanes"
         return {**found, **dict.fromkeys(COMPILED, reason)}
