@@ -150,7 +150,7 @@ class _Check:
         return fused
 
     def _as_called(self) -> nn.Module:
-        """An original after the calls that ``_fused`` made: the buffers of modules in plain lists are in no state dict to put them back from."""
+        """An original after the calls that ``_fused`` made: buffers of modules in plain lists are in no state dict that puts them back."""
         truth = self.made.model()
         if self.case["options"].get("first_call"):
             if any(change[0] == "eval" for change in self.case["changes"]):
