@@ -41,15 +41,16 @@ def attributes_set(model: nn.Module, by_programs: bool = False) -> list[tuple[st
     return found
 
 
-def accept_any_dtype(model: nn.Module) -> None:
-    """Let the programs of ``model`` run in float64, also where they follow the dtype of the recording.
+def accept_any_dtype(model: nn.Module, everything: bool = False) -> None:
+    """Let the programs of ``model`` run in float64, also where they follow the dtype of the recording. ``everything``: see ``widen``.
 
     For comparisons in float64 under ``DefaultFloat64`` only: elsewhere a factory would still make the dtype of the recording.
     """
     for state in regions(model).values():
-        programs = {flags: _generic(program) for flags, program in state.plan.programs.items()}
+        programs = {flags: _generic(program, everything) for flags, program in state.plan.programs.items()}
         methods = {
-            name: {flags: tuple(map(_generic, programs)) for flags, programs in modes.items()} for name, modes in state.plan.methods.items()
+            name: {flags: tuple(_generic(program, everything) for program in programs) for flags, programs in modes.items()}
+            for name, modes in state.plan.methods.items()
         }
         state.plan = replace(state.plan, programs=programs, methods=methods)
         state.compiled.clear()
@@ -58,9 +59,9 @@ def accept_any_dtype(model: nn.Module) -> None:
         state.ready = state.current = None
 
 
-def _generic(program: Program) -> Program:
+def _generic(program: Program, everything: bool) -> Program:
     guard = replace(program.guard, generic_dtype=True, autocast=None)  # autocast leaves float64 alone
-    return replace(program, graph=widened(program.graph), guard=guard)
+    return replace(program, graph=widened(program.graph, everything), guard=guard)
 
 
 def unfuse(model: nn.Module) -> nn.Module:

@@ -207,6 +207,11 @@ class _Pair:
         narrow = {d for d in self.original.precisions | self.fused.precisions if not d.is_complex}
         return max(torch.finfo(d).eps for d in narrow | {self.call.precision})
 
+    @property
+    def pinned(self) -> bool:
+        """Did the fused model alone compute in a narrower dtype? ``y.to(x.dtype)`` is recorded with the dtype that x had then."""
+        return bool(self.fused.precisions) and not self.original.precisions and self.original.error is None
+
     @cached_property
     def gaps(self) -> dict[tuple[Kind, str], Gap]:
         """How far every tensor of the two runs is apart."""
@@ -224,6 +229,7 @@ class _Check:
         self.rounding: dict[Kind, Rounding] = {}
         self.proofs: set[str] = set()
         self.in_place, self.all_float64, self.several_dtypes = not copied, False, False
+        self.followed = False  # do the casts of the float64 copy's programs follow the model to float64?
         copies = [self._copy(original, "original"), self._copy(fused, "fused model")] if copied else [(original, False), (fused, False)]
         self.copied = all(made for _, made in copies)
         self.original, self.fused = (model for model, _ in copies)
@@ -243,6 +249,7 @@ class _Check:
                     each._apply(_double)  # type: ignore[no-untyped-call]
             # Factories make float64 during this comparison, in both models: the recorded dtypes are followed, not required.
             fused_modules.accept_any_dtype(two)
+            self.followed = False
         except Exception as error:
             self._note(f"no float64 copy of the models ({_said(error)}): compared in their own dtype only")
             return None
@@ -286,6 +293,10 @@ class _Check:
 
     def _compare_both(self, call: _Call, wide: tuple[nn.Module, nn.Module] | None, own: bool) -> None:
         exact = self._pair(replace(call, dtype=torch.float64), *wide) if wide is not None else None
+        if wide is not None and exact is not None and exact.pinned and not self.followed:
+            fused_modules.accept_any_dtype(wide[1], everything=True)
+            self.followed = True
+            exact = self._pair(replace(call, dtype=torch.float64), *wide)
         if exact is not None and (self.all_float64 or self.several_dtypes) and _follows_no_dtype(exact):
             exact, own = None, True
         proved = exact is not None and self._compare(exact, proved=False) is True and not exact.fused.fallbacks

@@ -3,6 +3,7 @@
 Comes in: the graph of a program, in which ``torch.zeros(n, dtype=x.dtype)`` names the dtype of the recording. Goes out: a copy that makes
 float64 where the making is exact either way: zeros, ones, infinities and other fills that no dtype rounds, casts of masks and
 integers, and what autocast casts, which leaves float64 alone. A call whose dtype forward itself spells out gives the same values then.
+``everything``: all other casts too, ``y.to(x.dtype)``; right where the original, in float64, computes in nothing narrower.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _EXACT = frozenset("autocast_to zeros ones zeros_like ones_like new_zeros new_on
 _FILLED = frozenset("full full_like new_full".split())
 
 
-def widened(graph: torch.fx.Graph) -> torch.fx.Graph:
-    """A copy of ``graph`` whose factories make float64.
+def widened(graph: torch.fx.Graph, everything: bool = False) -> torch.fx.Graph:
+    """A copy of ``graph`` whose factories make float64; with ``everything``, its casts too.
 
     >>> graph = torch.fx.Graph()
     >>> _ = graph.output(graph.call_function(torch.zeros, (2,), {"dtype": torch.float32}))
@@ -27,14 +28,14 @@ def widened(graph: torch.fx.Graph) -> torch.fx.Graph:
     torch.float64
     """
     made = copy.deepcopy(graph)
-    widen(made)
+    widen(made, everything)
     return made
 
 
-def widen(graph: torch.fx.Graph) -> None:
+def widen(graph: torch.fx.Graph, everything: bool = False) -> None:
     """``widened``, in place."""
     for node in graph.nodes:
-        if node.op in ("call_function", "call_method") and _exact(node):
+        if node.op in ("call_function", "call_method") and (everything or _exact(node)):
             node.args, node.kwargs = _double(tuple(node.args)), _double(dict(node.kwargs))
 
 
