@@ -76,6 +76,9 @@ class Recipe:
         return (0, *itertools.accumulate(self.member_shape(index)[0] for index in range(len(self.members))))
 
 
+Layout = Literal["", "in order", "in rows"]  # any; the dims from the largest stride to the smallest; contiguous
+
+
 @dataclass(frozen=True)
 class TensorGuard:
     """What the rewritten graph assumes of one tensor input of the region."""
@@ -84,6 +87,7 @@ class TensorGuard:
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool | None = None  # None: any
+    layout: Layout = ""  # what forward takes for granted of its order in memory
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ def _same_constant(given: Any, recorded: Any) -> bool:
         return False
 
 
+def _in_order(tensor: Tensor) -> bool:
+    """Do its dims go from the largest stride to the smallest? Those of one element, and expanded ones, may stand anywhere."""
+    steps = [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if step and size > 1]
+    return all(a >= b for a, b in pairwise(steps))
+
+
 def _autocast(kind: str) -> bool:
     """Is autocast on for this kind of device? ("meta" and the like have none, and torch raises for them.)"""
     try:
@@ -81,6 +88,7 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
         "autocast_dtype": torch.get_autocast_dtype,
         "default_dtype": torch.get_default_dtype,
         "same_constant": _same_constant,
+        "in_order": _in_order,
         "constant0": guard.default_dtype,
     }
 
@@ -139,6 +147,8 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
     each.extend(f"s{a}[{m}] != s{b}[{n}]" for (a, m), (b, n) in guard.equal_dims)
     inputs = [i for i, leaf in enumerate(guard.leaves) if isinstance(leaf, TensorGuard)]
     others.extend(f"x{i} is not x{guard.same[i]}" for i in inputs if guard.same[i] != i)
+    for i, leaf in ((i, guard.leaves[i]) for i in inputs if guard.leaves[i].layout):
+        others.append(f"not x{i}.is_contiguous()" + (f" and not in_order(x{i})" if leaf.layout == "in order" else ""))
     if guard.in_rows:
         others.extend(f"not x{i}.is_contiguous() or x{i}.storage_offset()" for i in inputs)
     distinct = [i for i in inputs if guard.same[i] == i]
@@ -252,6 +262,9 @@ def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (
             if guard.same[i] == i:
                 return f"inputs {first} and {i} are the same tensor, recorded as two"
             return f"inputs {guard.same[i]} and {i} are two tensors, recorded as the same"
+    for i in indices:
+        if guard.leaves[i].layout and not leaves[i].is_contiguous() and (guard.leaves[i].layout == "in rows" or not _in_order(leaves[i])):
+            return f"input {i} does not lie in rows, and forward views it, or what it computes from it, as if it did"
     crooked = next((i for i in indices if guard.in_rows and (not leaves[i].is_contiguous() or leaves[i].storage_offset())), None)
     if crooked is not None:
         return f"input {crooked} does not lie in rows, and forward reads how it lies in memory"
