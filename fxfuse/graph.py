@@ -76,7 +76,8 @@ class Recipe:
         return (0, *itertools.accumulate(self.member_shape(index)[0] for index in range(len(self.members))))
 
 
-Layout = Literal["", "in order", "in rows"]  # any; the dims from the largest stride to the smallest; contiguous
+# Any; the dims from the largest stride to the smallest; contiguous; and the opposites of the two.
+Layout = Literal["", "in order", "in rows", "out of order", "not in rows"]
 
 
 @dataclass(frozen=True)

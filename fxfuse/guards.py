@@ -24,6 +24,11 @@ from fxfuse.private.tensor_guards import alike, never
 
 _KNOWN = 3  # calls that are remembered: a full batch, the last one, one of evaluation
 _MOST_LEARNT = 32
+# What is true of a tensor that lies in another way than was recorded.
+_MISPLACED = {
+    "in rows": "not {0}.is_contiguous()", "in order": "not {0}.is_contiguous() and not in_order({0})",
+    "not in rows": "{0}.is_contiguous()", "out of order": "in_order({0})",
+}  # fmt: skip
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq, "!=": operator.ne}
 
 
@@ -55,8 +60,12 @@ def _same_constant(given: Any, recorded: Any) -> bool:
         return False
 
 
-def _in_order(tensor: Tensor) -> bool:
-    """Do its dims go from the largest stride to the smallest? Those of one element, and expanded ones, may stand anywhere."""
+def in_order(tensor: Tensor) -> bool:
+    """Do its dims go from the largest stride to the smallest? Those of one element, and expanded ones, may stand anywhere.
+
+    >>> in_order(torch.zeros(2, 3)[:, :2]), in_order(torch.zeros(2, 3).t())
+    (True, False)
+    """
     steps = [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if step and size > 1]
     return all(a >= b for a, b in pairwise(steps))
 
@@ -88,7 +97,7 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
         "autocast_dtype": torch.get_autocast_dtype,
         "default_dtype": torch.get_default_dtype,
         "same_constant": _same_constant,
-        "in_order": _in_order,
+        "in_order": in_order,
         "constant0": guard.default_dtype,
     }
 
@@ -148,7 +157,7 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
     inputs = [i for i, leaf in enumerate(guard.leaves) if isinstance(leaf, TensorGuard)]
     others.extend(f"x{i} is not x{guard.same[i]}" for i in inputs if guard.same[i] != i)
     for i, leaf in ((i, guard.leaves[i]) for i in inputs if guard.leaves[i].layout):
-        others.append(f"not x{i}.is_contiguous()" + (f" and not in_order(x{i})" if leaf.layout == "in order" else ""))
+        others.append(_MISPLACED[leaf.layout].format(f"x{i}"))
     if guard.in_rows:
         others.extend(f"not x{i}.is_contiguous() or x{i}.storage_offset()" for i in inputs)
     distinct = [i for i in inputs if guard.same[i] == i]
@@ -263,8 +272,11 @@ def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (
                 return f"inputs {first} and {i} are the same tensor, recorded as two"
             return f"inputs {guard.same[i]} and {i} are two tensors, recorded as the same"
     for i in indices:
-        if guard.leaves[i].layout and not leaves[i].is_contiguous() and (guard.leaves[i].layout == "in rows" or not _in_order(leaves[i])):
+        layout = guard.leaves[i].layout
+        if layout in ("in rows", "in order") and not leaves[i].is_contiguous() and (layout == "in rows" or not in_order(leaves[i])):
             return f"input {i} does not lie in rows, and forward views it, or what it computes from it, as if it did"
+        if (layout == "not in rows" and leaves[i].is_contiguous()) or (layout == "out of order" and in_order(leaves[i])):
+            return f"input {i} lies in rows, and forward writes into a copy of it, or of what it computes from it, that is none then"
     crooked = next((i for i in indices if guard.in_rows and (not leaves[i].is_contiguous() or leaves[i].storage_offset())), None)
     if crooked is not None:
         return f"input {crooked} does not lie in rows, and forward reads how it lies in memory"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fxfuse.graph import Layout
+from fxfuse.guards import in_order
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.trace import Event, Frame, Ref, Trace, refs_in
 
@@ -44,12 +45,13 @@ def needs_no_rows(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
     return True
 
 
-def layouts(trace: Trace, frame: Frame, viewed: Iterable[int]) -> dict[int, Layout]:
+def layouts(trace: Trace, frame: Frame, viewed: Iterable[int], torn: Iterable[int]) -> dict[int, Layout]:
     """What the inputs (by their place among the frame's leaves) have to be like for ``viewed`` to be in the recorded order.
 
-    Only those that lay in rows in the recording: of another layout nobody can say what it has in common with others.
+    Only those that lay in rows in the recording: of another layout nobody can say what it has in common with others. The others must not
+    lie in rows where ``torn`` comes from them: values that were copied for not lying so, and of which one was written.
     """
-    pending: list[tuple[int, Layout]] = [(value, "in rows") for value in viewed]
+    pending: list[tuple[int, Layout]] = [*((value, "in rows") for value in viewed), *((value, "not in rows") for value in torn)]
     if not pending:
         return {}
     place: dict[int, int] = {}
@@ -68,7 +70,7 @@ def layouts(trace: Trace, frame: Frame, viewed: Iterable[int]) -> dict[int, Layo
             continue
         seen.add((value, layout))
         if value in place:
-            if _in_rows(trace.values[value].tensor) and found.get(place[value]) != "in rows":
+            if layout in _allowed(trace.values[value].tensor) and found.get(place[value]) not in ("in rows", "out of order"):
                 found[place[value]] = layout
         elif value in makers:
             pending += _sources(makers[value], layout)
@@ -82,8 +84,17 @@ def _sources(event: Event, layout: Layout) -> list[tuple[int, Layout]]:
         return [(value, layout) for value in refs_in(event.args[:1])]
     args: Any = event.args
     if name in _COPIES or canonical(event.func, args, event.kwargs)[0].pointwise:
-        return [(value, "in order") for value in (*refs_in(event.args), *refs_in(event.kwargs))]
+        dense: Layout = "in order" if layout in ("in rows", "in order") else "out of order"
+        return [(value, dense) for value in (*refs_in(event.args), *refs_in(event.kwargs))]
     return []
+
+
+def _allowed(tensor: torch.Tensor) -> tuple[Layout, ...]:
+    """What can be asked of the layouts of an input that was recorded so."""
+    if _in_rows(tensor):
+        return ("in rows", "in order")
+    with DisableTorchFunction():
+        return () if tensor.is_contiguous() else ("not in rows",) if in_order(tensor) else ("not in rows", "out of order")
 
 
 def _in_rows(tensor: torch.Tensor) -> bool:

@@ -40,7 +40,7 @@ RENEWING = frozenset("squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ as_s
 _COMPARING = frozenset("eq_ ne_ lt_ le_ gt_ ge_ logical_not_ logical_and_ logical_or_ logical_xor_".split())
 _DRAWING = frozenset("random_ geometric_".split())  # into a tensor, and without a rule
 SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
-_MAY_COPY = frozenset({"reshape", "flatten", "contiguous", "ravel", "reshape_as"})  # views, of some layouts
+MAY_COPY = frozenset({"reshape", "flatten", "contiguous", "ravel", "reshape_as"})  # views, of some layouts
 
 
 class Writes(Indexing):
@@ -49,6 +49,8 @@ class Writes(Indexing):
     def __init__(self, trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> None:
         super().__init__(trace, frame, sizes, opaque)
         self.viewed: set[int] = set()  # values that are read or written as another layout would not let them be
+        self.copied: dict[int, int] = {}  # what ``reshape`` and the like have copied -> of what
+        self.torn: set[int] = set()  # of what a copy was written, or left as it was
         self.in_rows: set[int] = set()  # values of which ``contiguous`` was asked, and which were so
         self.parent: dict[int, tuple[int, Event]] = {}  # view -> (what it is a view of, how it was made)
         self.seen_version: dict[int, int] = {}
@@ -109,7 +111,7 @@ class Writes(Indexing):
         args, kwargs = self._argument(event.args), self._argument(event.kwargs)
         name = op_name(event.func)
         part = self._part(name, event.func, args, kwargs, value)
-        if name in _MAY_COPY:
+        if name in MAY_COPY:
             self._relies_on_order(name, self.parent[value][0], value)
         if part is not None:
             return part
@@ -242,6 +244,7 @@ class Writes(Indexing):
             chain.append(value)
         self.version[value] = self.version.get(value, 0) + 1
         self.viewed.update(self.in_rows.intersection(chain))  # of another layout, the write would be into a copy, or not show in it
+        self.torn.update(of for copy, of in self.copied.items() if value in (copy, self._root(of)))
         for member in chain:
             self.seen_version[member] = self.version[value]
 
@@ -264,7 +267,7 @@ class Writes(Indexing):
             dim = given["dim"] % len(self.trace.values[base].shape)
             return self._node(_WRITE, (current, (slice(None),) * dim + (index,), node), base)
         if name in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "contiguous", "detach", "view_as"):
-            if name in _MAY_COPY:
+            if name in MAY_COPY:
                 self._relies_on_order(name, base, made.out.value)
             if name == "detach":
                 raise Refused("writes into a detached tensor", event.place)

@@ -52,6 +52,11 @@ def test_order_in_memory() -> None:
         guard = Guard((TensorGuard((None, 4), torch.float32, CPU, layout=layout),), (0,))
         assert [decide(guard, x) for x in right] == [None] * len(right)
         assert [decide(guard, x) for x in wrong] == [said] * len(wrong)
+    said = "input 0 lies in rows, and forward writes into a copy of it, or of what it computes from it, that is none then"
+    for layout, right, wrong in (("not in rows", [gaps, turned, expanded], [plain]), ("out of order", [turned], [plain, gaps, expanded])):
+        guard = Guard((TensorGuard((None, 4), torch.float32, CPU, layout=layout),), (0,))
+        assert [decide(guard, x) for x in right] == [None] * len(right)
+        assert [decide(guard, x) for x in wrong] == [said] * len(wrong)
 
 
 def test_dtypes() -> None:

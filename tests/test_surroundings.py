@@ -479,6 +479,22 @@ def test_gaps_are_gone_after_the_first_computation() -> None:
     assert not fxfuse.report(fused).fallbacks
 
 
+@pytest.mark.parametrize("how", [how for how in RELYING if how.startswith(("written", "seen")) and not how.endswith("a view")])
+def test_writes_into_what_was_a_copy_in_the_recording(how: str) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        x = RELYING[how](x)
+        return torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+
+    model = randomized(model_of(forward, nets=nn.ModuleList(mlp() for _ in range(4))))
+    fused = fuse(model, randn(4, 5, seed=3).t())
+    assert fxfuse.report(fused).fused
+    assert_close(fused(randn(4, 5, seed=4).t()), model(randn(4, 5, seed=4).t()), "as recorded")
+    assert not fxfuse.report(fused).fallbacks
+    for x in (X, randn(9, 9, seed=3)[:5, 1:5]):
+        assert_close(fused(x), model(x), "in order")
+    assert "lies in rows, and forward writes into a copy of it" in " ".join(fxfuse.report(fused).fallbacks)
+
+
 def test_an_example_that_does_not_lie_in_rows() -> None:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         x = (x.mT * 2).view(-1).view(4, -1).mT
