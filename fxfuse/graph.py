@@ -76,6 +76,10 @@ class Recipe:
         return (0, *itertools.accumulate(self.member_shape(index)[0] for index in range(len(self.members))))
 
 
+# Any; the dims from the largest stride to the smallest; contiguous; and the opposites of the two.
+Layout = Literal["", "in order", "in rows", "out of order", "not in rows"]
+
+
 @dataclass(frozen=True)
 class TensorGuard:
     """What the rewritten graph assumes of one tensor input of the region."""
@@ -84,6 +88,7 @@ class TensorGuard:
     dtype: torch.dtype
     device: torch.device
     requires_grad: bool | None = None  # None: any
+    layout: Layout = ""  # what forward takes for granted of its order in memory
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ from fxfuse.private.tensor_guards import alike, never
 
 _KNOWN = 3  # calls that are remembered: a full batch, the last one, one of evaluation
 _MOST_LEARNT = 32
+# What is true of a tensor that lies in another way than was recorded.
+_MISPLACED = {
+    "in rows": "not {0}.is_contiguous()", "in order": "not {0}.is_contiguous() and not in_order({0})",
+    "not in rows": "{0}.is_contiguous()", "out of order": "in_order({0})",
+}  # fmt: skip
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq, "!=": operator.ne}
 
 
@@ -54,6 +60,16 @@ def _same_constant(given: Any, recorded: Any) -> bool:
         return False
 
 
+def in_order(tensor: Tensor) -> bool:
+    """Do its dims go from the largest stride to the smallest? Those of one element, and expanded ones, may stand anywhere.
+
+    >>> in_order(torch.zeros(2, 3)[:, :2]), in_order(torch.zeros(2, 3).t())
+    (True, False)
+    """
+    steps = [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if step and size > 1]
+    return all(a >= b for a, b in pairwise(steps))
+
+
 def _autocast(kind: str) -> bool:
     """Is autocast on for this kind of device? ("meta" and the like have none, and torch raises for them.)"""
     try:
@@ -81,6 +97,7 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
         "autocast_dtype": torch.get_autocast_dtype,
         "default_dtype": torch.get_default_dtype,
         "same_constant": _same_constant,
+        "in_order": in_order,
         "constant0": guard.default_dtype,
     }
 
@@ -139,6 +156,8 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
     each.extend(f"s{a}[{m}] != s{b}[{n}]" for (a, m), (b, n) in guard.equal_dims)
     inputs = [i for i, leaf in enumerate(guard.leaves) if isinstance(leaf, TensorGuard)]
     others.extend(f"x{i} is not x{guard.same[i]}" for i in inputs if guard.same[i] != i)
+    for i, leaf in ((i, guard.leaves[i]) for i in inputs if guard.leaves[i].layout):
+        others.append(_MISPLACED[leaf.layout].format(f"x{i}"))
     if guard.in_rows:
         others.extend(f"not x{i}.is_contiguous() or x{i}.storage_offset()" for i in inputs)
     distinct = [i for i in inputs if guard.same[i] == i]
@@ -252,6 +271,12 @@ def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (
             if guard.same[i] == i:
                 return f"inputs {first} and {i} are the same tensor, recorded as two"
             return f"inputs {guard.same[i]} and {i} are two tensors, recorded as the same"
+    for i in indices:
+        layout = guard.leaves[i].layout
+        if layout in ("in rows", "in order") and not leaves[i].is_contiguous() and (layout == "in rows" or not in_order(leaves[i])):
+            return f"input {i} does not lie in rows, and forward views it, or what it computes from it, as if it did"
+        if (layout == "not in rows" and leaves[i].is_contiguous()) or (layout == "out of order" and in_order(leaves[i])):
+            return f"input {i} lies in rows, and forward writes into a copy of it, or of what it computes from it, that is none then"
     crooked = next((i for i in indices if guard.in_rows and (not leaves[i].is_contiguous() or leaves[i].storage_offset())), None)
     if crooked is not None:
         return f"input {crooked} does not lie in rows, and forward reads how it lies in memory"

@@ -120,3 +120,11 @@ class Trace:
     ran: dict[int, dict[CodeType, dict[str, Any]]] = field(default_factory=dict)  # by frame: the code that ran there, and its globals
     strides: set[int] = field(default_factory=set)  # frames that read how a tensor lies in memory
     ran_known: bool = True  # False: somebody's profiler was on, and ``ran`` is empty
+
+
+def refs_in(tree: Any) -> list[int]:
+    """The values among arguments or results."""
+    if isinstance(tree, Ref):
+        return [tree.value]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [value for part in parts for value in refs_in(part)]

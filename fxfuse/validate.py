@@ -223,7 +223,7 @@ class _Check:
         self.result = Validation(rtol=rtol, examples=[_described(*example) for example in examples])
         self.rounding: dict[Kind, Rounding] = {}
         self.proofs: set[str] = set()
-        self.casts_follow = False
+        self.casts_follow = False  # do the casts of the float64 copy's programs follow the model to float64?
         self.in_place, self.all_float64, self.several_dtypes = not copied, False, False
         copies = [self._copy(original, "original"), self._copy(fused, "fused model")] if copied else [(original, False), (fused, False)]
         self.copied = all(made for _, made in copies)
@@ -244,6 +244,7 @@ class _Check:
                     each._apply(_double)  # type: ignore[no-untyped-call]
             # Factories make float64 during this comparison, in both models: the recorded dtypes are followed, not required.
             fused_modules.accept_any_dtype(two)
+            self.casts_follow = False
         except Exception as error:
             self._note(f"no float64 copy of the models ({_said(error)}): compared in their own dtype only")
             return None

@@ -27,6 +27,7 @@ from .ops import Op
 from .outputs import copies_by_size, treatment
 from .packs import Packs
 from .tidy import tidy
+from .tracked import tracked_as, untracked
 from .weights import WeightReader
 from .writer import CannotVectorize, Node, Packed
 
@@ -373,7 +374,15 @@ class Emitter(WeightReader):
         for index, members in by_bundle.items():
             self._separate(self.bundles.classes[index], list(dict.fromkeys(members)))
         made = {leaf: self._strided(leaf) for leaf in dict.fromkeys(leaves) if isinstance(leaf, Node)}  # one tensor given twice is one
+        for leaf, sources in untracked(self.lifted, self.graph, self.packs, made).items():
+            made[leaf] = self.call(tracked_as, made[leaf], tuple(dict.fromkeys(self._held(node) for node in sources)))
         self.graph.output([made[leaf] if isinstance(leaf, Node) else leaf for leaf in leaves])
+
+    def _held(self, node: Node) -> Node:
+        """An input, or what holds a weight: its pack, where it has one."""
+        where = self.packs.where.get(str(node.target)) if node.op == "get_attr" else None
+        made: Node = self.single(node) if where is None else self.packed(where[0], node.meta)
+        return made
 
     def _separate(self, bundle: Bundle, members: list[Node]) -> None:
         """Lanes that leave the region one by one leave as tensors of their own, as they were: not as views of one pack."""

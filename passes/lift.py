@@ -28,9 +28,10 @@ from .functional import drop_unused, op_of
 from .lifted import Lifted, Refused, SizeDependent, Sizes
 from .ops import canonical, op_name
 from .returned import Returned
+from .rows import layouts
 from .updates import arguments, writes
 from .updating import mark_unread
-from .writes import RENEWING, SPLITS
+from .writes import MAY_COPY, RENEWING, SPLITS
 
 _GETITEM = op_of(operator.getitem, "item")
 _COPY = replace(canonical(torch.clone, (torch.empty(0),), {})[0], name="copy of its own", pointwise=False)  # of no lane set
@@ -99,11 +100,12 @@ class _Lifter(Returned):
         outputs = [shared[leaf.value] if isinstance(leaf, Ref) and leaf.value in shared else self._output(leaf) for leaf in frame.out]
         outputs += [self._output(leaf) for leaf in kept]
         self.graph.output(outputs)
+        needed = layouts(self.trace, frame, self.viewed, self.torn)
         drop_unused(self.graph)
         mark_unread(self.graph, self.trace)
         return Lifted(
             self.graph, frame, self.constants, self.checks, self.dynamic, place=frame.place, random=self.random, factories=self.factories,
-            shapes={value: self.trace.values[value].shape for value in self.inputs}, sizes=self.sizes, stores=stores,
+            layouts=needed, shapes={value: self.trace.values[value].shape for value in self.inputs}, sizes=self.sizes, stores=stores,
             sets=frozenset((self._inside_path(t.path), t.name) for t in touches_in(self.trace, frame) if t.write),
         )  # fmt: skip
 
@@ -197,6 +199,12 @@ class _Lifter(Returned):
 
     def _event(self, event: Event) -> None:
         name = op_name(event.func)
+        if name in ("view", "view_as") and isinstance(event.out, Ref) and not any(isinstance(arg, torch.dtype) for arg in event.args):
+            self._relies_on_order(name, event.args[0].value, event.out.value)
+        elif name == "contiguous" and event.out == event.args[0]:
+            self.in_rows.add(event.args[0].value)
+        elif name in MAY_COPY and isinstance(event.out, Ref) and self._storage(event.out.value) != self._storage(event.args[0].value):
+            self.copied[event.out.value] = event.args[0].value
         written = writes(event)
         if name in RENEWING:
             raise Refused(f"{name} makes another tensor of one in place", event.place)
@@ -221,6 +229,9 @@ class _Lifter(Returned):
             out = self._call(event.func, args, kwargs, event.out)
             self._bind(event.out, out)
         self._note_view(event)
+
+    def _storage(self, value: int) -> int:
+        return self.trace.values[value].storage
 
     def _bind(self, out: Any, node: Any) -> None:
         if isinstance(out, Ref):

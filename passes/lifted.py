@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx
 
-from fxfuse.graph import Place, Refusal, SizeCheck, Store
+from fxfuse.graph import Layout, Place, Refusal, SizeCheck, Store
 from fxfuse.trace import Frame
 
 Sizes = list[dict[int, frozenset[int]]]
@@ -48,4 +48,5 @@ class Lifted:
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of the tensor inputs, by value
     stores: list[Store] = field(default_factory=list)  # attributes to set; their leaves follow the result's among the outputs
     sets: frozenset[tuple[str, str]] = frozenset()  # all attributes that the frame sets, closed calls in it too
+    layouts: dict[int, Layout] = field(default_factory=dict)  # how inputs have to lie in memory, by their place among the leaves
     sizes: Sizes = field(default_factory=list)  # the free sizes, each with the dims that have it

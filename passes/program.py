@@ -40,7 +40,7 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
         value = trace.values[leaf.value]
         dynamic = free.get(leaf.value, frozenset())
         shape = tuple(None if dim in dynamic else size for dim, size in enumerate(value.shape))
-        leaves.append(TensorGuard(shape, value.tensor.dtype, value.tensor.device))
+        leaves.append(TensorGuard(shape, value.tensor.dtype, value.tensor.device, layout=lifted.layouts.get(index, "")))
         same.append(seen.setdefault(leaf.value, index))
         if same[-1] == index:
             for dims, places in zip(lifted.sizes, one_size, strict=True):

@@ -13,7 +13,7 @@ import torch
 import torch.fx
 
 from fxfuse.graph import SizeCheck
-from fxfuse.trace import Event, Frame, Ref, Trace
+from fxfuse.trace import Event, Frame, Ref, Trace, refs_in
 
 from .functional import cumulative_batch_norm, op_of
 from .lifted import Refused, Sizes
@@ -115,14 +115,6 @@ def reached_storages(trace: Trace) -> set[int] | None:
         if any(values[v].storage in reached for v in made):
             reached.update(values[v].storage for v in (*refs_in(event.args), *refs_in(event.kwargs)))
     return reached
-
-
-def refs_in(tree: Any) -> list[int]:
-    """The values among arguments or results."""
-    if isinstance(tree, Ref):
-        return [tree.value]
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
-    return [value for part in parts for value in refs_in(part)]
 
 
 def mark_unread(graph: torch.fx.Graph, trace: Trace) -> None:

@@ -20,6 +20,7 @@ from .functional import as_slot, casting, drawn, index_write, op_of
 from .indexing import Indexing
 from .lifted import Refused, SizeDependent, Sizes
 from .ops import canonical, op_name
+from .rows import needs_no_rows
 
 _SIZE = canonical(torch.Tensor.size, (torch.empty(0), 0), {})[0]
 _WRITE = op_of(index_write)
@@ -39,6 +40,7 @@ RENEWING = frozenset("squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ as_s
 _COMPARING = frozenset("eq_ ne_ lt_ le_ gt_ ge_ logical_not_ logical_and_ logical_or_ logical_xor_".split())
 _DRAWING = frozenset("random_ geometric_".split())  # into a tensor, and without a rule
 SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
+MAY_COPY = frozenset({"reshape", "flatten", "contiguous", "ravel", "reshape_as"})  # views, of some layouts
 
 
 class Writes(Indexing):
@@ -46,6 +48,10 @@ class Writes(Indexing):
 
     def __init__(self, trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> None:
         super().__init__(trace, frame, sizes, opaque)
+        self.viewed: set[int] = set()  # values that are read or written as another layout would not let them be
+        self.copied: dict[int, int] = {}  # what ``reshape`` and the like have copied -> of what
+        self.torn: set[int] = set()  # of what a copy was written, or left as it was
+        self.in_rows: set[int] = set()  # values of which ``contiguous`` was asked, and which were so
         self.parent: dict[int, tuple[int, Event]] = {}  # view -> (what it is a view of, how it was made)
         self.seen_version: dict[int, int] = {}
         self.version: dict[int, int] = {}  # by root value
@@ -105,6 +111,8 @@ class Writes(Indexing):
         args, kwargs = self._argument(event.args), self._argument(event.kwargs)
         name = op_name(event.func)
         part = self._part(name, event.func, args, kwargs, value)
+        if name in MAY_COPY:
+            self._relies_on_order(name, self.parent[value][0], value)
         if part is not None:
             return part
         if name in SPLITS or name == "unbind":
@@ -235,8 +243,15 @@ class Writes(Indexing):
             value = base
             chain.append(value)
         self.version[value] = self.version.get(value, 0) + 1
+        self.viewed.update(self.in_rows.intersection(chain))  # of another layout, the write would be into a copy, or not show in it
+        self.torn.update(of for copy, of in self.copied.items() if value in (copy, self._root(of)))
         for member in chain:
             self.seen_version[member] = self.version[value]
+
+    def _relies_on_order(self, name: str, base: int, view: int) -> None:
+        """``view`` is one of ``base`` as it lies in memory."""
+        if name == "contiguous" or not needs_no_rows(self.trace.values[base].shape, self.trace.values[view].shape):
+            self.viewed.add(base)
 
     def _scatter(self, base: int, made: Event, node: Any, event: Event) -> Any:
         """``base`` after its view, made by ``made``, was given the contents ``node``."""
@@ -252,6 +267,8 @@ class Writes(Indexing):
             dim = given["dim"] % len(self.trace.values[base].shape)
             return self._node(_WRITE, (current, (slice(None),) * dim + (index,), node), base)
         if name in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "contiguous", "detach", "view_as"):
+            if name in MAY_COPY:
+                self._relies_on_order(name, base, made.out.value)
             if name == "detach":
                 raise Refused("writes into a detached tensor", event.place)
             sizes = tuple(self._argument(SizeOf(base, dim)) for dim in range(len(self.trace.values[base].shape)))

@@ -45,6 +45,20 @@ def test_types() -> None:
     assert decide(guard, torch.zeros(2, 7, device="meta")) == "input 0 is on meta, recorded cpu"
 
 
+def test_order_in_memory() -> None:
+    said = "input 0 does not lie in rows, and forward views it, or what it computes from it, as if it did"
+    plain, gaps, turned, expanded = torch.zeros(3, 4), torch.zeros(3, 9)[:, :4], torch.zeros(4, 3).t(), torch.zeros(1, 4).expand(3, 4)
+    for layout, right, wrong in (("in rows", [plain], [gaps, turned, expanded]), ("in order", [plain, gaps, expanded], [turned])):
+        guard = Guard((TensorGuard((None, 4), torch.float32, CPU, layout=layout),), (0,))
+        assert [decide(guard, x) for x in right] == [None] * len(right)
+        assert [decide(guard, x) for x in wrong] == [said] * len(wrong)
+    said = "input 0 lies in rows, and forward writes into a copy of it, or of what it computes from it, that is none then"
+    for layout, right, wrong in (("not in rows", [gaps, turned, expanded], [plain]), ("out of order", [turned], [plain, gaps, expanded])):
+        guard = Guard((TensorGuard((None, 4), torch.float32, CPU, layout=layout),), (0,))
+        assert [decide(guard, x) for x in right] == [None] * len(right)
+        assert [decide(guard, x) for x in wrong] == [said] * len(wrong)
+
+
 def test_dtypes() -> None:
     weight = torch.zeros(1, dtype=torch.float64)
     exact = Guard((leaf(2), leaf(2, dtype=torch.int64)), (0, 1))

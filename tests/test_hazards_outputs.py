@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from hazards import Nets, X, fuse
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fxfuse
 from checks import assert_close, own_gradients, randn, randomized
+from fxfuse import packing
 from fxfuse.private.pytree import tree_leaves
 
 
@@ -172,3 +174,67 @@ def test_a_view_by_the_caller(pair: tuple[nn.Module, nn.Module]) -> None:
                 continue
             if not isinstance(want, nn.Parameter):
                 assert_close(got.view(-1), viewed, "viewed")
+
+
+class Attending(nn.Module):
+    """What follows the layer has no weights: lanes that are frozen, and have no layer of the others' kind, share it with them."""
+
+    def __init__(self, layers: bool) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)) if layers else [nn.Identity()] * 4
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        out = []
+        for net, x in zip(self.nets, xs, strict=True):
+            h = net(x)
+            out.append(torch.softmax(h @ h.mT, -1) @ h)
+        return out
+
+
+@pytest.mark.parametrize("validate", [False, True])
+@pytest.mark.parametrize("layers", [True, False])
+def test_a_result_needs_a_gradient_where_the_original_s_does(layers: bool, validate: bool) -> None:
+    model = randomized(Attending(layers))
+    for net in list(model.nets)[1:3]:
+        net.requires_grad_(False)
+
+    def given(*tracked: int) -> list[Tensor]:
+        return [randn(3, 4, seed=i).requires_grad_(i in tracked) for i in range(4)]
+
+    fused = fxfuse.optimize(model, (given(),), objective="launches", tune=False, validate=validate)
+    assert fxfuse.report(fused).fused
+    for mode in (True, False):
+        for tracked in ((), (2,), (0, 1), (0, 1, 2, 3)):
+            want, got = model.train(mode)(given(*tracked)), fused.train(mode)(given(*tracked))
+            assert [t.requires_grad for t in got] == [t.requires_grad for t in want], tracked
+            for lane, (a, b) in enumerate(zip(got, want, strict=True)):
+                assert_close(a, b, f"lane {lane}")
+    with torch.no_grad():
+        assert not any(t.requires_grad for t in fused(given(0)))
+    assert not fxfuse.report(fused).fallbacks
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is")  # torch's own, for derivatives in forward mode
+def test_a_frozen_lane_s_result_has_its_gradients() -> None:
+    model = randomized(Attending(True))
+    model.nets[1].requires_grad_(False)
+    model.nets[2].requires_grad_(False)
+    fused = fxfuse.optimize(model, ([randn(3, 4, seed=i) for i in range(4)],), objective="launches", tune=False)
+    seen = []
+    for each in (model, fused):
+        xs = [randn(3, 4, seed=i).requires_grad_(i == 1) for i in range(4)]
+        each(xs)[1].square().sum().backward()
+        seen.append(xs[1].grad)
+    assert_close(seen[1], seen[0], "input gradient")
+    tangents = []
+    for each in (model, fused):  # forward mode needs no flag of the input's
+        with forward_ad.dual_level():
+            xs = [forward_ad.make_dual(randn(3, 4, seed=i), randn(3, 4, seed=9)) for i in range(4)]
+            tangents.append([forward_ad.unpack_dual(out).tangent for out in each(xs)])
+    for lane, (a, b) in enumerate(zip(*tangents, strict=True)):
+        assert_close(b, a, f"tangent {lane}")
+    for each in (model, fused):  # trained again
+        fxfuse.unfreeze(each, "nets.1.*")
+    for each in (model, fused):
+        each([randn(3, 4, seed=i) for i in range(4)])[1].square().sum().backward()
+    assert_close(packing.original_gradients(fused)["nets.1.weight"], model.nets[1].weight.grad, "gradient")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import sys
 import types
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hazards import X, fuse
 from settings_elsewhere import scaled
 from torch import Tensor, nn
@@ -395,6 +398,113 @@ def test_how_an_input_lies_in_memory(how: str) -> None:
     for x in (whole[:5, 1:5], whole[:4, :5].t(), whole[2:7, :4], randn(45, seed=4)[25:].view(5, 4)):
         assert_close(fused(x), model(x), f"strides {x.stride()}, offset {x.storage_offset()}")
     assert all("does not lie in rows, and forward reads how it lies in memory" in said for said in fxfuse.report(fused).fallbacks)
+
+
+RELYING: dict[str, Callable[[Tensor], Tensor]] = {
+    "a view of the input": lambda x: x.view(-1, 2).view(x.shape),
+    "a view of a view": lambda x: x[1:].view(-1).mean() + x,
+    "a view of what it computes": lambda x: x + torch.tanh(x).view(-1)[:1],
+    "a view_as": lambda x: x.sin().view_as(torch.zeros(x.numel())).view(x.shape),
+    "a view that is not used": lambda x: (x.view(-1), x)[1],
+    "written through a view": lambda x: written(F.leaky_relu(x), lambda y: y.view(-1)),
+    "written through a reshape": lambda x: written(F.leaky_relu(x), lambda y: y.reshape(-1)),
+    "written through a flatten": lambda x: written(x * 2, torch.flatten),
+    "seen through a reshape": lambda x: seen(x * 2),
+    "written through a contiguous": lambda x: written(x * 2, torch.Tensor.contiguous),
+}
+# In every layout the same.
+EASY: dict[str, Callable[[Tensor], Tensor]] = {
+    "dims are split": lambda x: x.view(-1, 2, 2).flatten(1),
+    "a dim more": lambda x: x.exp().view(-1, 1, 4, 1).flatten(1),
+    "reshape": lambda x: x.reshape(-1).reshape(x.shape),
+    "a column": lambda x: torch.cat([x[:, i].view(-1, 1) for i in range(4)], 1),
+    "new memory": lambda x: (x @ torch.eye(4, dtype=x.dtype)).view(-1).view(x.shape),
+}
+
+
+def written(tensor: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
+    """Half of its numbers replaced through what may be a view of it."""
+    look(tensor)[:2].fill_(0.5)
+    return tensor
+
+
+def seen(tensor: Tensor) -> Tensor:
+    """Its numbers through what may be a view of it, made before they change."""
+    flat = tensor.reshape(-1)
+    tensor.mul_(0.5)
+    return flat.view(-1, 4)
+
+
+def relying(before: Callable[[Tensor], Tensor]) -> tuple[nn.Module, nn.Module]:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        x = before(x)
+        return torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+
+    model = randomized(model_of(forward, nets=nn.ModuleList(mlp() for _ in range(4))))
+    fused = fuse(model)
+    assert fxfuse.report(fused).fused
+    assert_close(fused(X), model(X), "in rows")
+    return model, fused
+
+
+@pytest.mark.parametrize("how", RELYING)
+def test_views_and_writes_that_hang_on_the_layout(how: str) -> None:
+    model, fused = relying(RELYING[how])
+    for x in (X, randn(5, 4, seed=3)):
+        assert_close(fused(x), model(x), "in rows")
+    assert not fxfuse.report(fused).fallbacks
+    crooked = randn(4, 5, seed=3).t()
+    try:
+        want = model(crooked)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error)[:60])):
+            fused(crooked)
+    else:
+        assert_close(fused(crooked), want, "crooked")
+    assert "does not lie in rows, and forward views it" in " ".join(fxfuse.report(fused).fallbacks)
+
+
+@pytest.mark.parametrize("how", EASY)
+def test_views_that_any_layout_has(how: str) -> None:
+    model, fused = relying(EASY[how])
+    for x in (randn(4, 5, seed=3).t(), randn(9, 9, seed=3)[:5, 1:5], randn(1, 4, seed=2).expand(5, 4)):
+        assert_close(fused(x), model(x), "crooked")
+    assert not fxfuse.report(fused).fallbacks
+
+
+def test_gaps_are_gone_after_the_first_computation() -> None:
+    model, fused = relying(RELYING["a view of what it computes"])
+    for x in (randn(9, 9, seed=3)[:5, 1:5], randn(1, 4, seed=2).expand(5, 4)):
+        assert_close(fused(x), model(x), "with gaps")
+    assert not fxfuse.report(fused).fallbacks
+
+
+@pytest.mark.parametrize("how", [how for how in RELYING if how.startswith(("written", "seen")) and not how.endswith("a view")])
+def test_writes_into_what_was_a_copy_in_the_recording(how: str) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        x = RELYING[how](x)
+        return torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+
+    model = randomized(model_of(forward, nets=nn.ModuleList(mlp() for _ in range(4))))
+    fused = fuse(model, randn(4, 5, seed=3).t())
+    assert fxfuse.report(fused).fused
+    assert_close(fused(randn(4, 5, seed=4).t()), model(randn(4, 5, seed=4).t()), "as recorded")
+    assert not fxfuse.report(fused).fallbacks
+    for x in (X, randn(9, 9, seed=3)[:5, 1:5]):
+        assert_close(fused(x), model(x), "in order")
+    assert "lies in rows, and forward writes into a copy of it" in " ".join(fxfuse.report(fused).fallbacks)
+
+
+def test_an_example_that_does_not_lie_in_rows() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        x = (x.mT * 2).view(-1).view(4, -1).mT
+        return torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+
+    model = randomized(model_of(forward, nets=nn.ModuleList(mlp() for _ in range(4))))
+    x = randn(4, 5, seed=3).t()
+    fused = fuse(model, x)
+    assert_close(fused(x), model(x), "as recorded")
+    assert not fxfuse.report(fused).fallbacks
 
 
 def test_strides_follow_sizes() -> None:

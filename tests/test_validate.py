@@ -856,3 +856,35 @@ def test_a_model_of_two_dtypes_fuses():
     for got, want in zip(fused(x), model(x)):
         torch.testing.assert_close(got, want)
     assert not fxfuse.report(fused).fallbacks
+
+
+class Casting(nn.Module):
+    """Lanes that compute in float64 for a while, and go back to the dtype that they were given, or to the one they name."""
+
+    def __init__(self, back: torch.dtype | None) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(4))
+        self.back = back
+
+    def forward(self, xs: list[torch.Tensor]) -> torch.Tensor:
+        out = []
+        for net, x in zip(self.nets, xs, strict=True):
+            same = torch.exp(x.double().log()).to(self.back or x.dtype)
+            out.append(net(torch.tanh(x - same)))
+        return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize("back", [None, torch.float32])
+def test_a_cast_to_a_tensor_s_own_dtype_follows_it_to_float64(back):
+    model = Casting(back)
+    torch.manual_seed(0)
+    xs = [torch.rand(5, 2) + 0.5 for _ in range(4)]
+    fused = fxfuse.optimize(model, (xs,), objective="launches", tune=False)
+    assert [region.ops for region in fxfuse.report(fused).fused], fxfuse.report(fused)
+    result = validate(model, fused, [((xs,), {})])
+    assert result.ok
+    assert result.proved
+    exact = [d for d in result.differences if d.dtype == "float64"]
+    assert exact
+    if back is None:  # all gradients of the original cancel: what a cast to float32 rounds would be all that there is
+        assert max(d.max_abs for d in exact) < 1e-14

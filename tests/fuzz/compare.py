@@ -138,8 +138,7 @@ class _Check:
                                     validate=validate, **QUICK, **options)  # fmt: skip
             if first_call:
                 look(fused, args, kwargs, fused=True, grad=False)
-                fused_again = self.made.model()  # buffers as they were
-                fxfuse.load_original_state_dict(fused, fused_again.state_dict())
+                fxfuse.load_original_state_dict(fused, self.made.model().state_dict())  # buffers as they were
         except Exception as error:
             self._problem("optimize", f"raises {type(error).__name__}: {error}")
             return None
@@ -149,6 +148,16 @@ class _Check:
             self._problem("optimize", "changes the original")
         self._state_bits(fused)
         return fused
+
+    def _as_called(self) -> nn.Module:
+        """An original after the calls that ``_fused`` made: buffers of modules in plain lists are in no state dict that puts them back."""
+        truth = self.made.model()
+        if self.case["options"].get("first_call"):
+            if any(change[0] == "eval" for change in self.case["changes"]):
+                self._mode(truth, True)
+            look(truth, *self.made.arguments(), fused=False, grad=False)
+            truth.load_state_dict(self.made.model().state_dict())
+        return truth
 
     def _facts(self, model: nn.Module) -> list[Any]:
         tensors = [(name, id(t), t.requires_grad, t._version) for name, t in [*model.named_parameters(), *model.named_buffers()]]
@@ -165,7 +174,7 @@ class _Check:
 
     def _calls(self, fused: nn.Module, validate: bool) -> None:
         """The same calls of both, in both modes."""
-        self.fused, self.truth = fused, self.made.model()
+        self.fused, self.truth = fused, self._as_called()
         for training in self.modes:
             for model in (fused, self.truth):
                 self._mode(model, training)
