@@ -29,7 +29,10 @@ from .passes.vectorize import Prepared
 from .workbench import Case
 
 # What is known of a node that decides what may be written for it.
-_FACTS = ("shape", "dyn", "dtype", "device", "stride", "own_shape", "out_stride", "requires_grad", "untracked", "unread", "alone", "update")
+_FACTS = (
+    *("shape", "dyn", "dtype", "device", "stride", "own_shape", "out_stride"),
+    *("requires_grad", "untracked", "unread", "alone", "distinct", "update"),
+)
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+|object at ")
 
 

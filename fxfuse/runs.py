@@ -24,6 +24,7 @@ from fxfuse.lane import by_original_name
 from fxfuse.packing import original_gradients, original_named_parameters
 from fxfuse.private.pytree import tree_leaves
 from fxfuse.private.versions import version
+from fxfuse.shared_memory import sharing
 from fxfuse.unregistered import hidden_parameters, unregistered
 
 
@@ -33,6 +34,7 @@ class Run:
 
     outputs: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
+    sharing: dict[str, str] = field(default_factory=dict)  # outputs that lie in the memory of an input or of another output
     inputs: dict[str, tuple[bool, Tensor]] = field(default_factory=dict)  # after the call: (was written to, value)
     input_gradients: dict[str, Tensor | None] = field(default_factory=dict)
     parameter_gradients: dict[str, Tensor | None] = field(default_factory=dict)
@@ -99,6 +101,8 @@ def run(
                         leaves.update(named_leaves(now, f"attribute {path}.{name}" if path else f"attribute {name}"))
                 result.flags = {n: leaf.requires_grad for n, leaf in leaves.items() if isinstance(leaf, Tensor)}
                 result.drawn = random.reaching(t for t in [*leaves.values(), *inputs.values(), *model.buffers()] if isinstance(t, Tensor))
+                seen = {**inputs, **{n: leaf for n, leaf in leaves.items() if isinstance(leaf, Tensor)}}
+                result.sharing = sharing(seen)
                 # Copied before backward: a model may hand out a tensor that it goes on to write.
                 result.outputs = {n: _kept(leaf) if isinstance(leaf, Tensor) else leaf for n, leaf in leaves.items()}
             if gradients:

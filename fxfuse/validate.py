@@ -350,6 +350,7 @@ class _Check:
         found = [_difference(call, kind, name, gap, bound) for (kind, name), gap in pair.gaps.items()]
         if not all(d.ok for d in found):
             found = self._forgive(pair, found, proved)
+        found += [_difference(call, "output", name, gap, bound) for name, gap in _shared_otherwise(a, b)]
         if a.drawn != b.drawn:
             found += self._drawn(pair, bound)
         self.result.differences += found
@@ -550,6 +551,15 @@ def _inexact(tensor: Tensor) -> bool:
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.to(fresh.wider(tensor.dtype, torch.float64))
+
+
+def _shared_otherwise(original: Run, fused: Run) -> Iterator[tuple[str, Gap]]:
+    """Results that share memory with others than in the original: a caller who writes into one would see it elsewhere, or miss it."""
+    for name in {**original.sharing, **fused.sharing}:
+        one, other = original.sharing.get(name), fused.sharing.get(name)
+        if one != other:
+            said = [f"shares memory with {first}" if first is not None else "has memory of its own" for first in (other, one)]
+            yield name, Gap.lost(f"{said[0]}, the original's {said[1]}")
 
 
 def _same_dtypes(pair: _Pair) -> bool:

@@ -255,6 +255,7 @@ class _Lifter(Returned):
             if values[first].storage != values[leaf.value].storage:  # computed twice: two tensors
                 node = self.graph.call_function(_COPY, (node, None))
                 self._describe(node, leaf.value)
+                node.meta["distinct"] = True  # equal copies are as many tensors
             self._stride(node, leaf.value)
             return node
         if isinstance(leaf, (SizeOf, SizeOp)):
