@@ -21,13 +21,13 @@ import torch.fx
 from fxfuse.graph import FusedOp
 
 from .bundle import Bundle, Bundles
-from .functional import drop_unused, numbers_like, slice_along
+from .functional import drop_unused, numbers_like, slice_along, tracked_as
 from .lifted import Lifted
 from .ops import Op
 from .outputs import copies_by_size, treatment
 from .packs import Packs
 from .tidy import tidy
-from .tracked import tracked_as, untracked
+from .tracked import untracked
 from .weights import WeightReader
 from .writer import CannotVectorize, Node, Packed
 

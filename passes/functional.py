@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.autograd.forward_ad import unpack_dual
 
 from fxfuse.determinism import derandomized
 from fxfuse.private.asserts import assert_async
@@ -238,6 +239,20 @@ def ragged_bags(indices: list[torch.Tensor], offsets: torch.Tensor, rows: torch.
         assert_async(inside, "the bags of a lane have to begin at 0 and within the indices of the lane")
     begins = offsets + offsets.new_tensor([0, *itertools.accumulate(counts)][:-1]).unsqueeze(1)
     return found.masked_fill(found != found.clamp(first, last), -1), begins.flatten()
+
+
+def tracked_as(result: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """``result``, without its history where none of ``sources`` has one.
+
+    >>> trained, given = torch.ones(2, requires_grad=True), torch.ones(2)
+    >>> tracked_as(trained * 2, (given,)).requires_grad, tracked_as(trained * 2, (given, trained)).requires_grad
+    (False, True)
+    """
+    if not result.requires_grad or any(source.requires_grad for source in sources):
+        return result
+    if not torch.compiler.is_compiling() and unpack_dual(result).tangent is not None:  # type: ignore[no-untyped-call]
+        return result  # ``detach`` would drop the tangent too
+    return result.detach()
 
 
 _WRAPPED: dict[Callable[..., Any], Op] = {}

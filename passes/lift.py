@@ -31,7 +31,7 @@ from .returned import Returned
 from .rows import layouts
 from .updates import arguments, writes
 from .updating import mark_unread
-from .writes import MAY_COPY, RENEWING, SPLITS
+from .writes import RENEWING, SPLITS
 
 _GETITEM = op_of(operator.getitem, "item")
 _COPY = replace(canonical(torch.clone, (torch.empty(0),), {})[0], name="copy of its own", pointwise=False)  # of no lane set
@@ -199,12 +199,7 @@ class _Lifter(Returned):
 
     def _event(self, event: Event) -> None:
         name = op_name(event.func)
-        if name in ("view", "view_as") and isinstance(event.out, Ref) and not any(isinstance(arg, torch.dtype) for arg in event.args):
-            self._relies_on_order(name, event.args[0].value, event.out.value)
-        elif name == "contiguous" and event.out == event.args[0]:
-            self.in_rows.add(event.args[0].value)
-        elif name in MAY_COPY and isinstance(event.out, Ref) and self._storage(event.out.value) != self._storage(event.args[0].value):
-            self.copied[event.out.value] = event.args[0].value
+        self._note_order(event, name)
         written = writes(event)
         if name in RENEWING:
             raise Refused(f"{name} makes another tensor of one in place", event.place)
@@ -229,9 +224,6 @@ class _Lifter(Returned):
             out = self._call(event.func, args, kwargs, event.out)
             self._bind(event.out, out)
         self._note_view(event)
-
-    def _storage(self, value: int) -> int:
-        return self.trace.values[value].storage
 
     def _bind(self, out: Any, node: Any) -> None:
         if isinstance(out, Ref):

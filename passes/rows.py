@@ -81,7 +81,7 @@ def _sources(event: Event, layout: Layout) -> list[tuple[int, Layout]]:
     """Whose order the result of a call has. New memory is as dense as can be, so that gaps no longer count."""
     name = op_name(event.func)
     if name in _VIEWS:
-        return [(value, layout) for value in refs_in(event.args[:1])]
+        return [(value, layout) for value in refs_in(event.args[:1] or event.kwargs.get("input"))]
     args: Any = event.args
     if name in _COPIES or canonical(event.func, args, event.kwargs)[0].pointwise:
         dense: Layout = "in order" if layout in ("in rows", "in order") else "out of order"

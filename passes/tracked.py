@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch.autograd.forward_ad import unpack_dual
 
 from .lifted import Lifted
 from .ops import Op
@@ -21,20 +20,6 @@ from .packs import Packs
 Node = torch.fx.Node
 # Inputs and frozen weights that a gradient could reach, should they need one later; None where a trained weight is reached anyway.
 Sources = frozenset[Node] | None
-
-
-def tracked_as(result: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """``result``, without its history where none of ``sources`` has one.
-
-    >>> trained, given = torch.ones(2, requires_grad=True), torch.ones(2)
-    >>> tracked_as(trained * 2, (given,)).requires_grad, tracked_as(trained * 2, (given, trained)).requires_grad
-    (False, True)
-    """
-    if not result.requires_grad or any(source.requires_grad for source in sources):
-        return result
-    if not torch.compiler.is_compiling() and unpack_dual(result).tangent is not None:  # type: ignore[no-untyped-call]
-        return result  # ``detach`` would drop the tangent too
-    return result.detach()
 
 
 def untracked(lifted: Lifted, emitted: torch.fx.Graph, packs: Packs, made: dict[Node, Any]) -> dict[Node, list[Node]]:

@@ -40,7 +40,7 @@ RENEWING = frozenset("squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ as_s
 _COMPARING = frozenset("eq_ ne_ lt_ le_ gt_ ge_ logical_not_ logical_and_ logical_or_ logical_xor_".split())
 _DRAWING = frozenset("random_ geometric_".split())  # into a tensor, and without a rule
 SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
-MAY_COPY = frozenset({"reshape", "flatten", "contiguous", "ravel", "reshape_as"})  # views, of some layouts
+_MAY_COPY = frozenset({"reshape", "flatten", "contiguous", "ravel", "reshape_as"})  # views, of some layouts
 
 
 class Writes(Indexing):
@@ -111,7 +111,7 @@ class Writes(Indexing):
         args, kwargs = self._argument(event.args), self._argument(event.kwargs)
         name = op_name(event.func)
         part = self._part(name, event.func, args, kwargs, value)
-        if name in MAY_COPY:
+        if name in _MAY_COPY:
             self._relies_on_order(name, self.parent[value][0], value)
         if part is not None:
             return part
@@ -248,6 +248,19 @@ class Writes(Indexing):
         for member in chain:
             self.seen_version[member] = self.version[value]
 
+    def _note_order(self, event: Event, name: str) -> None:
+        """Calls that look at a tensor as it lies in memory."""
+        source = event.args[0] if event.args else event.kwargs.get("input")
+        if not isinstance(event.out, Ref) or not isinstance(source, Ref):
+            return
+        base, out = source.value, event.out.value
+        if name in ("view", "view_as") and not any(isinstance(arg, torch.dtype) for arg in (*event.args, *event.kwargs.values())):
+            self._relies_on_order(name, base, out)
+        elif name in _MAY_COPY and base == out:  # of another layout, one more tensor
+            self.in_rows.add(base)
+        elif name in _MAY_COPY and self.trace.values[base].storage != self.trace.values[out].storage:
+            self.copied[out] = base
+
     def _relies_on_order(self, name: str, base: int, view: int) -> None:
         """``view`` is one of ``base`` as it lies in memory."""
         if name == "contiguous" or not needs_no_rows(self.trace.values[base].shape, self.trace.values[view].shape):
@@ -267,7 +280,7 @@ class Writes(Indexing):
             dim = given["dim"] % len(self.trace.values[base].shape)
             return self._node(_WRITE, (current, (slice(None),) * dim + (index,), node), base)
         if name in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "contiguous", "detach", "view_as"):
-            if name in MAY_COPY:
+            if name in _MAY_COPY:
                 self._relies_on_order(name, base, made.out.value)
             if name == "detach":
                 raise Refused("writes into a detached tensor", event.place)

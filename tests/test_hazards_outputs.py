@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -211,6 +212,8 @@ def test_a_result_needs_a_gradient_where_the_original_s_does(layers: bool, valid
                 assert_close(a, b, f"lane {lane}")
     with torch.no_grad():
         assert not any(t.requires_grad for t in fused(given(0)))
+    again = pickle.loads(pickle.dumps(fused))
+    assert [t.requires_grad for t in again(given(2))] == [t.requires_grad for t in model(given(2))]
     assert not fxfuse.report(fused).fallbacks
 
 

@@ -410,6 +410,7 @@ RELYING: dict[str, Callable[[Tensor], Tensor]] = {
     "written through a reshape": lambda x: written(F.leaky_relu(x), lambda y: y.reshape(-1)),
     "written through a flatten": lambda x: written(x * 2, torch.flatten),
     "seen through a reshape": lambda x: seen(x * 2),
+    "seen through a torch.reshape by name": lambda x: seen(x * 2, lambda y: torch.reshape(input=y, shape=(-1,))),
     "written through a contiguous": lambda x: written(x * 2, torch.Tensor.contiguous),
 }
 # In every layout the same.
@@ -428,9 +429,9 @@ def written(tensor: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
     return tensor
 
 
-def seen(tensor: Tensor) -> Tensor:
+def seen(tensor: Tensor, look: Callable[[Tensor], Tensor] = lambda y: y.reshape(-1)) -> Tensor:
     """Its numbers through what may be a view of it, made before they change."""
-    flat = tensor.reshape(-1)
+    flat = look(tensor)
     tensor.mul_(0.5)
     return flat.view(-1, 4)
 
