@@ -1,7 +1,8 @@
-"""Results that share memory: with each other, with an input, with a weight.
+"""Results that share memory: with each other, with an input, with a weight; and results that are part of a larger memory.
 
 Comes in: what a module call returned, and how each recorded view was made. Goes out: ``Returned``, a layer of the lifter: such a result
-is the very view of the very tensor that it is in the original, so that a caller who writes into one finds it in the other. The tensor
+is the very view of the very tensor that it is in the original, so that a caller who writes into one finds it in the other, and so that
+one which skips part of its memory (``h[:, :2]``) has the strides of the original's, whatever the number of rows. The tensor
 that they are views of is made once, by itself; views of it are calls that no lane set takes up. All other results are values.
 """
 
@@ -42,9 +43,26 @@ class Returned(Updating):
         made: dict[int, torch.fx.Node] = {}
         for value, root in roots.items():
             held = root in self.inputs or self.trace.values[root].origin in ("attribute", "constant")
-            if (value != root and held) or (ways[root] > 1 and not held):
+            if (value != root and (held or self._has_gaps(value))) or (ways[root] > 1 and not held):
                 self._view(value, root, held, made)
         return {value: made[value] for value in values if value in made}
+
+    def _has_gaps(self, value: int) -> bool:
+        """Do the strides of ``value`` step over memory of the tensor that it is a view of? Then no copy of its own has them.
+
+        A free size of 1 counts as any other: in more rows its stride shows.
+        """
+        with DisableTorchFunction():
+            tensor = self.trace.values[value].tensor
+            if tensor.layout is not torch.strided or 0 in tensor.shape:
+                return False
+            strides = tensor.stride()
+        dyn, expected = self.dynamic.get(value, frozenset()), 1
+        for stride, dim in sorted((stride, dim) for dim, stride in enumerate(strides) if tensor.shape[dim] > 1 or dim in dyn):
+            if stride != expected:
+                return True
+            expected *= tensor.shape[dim]
+        return False
 
     def _view(self, value: int, root: int, held: bool, made: dict[int, torch.fx.Node]) -> torch.fx.Node:
         """``value``, which is a view of ``root``, made from it as in the recording."""
