@@ -11,7 +11,6 @@ This file walks the events; below it are, layer by layer, ``returned`` (results 
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from .updating import mark_unread
 from .writes import RENEWING, SPLITS
 
 _GETITEM = op_of(operator.getitem, "item")
-_COPY = replace(canonical(torch.clone, (torch.empty(0),), {})[0], name="copy of its own", pointwise=False)  # of no lane set
 
 
 def lift(trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> Lifted | Refusal:
@@ -62,7 +60,6 @@ def lift(trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> Li
 class _Lifter(Returned):
     def run(self) -> Lifted:
         frame = self.frame
-        self.given: dict[torch.fx.Node, int] = {}  # results, and the first value that each is
         if frame.poison:
             raise Refused(frame.poison, frame.place)
         for index, leaf in enumerate(frame.leaves):
@@ -240,10 +237,7 @@ class _Lifter(Returned):
             values, own = self.trace.values, node.meta.get("value")
             if node.op in ("placeholder", "get_attr") and own is not None and values[own].storage != values[leaf.value].storage:
                 node = self._call(torch.clone, (node,), {}, leaf)  # ``x * 1``: a tensor of its own, which the caller may write to
-            first = self.given.setdefault(node, leaf.value)
-            if values[first].storage != values[leaf.value].storage:  # computed twice: two tensors
-                node = self.graph.call_function(_COPY, (node, None))
-                self._describe(node, leaf.value)
+            node = self._another(node, leaf.value)
             self._stride(node, leaf.value)
             return node
         if isinstance(leaf, (SizeOf, SizeOp)):

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.trace import Event, Ref
+from fxfuse.trace import Event, Frame, Ref, Trace
 
 from .functional import op_of
+from .lifted import Sizes
 from .ops import Op, canonical, op_name
 from .updating import Updating
 
@@ -30,10 +31,15 @@ def returned(tensor: torch.Tensor) -> torch.Tensor:
 
 RETURNED = op_of(returned)
 _PIECE = op_of(operator.getitem, "item")
+_COPY = dataclasses.replace(canonical(torch.clone, (torch.empty(0),), {})[0], name="copy of its own", pointwise=False)  # of no lane set
 
 
 class Returned(Updating):
     """Finds the results that share memory, and makes them."""
+
+    def __init__(self, trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> None:
+        super().__init__(trace, frame, sizes, opaque)
+        self.given: dict[torch.fx.Node, int] = {}  # results, and the first value that each is
 
     def _shared(self, leaves: list[Any]) -> dict[int, torch.fx.Node]:
         """The nodes of those results, by value."""
@@ -71,7 +77,7 @@ class Returned(Updating):
         if value == root:
             node: torch.fx.Node = self._read(root)
             if not held:
-                node = self._alone(RETURNED, (node,), value)
+                node = self._alone(RETURNED, (self._another(node, root),), value)
                 with DisableTorchFunction():
                     node.meta["out_stride"] = self.trace.values[root].tensor.stride()
         else:
@@ -84,6 +90,16 @@ class Returned(Updating):
             else:
                 node = self._alone(op, args, value)
         made[value] = node
+        return node
+
+    def _another(self, node: torch.fx.Node, value: int) -> torch.fx.Node:
+        """``node``, or a copy where another result is that node already: what is computed twice is two tensors."""
+        if node.op in ("placeholder", "get_attr"):  # itself; what only equals it is copied in any case
+            return node
+        first, values = self.given.setdefault(node, value), self.trace.values
+        if values[first].storage != values[value].storage:
+            node = self.graph.call_function(_COPY, (node, None))
+            self._describe(node, value)
         return node
 
     def _alone(self, op: Op, args: tuple[Any, ...], value: int | None) -> torch.fx.Node:
