@@ -25,7 +25,7 @@ from fxfuse.trace import Event, Frame, Key, Ref, Touch, Trace
 
 from .functional import drop_unused, op_of
 from .lifted import Lifted, Refused, SizeDependent, Sizes
-from .ops import canonical, op_name
+from .ops import op_name
 from .returned import Returned
 from .updates import arguments, writes
 from .updating import mark_unread
