@@ -27,6 +27,7 @@ from .casts import Unrepeatable, Watched, to_cast
 from .containers import opened
 from .contents import Contents
 from .determinism import foreign_random_state
+from .fast_path import laid_out
 from .graph import Place
 from .internal_files import INTERNAL, is_internal
 from .kept_memory import KeptMemory
@@ -458,6 +459,7 @@ class Recorder(TorchFunctionMode):
         try:
             deaf = not poison and runs_torch_only(type(module))
             out = forward(*args, **kwargs) if deaf else self.run(forward, args, kwargs)
+            out = laid_out(module, forward, args, kwargs, out)
             frame.sets_own = len(own) != len(before) or not all(map(is_, own.values(), before))
             if given is not None and given.held and (changed := given.changed()):
                 frame.poison = frame.poison or f"changes the {changed} that it was given"

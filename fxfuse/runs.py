@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fxfuse.determinism import DefaultFloat64, Derandomized, preserved_state
 from fxfuse.draws import FollowedDraws
+from fxfuse.fast_path import has_fast_path
 from fxfuse.fused import regions
 from fxfuse.inputs import clone_inputs, shaken, to_dtype, wider
 from fxfuse.lane import by_original_name
@@ -47,6 +48,7 @@ class Run:
     precisions: set[torch.dtype] = field(default_factory=set)  # narrower than float64, seen in results of ops
     undefined: set[str] = field(default_factory=set)  # random ops that ran with real random numbers
     drawn: int = 0  # random numbers that forward asked for
+    usual_strides: bool = True  # False: a mode listened, and torch's attention may have laid its results out in another way
 
 
 def run(
@@ -92,6 +94,7 @@ def run(
         try:
             if mode != "given":
                 model.train(mode == "train")
+            result.usual_strides = dtype is not torch.float64 or not has_fast_path(model)
             with _precise(dtype), random, _counted(model, result.calls):
                 out = model(*args, **kwargs)
                 leaves = dict(named_leaves(out, "output"))

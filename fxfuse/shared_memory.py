@@ -29,8 +29,8 @@ def sharing(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for name, tensor in tensors.items():
         if tensor.layout is torch.strided and tensor.numel():
             extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-            start = tensor.storage_offset() * tensor.element_size()
-            spans.setdefault(storage_key(tensor.untyped_storage()), []).append((start, start + extent * tensor.element_size(), name))
+            start = int(tensor.storage_offset()) * tensor.element_size()
+            spans.setdefault(storage_key(tensor.untyped_storage()), []).append((start, start + int(extent) * tensor.element_size(), name))
     found: dict[str, str] = {}
     for each in spans.values():
         group: list[str] = []

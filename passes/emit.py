@@ -277,7 +277,10 @@ class Emitter(WeightReader):
         return self.graph
 
     def _units(self, output: Node) -> list[Any]:
-        """Bundles (by number) and single nodes in an order that respects the dataflow, close to the program's own."""
+        """Bundles (by number) and single nodes in an order that respects the dataflow, close to the program's own.
+
+        What leaves the region in memory of its own (``returned``) comes last, when all that reads the same value is known.
+        """
         of = {n: i for n, i in self.bundles.of.items() if i in self.bundles.active}
         position = {node: i for i, node in enumerate(self.lifted.graph.nodes)}
         dataflow = nx.DiGraph()
@@ -298,10 +301,12 @@ class Emitter(WeightReader):
                     pending.append(operand)
         self._keep_order([node for node in calls if node.op == "call_module"], dataflow)
 
-        def first(unit: Any) -> tuple[int, int]:
+        def first(unit: Any) -> tuple[bool, int, int]:
             """One chunk after the other, whatever the order of the program; within a chunk, as the program has it."""
-            bundle = self.bundles.classes[unit] if isinstance(unit, int) else None
-            return (0, position[unit]) if bundle is None else (bundle.chunk, position[bundle.members[0]])
+            if isinstance(unit, int):
+                bundle = self.bundles.classes[unit]
+                return False, bundle.chunk, position[bundle.members[0]]
+            return bool(unit.meta.get("alone")), 0, position[unit]
 
         return list(nx.lexicographical_topological_sort(dataflow, key=first))
 
@@ -413,21 +418,22 @@ class Emitter(WeightReader):
             if bundle.index not in self.separated:
                 self.separated[bundle.index] = self._own_pieces(bundle)
             made = self.call(operator.getitem, self.separated[bundle.index], self.bundles.position[source])
-        return self._laid_out(node, made)
+        return self._laid_out(node, made, source)
 
     def _strided(self, leaf: Node) -> Any:
         """An output with the strides that the original's has, where both are dense: callers may ``view`` it."""
         if leaf.meta.get("alone"):
             return self.single(leaf)
         if leaf not in self.strided:
-            self.strided[leaf] = self._laid_out(leaf, self.single(leaf))
+            self.strided[leaf] = self._laid_out(leaf, self.single(leaf), leaf)
         return self.strided[leaf]
 
-    def _laid_out(self, leaf: Node, node: Any) -> Any:
+    def _laid_out(self, leaf: Node, node: Any, computed: Node) -> Any:
+        """``node`` with the strides recorded of ``leaf``; ``computed``: the node of the lifted graph that computes it."""
         wanted, value = leaf.meta.get("out_stride"), node.meta.get("val")
         if wanted is None or not isinstance(value, torch.Tensor) or value.shape != torch.Size(leaf.meta["shape"]):
             return node
-        how = treatment(leaf, node)
+        how = treatment(computed, node)
         one_row = any(value.shape[d] == 1 for d in leaf.meta.get("dyn") or ())  # of which the strides of more rows cannot be told
         open_ends = one_row or (bool(leaf.meta.get("dyn")) and copies_by_size(node))
         if not how and not open_ends and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):

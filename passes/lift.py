@@ -11,7 +11,6 @@ This file walks the events; below it are, layer by layer, ``returned`` (results 
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from fxfuse.trace import Event, Frame, Key, Ref, Touch, Trace
 
 from .functional import drop_unused, op_of
 from .lifted import Lifted, Refused, SizeDependent, Sizes
-from .ops import canonical, op_name
+from .ops import op_name
 from .returned import Returned
 from .rows import layouts
 from .updates import arguments, writes
@@ -34,7 +33,6 @@ from .updating import mark_unread
 from .writes import RENEWING, SPLITS
 
 _GETITEM = op_of(operator.getitem, "item")
-_COPY = replace(canonical(torch.clone, (torch.empty(0),), {})[0], name="copy of its own", pointwise=False)  # of no lane set
 
 
 def lift(trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> Lifted | Refusal:
@@ -63,7 +61,6 @@ def lift(trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> Li
 class _Lifter(Returned):
     def run(self) -> Lifted:
         frame = self.frame
-        self.given: dict[torch.fx.Node, int] = {}  # results, and the first value that each is
         if frame.poison:
             raise Refused(frame.poison, frame.place)
         for index, leaf in enumerate(frame.leaves):
@@ -243,11 +240,7 @@ class _Lifter(Returned):
             values, own = self.trace.values, node.meta.get("value")
             if node.op in ("placeholder", "get_attr") and own is not None and values[own].storage != values[leaf.value].storage:
                 node = self._call(torch.clone, (node,), {}, leaf)  # ``x * 1``: a tensor of its own, which the caller may write to
-            first = self.given.setdefault(node, leaf.value)
-            if values[first].storage != values[leaf.value].storage:  # computed twice: two tensors
-                node = self.graph.call_function(_COPY, (node, None))
-                self._describe(node, leaf.value)
-                node.meta["distinct"] = True  # equal copies are as many tensors
+            node = self._another(node, leaf.value)
             self._stride(node, leaf.value)
             return node
         if isinstance(leaf, (SizeOf, SizeOp)):

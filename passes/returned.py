@@ -1,7 +1,8 @@
-"""Results that share memory: with each other, with an input, with a weight.
+"""Results that share memory: with each other, with an input, with a weight; and results that are part of a larger memory.
 
 Comes in: what a module call returned, and how each recorded view was made. Goes out: ``Returned``, a layer of the lifter: such a result
-is the very view of the very tensor that it is in the original, so that a caller who writes into one finds it in the other. The tensor
+is the very view of the very tensor that it is in the original, so that a caller who writes into one finds it in the other, and so that
+one which skips part of its memory (``h[:, :2]``) has the strides of the original's, whatever the number of rows. The tensor
 that they are views of is made once, by itself; views of it are calls that no lane set takes up. All other results are values.
 """
 
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.trace import Event, Ref
+from fxfuse.trace import Event, Frame, Ref, Trace
 
 from .functional import op_of
+from .lifted import Sizes
 from .ops import Op, canonical, op_name
 from .updating import Updating
 
@@ -29,10 +31,15 @@ def returned(tensor: torch.Tensor) -> torch.Tensor:
 
 RETURNED = op_of(returned)
 _PIECE = op_of(operator.getitem, "item")
+_COPY = dataclasses.replace(canonical(torch.clone, (torch.empty(0),), {})[0], name="copy of its own", pointwise=False)  # of no lane set
 
 
 class Returned(Updating):
     """Finds the results that share memory, and makes them."""
+
+    def __init__(self, trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> None:
+        super().__init__(trace, frame, sizes, opaque)
+        self.given: dict[torch.fx.Node, int] = {}  # results, and the first value that each is
 
     def _shared(self, leaves: list[Any]) -> dict[int, torch.fx.Node]:
         """The nodes of those results, by value."""
@@ -42,9 +49,26 @@ class Returned(Updating):
         made: dict[int, torch.fx.Node] = {}
         for value, root in roots.items():
             held = root in self.inputs or self.trace.values[root].origin in ("attribute", "constant")
-            if (value != root and held) or (ways[root] > 1 and not held):
+            if (value != root and (held or self._has_gaps(value))) or (ways[root] > 1 and not held):
                 self._view(value, root, held, made)
         return {value: made[value] for value in values if value in made}
+
+    def _has_gaps(self, value: int) -> bool:
+        """Do the strides of ``value`` step over memory of the tensor that it is a view of? Then no copy of its own has them.
+
+        A free size of 1 counts as any other: in more rows its stride shows.
+        """
+        with DisableTorchFunction():
+            tensor = self.trace.values[value].tensor
+            if tensor.layout is not torch.strided or 0 in tensor.shape:
+                return False
+            strides = tensor.stride()
+        dyn, expected = self.dynamic.get(value, frozenset()), 1
+        for stride, dim in sorted((stride, dim) for dim, stride in enumerate(strides) if tensor.shape[dim] > 1 or dim in dyn):
+            if stride != expected:
+                return True
+            expected *= tensor.shape[dim]
+        return False
 
     def _view(self, value: int, root: int, held: bool, made: dict[int, torch.fx.Node]) -> torch.fx.Node:
         """``value``, which is a view of ``root``, made from it as in the recording."""
@@ -53,7 +77,7 @@ class Returned(Updating):
         if value == root:
             node: torch.fx.Node = self._read(root)
             if not held:
-                node = self._alone(RETURNED, (node,), value)
+                node = self._alone(RETURNED, (self._another(node, root),), value)
                 with DisableTorchFunction():
                     node.meta["out_stride"] = self.trace.values[root].tensor.stride()
         else:
@@ -66,6 +90,17 @@ class Returned(Updating):
             else:
                 node = self._alone(op, args, value)
         made[value] = node
+        return node
+
+    def _another(self, node: torch.fx.Node, value: int) -> torch.fx.Node:
+        """``node``, or a copy where another result is that node already: what is computed twice is two tensors."""
+        if node.op in ("placeholder", "get_attr"):  # itself; what only equals it is copied in any case
+            return node
+        first, values = self.given.setdefault(node, value), self.trace.values
+        if values[first].storage != values[value].storage:
+            node = self.graph.call_function(_COPY, (node, None))
+            self._describe(node, value)
+            node.meta["distinct"] = True  # equal copies are as many tensors
         return node
 
     def _alone(self, op: Op, args: tuple[Any, ...], value: int | None) -> torch.fx.Node:

@@ -19,7 +19,9 @@ JOINS = {
     "stack": lambda ys: torch.stack(ys, 1), "stack first": lambda ys: torch.stack(ys), "cat": lambda ys: torch.cat(ys, 1),
     "view": lambda ys: torch.cat(ys, 1).unsqueeze(1), "two": lambda ys: (torch.stack(ys, 1), torch.stack(ys[::-1], 1)),
     "with a lane": lambda ys: [torch.stack(ys, 1), ys[1]], "prod": lambda ys: ys[0] * ys[1],
-    "maximum": lambda ys: torch.maximum(ys[0], ys[1]),
+    "maximum": lambda ys: torch.maximum(ys[0], ys[1]), "part of a stack": lambda ys: torch.stack(ys, 1)[:, :, :1],
+    "part of a cat": lambda ys: torch.cat(ys, 1)[:, 1:], "column": lambda ys: torch.stack(ys)[:, :, 1],
+    "parts": lambda ys: (lambda z: [z[:, 0], z[:, 2]])(torch.stack(ys, 1)),
 }  # fmt: skip
 
 
@@ -202,3 +204,69 @@ def test_what_follows_a_join_lies_as_it_did(after):
     for each, start in zip((fused, model), given, strict=True):
         sum((out * torch.arange(out.numel()).view_as(out)).sum() for out in torch.utils._pytree.tree_leaves(each(start))).backward()
     assert_close(given[0].grad, given[1].grad, "gradient")
+
+
+def written_part(ys, x):
+    h = torch.cat(ys, 1)[:, :2]
+    h += x[:, 0, :2]
+    return h
+
+
+def part_without_grad(ys, x):
+    with torch.no_grad():
+        return [y[:, :2] for y in ys]
+
+
+PARTS = {
+    "slices": lambda ys, x: [y[:, :2] for y in ys], "columns": lambda ys, x: [y.relu().unbind(-1)[0].unsqueeze(1) for y in ys],
+    "written": written_part, "of a stack": lambda ys, x: torch.stack(ys, 1)[:, :, 1:3], "without grad": part_without_grad,
+    "expanded": lambda ys, x: torch.cat(ys, 1).unsqueeze(1).expand(-1, 2, -1), "chunks": lambda ys, x: [y.chunk(2, 1)[0] for y in ys],
+    "of a sum": lambda ys, x: sum(ys)[:, 1:], "every other": lambda ys, x: {"all": ys[0][:, ::2], "total": sum(ys).t()[1:]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_result_that_skips_memory_skips_as_much(part):
+    model = linears(lambda self, x: PARTS[part]([net(x[:, i]) for i, net in enumerate(self.nets)], x), 3, 4)
+    fused = fxfuse.optimize(model, randn(5, 3, 3), objective="launches", **QUICK)
+    assert fxfuse.report(fused).fused
+    for x in (randn(5, 3, 3), randn(7, 3, 3, seed=2)):
+        pairs = list(zip(*(torch.utils._pytree.tree_leaves(each(x)) for each in (fused, model)), strict=True))
+        assert [got.stride() for got, _ in pairs] == [want.stride() for _, want in pairs]
+        for got, want in pairs:
+            assert_close(got, want, part)
+    assert not fxfuse.report(fused).fallbacks
+
+
+def test_parts_of_what_is_computed_twice_are_of_two_tensors():
+    def forward(self, x):
+        twice = [[net(x[:, i]) for i, net in enumerate(self.nets)] for _ in range(2)]
+        return twice[0][0][:, :2], twice[1][0][:, :2], twice[1][1], twice[0][1][:, 1:], torch.stack(twice[0])
+
+    model, x = linears(forward, 3, 4), randn(4, 3, 3)
+    fused = fxfuse.optimize(model, x, objective="launches", **QUICK)
+    assert fxfuse.report(fused).fused
+    assert len({out.untyped_storage().data_ptr() for out in fused(x)}) == 5
+
+
+class Equal(nn.Module):
+    """Results that are equal, and yet as many tensors; in eval mode dropout gives back what it got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drops = nn.ModuleList(nn.Dropout(0.2) for _ in range(3))
+        self.nets = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return torch.stack([net(x) for net in self.nets]), [drop(x * 1) for drop in self.drops]
+
+
+def test_equal_results_are_tensors_of_their_own() -> None:
+    model, x = Equal().double().eval(), torch.randn(2, 4, dtype=torch.float64)
+    fused = fxfuse.optimize(model, x, objective="launches", validate=False)
+    assert fxfuse.report(fused).fused
+    with torch.no_grad():
+        _, several = fused(x)
+    for i, one in enumerate(several):
+        one.fill_(7.0)
+        assert all(torch.equal(other, x) for other in several[i + 1 :])

@@ -503,3 +503,35 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     fused = fxfuse.optimize(model, x, objective="launches", **checks.QUICK)
     torch.save(fused, tmp_path / "fused.pt")
     checks.assert_close(torch.load(tmp_path / "fused.pt", weights_only=False)(x), model(x), "loaded")
+
+
+# -- where torch takes its fast path, whose results lie in rows -----------------------------------------------------------------------
+
+
+class Untracked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(4, 4) for _ in range(LANES))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.stack([net(x[:, i]) for i, net in enumerate(self.nets)], 1)
+        with torch.no_grad():
+            h, _ = self.attention(h, h, h, need_weights=False)
+        return h * self.scale
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_gradients_it_lies_as_in_the_original(dtype: torch.dtype, validate: bool) -> None:
+    model = checks.randomized(Untracked()).to(dtype)
+    fused = fxfuse.optimize(model, checks.randn(4, LANES, 4).to(dtype), objective="launches", tune=False, validate=validate)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    for mode in (True, False):
+        for rows in (4, 7):
+            x = checks.randn(rows, LANES, 4, seed=rows).to(dtype)
+            got, want = fused.train(mode)(x), model.train(mode)(x)
+            assert got.stride() == want.stride(), "train" if mode else "eval"
+            checks.assert_close(got, want, "attention", rtol=1e-10 if dtype is torch.float64 else 1e-5)
+    assert not fxfuse.report(fused).fallbacks

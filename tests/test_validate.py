@@ -888,3 +888,40 @@ def test_a_cast_to_a_tensor_s_own_dtype_follows_it_to_float64(back):
     assert exact
     if back is None:  # all gradients of the original cancel: what a cast to float32 rounds would be all that there is
         assert max(d.max_abs for d in exact) < 1e-14
+
+
+class TwoResults(Loop):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y * 1
+
+
+class OneResult(Loop):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y
+
+
+class AView(Loop):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, x[:1]
+
+
+class ACopy(Loop):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, x[:1].clone()
+
+
+@pytest.mark.parametrize(("one", "other", "said"), [
+    (TwoResults, OneResult, "output[1] (eval, example 0, float64): shares memory with output[0], the original's has memory of its own"),
+    (OneResult, TwoResults, "output[1] (eval, example 0, float64): has memory of its own, the original's shares memory with output[0]"),
+    (AView, ACopy, "output[1] (eval, example 0, float64): has memory of its own, the original's shares memory with input[0]"),
+])  # fmt: skip
+def test_results_that_share_memory_otherwise(one, other, said):
+    model = one()
+    result = verify(model, like(model, other), data())
+    assert not result.ok
+    assert any(said in str(difference) for difference in result.differences)
+    assert verify(model, like(model, one), data()).ok
