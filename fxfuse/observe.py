@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from .collector import paused
+from .fast_path import holds_attention
 from .inputs import batch_size, other_variations, resample, vary
 from .module_tree import all_modules
 from .trace import Frame, Key, Ref, Trace
@@ -302,6 +303,8 @@ def _asks_for_mode(model: nn.Module) -> bool:
     Then Python may take sizes into account in one mode only, which one run in each mode does not show. (torch's own modules hand
     the flag to the call that depends on it, where it is seen.)
     """
+    if holds_attention(model):  # its results lie in another way in eval mode
+        return True
     classes = {base for module in all_modules(model) for base in type(module).__mro__}
     own = [cls for cls in classes if cls is not object and not cls.__module__.startswith("torch.")]
     replaced = [vars(module)["forward"] for module in all_modules(model) if "forward" in vars(module)]

@@ -9,20 +9,24 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import torch
+import torch.fx
 from torch import nn
 
+from .fast_path import holds_attention, in_rows_without_grad
 from .graph import Place, Refusal
 from .observe import Observation
 from .passes.in_turn import in_turn
 from .passes.lift import lift
-from .passes.lifted import Sizes
+from .passes.lifted import Lifted, Sizes
 from .passes.near_miss import near_misses
 from .passes.rules import is_heavy
 from .passes.updates import updates_of, writes
 from .passes.vectorize import Prepared, prepare
 from .private.module_hooks import has_hooks
+from .private.torch_function import DisableTorchFunction
 from .region import STATE
-from .trace import Frame
+from .trace import Frame, Ref
 
 RENORMS = "max_norm renormalizes"
 SINGLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -70,6 +74,7 @@ class RegionFinder:
         self.closed = closed_frames(observation)
         self.regions: list[Region] = []
         self.refusals: list[Refusal] = []
+        self.rows: dict[int, list[bool]] = {}  # by frame: results that lie in rows where nobody asks for gradients
 
     def single_layers(self) -> list[Region]:
         """Calls of a Linear or a pointwise convolution outside of all regions, each a region of its own, to be spelled as the other."""
@@ -111,7 +116,26 @@ class RegionFinder:
         fixed = self.observation.fixed.get(frame.index)
         if fixed is not None and not lifted.specialised:
             lifted.specialised, lifted.place = fixed.reason, fixed.place
+        self._note_fast_path(frame, lifted)
         return prepare(lifted, self.min_lanes, self.merge)
+
+    def _note_fast_path(self, frame: Frame, lifted: Lifted) -> None:
+        """Mark the results that a call without grad lays out in another way."""
+        if frame.raw is None or frame.untracked or not holds_attention(frame.module):
+            return
+        if frame.index not in self.rows:
+            values = [self.observation.trace.values[leaf.value].tensor if isinstance(leaf, Ref) else None for leaf in frame.out]
+            root = self.observation.trace.frames[0].module
+            with DisableTorchFunction():
+                strides = [value.stride() if value is not None and value.layout is torch.strided else None for value in values]
+            try:
+                self.rows[frame.index] = in_rows_without_grad(frame.module, *frame.raw, strides, root, self.observation.flags)
+            except Exception:  # a model that runs with grad only
+                self.rows[frame.index] = [False] * len(strides)
+        (output,) = [node for node in lifted.graph.nodes if node.op == "output"]
+        for node, rows in zip(output.args[0], self.rows[frame.index], strict=False):
+            if rows and isinstance(node, torch.fx.Node):
+                node.meta["rows_without_grad"] = True
 
     def visit(self, index: int = 0) -> None:
         """Find the regions in the module call ``index`` and below."""

@@ -21,7 +21,7 @@ import torch.fx
 from fxfuse.graph import FusedOp
 
 from .bundle import Bundle, Bundles
-from .functional import drop_unused, numbers_like, slice_along, tracked_as
+from .functional import drop_unused, in_rows_without_grad, numbers_like, slice_along, tracked_as
 from .lifted import Lifted
 from .ops import Op
 from .outputs import copies_by_size, treatment
@@ -381,6 +381,9 @@ class Emitter(WeightReader):
         made = {leaf: self._strided(leaf) for leaf in dict.fromkeys(leaves) if isinstance(leaf, Node)}  # one tensor given twice is one
         for leaf, sources in untracked(self.lifted, self.graph, self.packs, made).items():
             made[leaf] = self.call(tracked_as, made[leaf], tuple(dict.fromkeys(self._held(node) for node in sources)))
+        for leaf in made:
+            if leaf.meta.get("rows_without_grad"):
+                made[leaf] = self.call(in_rows_without_grad, made[leaf])
         self.graph.output([made[leaf] if isinstance(leaf, Node) else leaf for leaf in leaves])
 
     def _held(self, node: Node) -> Node:

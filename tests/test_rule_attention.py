@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import checks
 import fxfuse
@@ -535,3 +537,40 @@ def test_without_gradients_it_lies_as_in_the_original(dtype: torch.dtype, valida
             assert got.stride() == want.stride(), "train" if mode else "eval"
             checks.assert_close(got, want, "attention", rtol=1e-10 if dtype is torch.float64 else 1e-5)
     assert not fxfuse.report(fused).fallbacks
+
+
+class Returned(nn.Module):
+    """What attention gives leaves the model as it is, or in a sum, which has its strides."""
+
+    def __init__(self, join: str) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(LANES))
+        self.join = join
+
+    def forward(self, x: Tensor) -> Any:
+        ys = [net(h, h, h, need_weights=False)[0] for net, h in zip(self.nets, x.unbind(1), strict=True)]
+        return ys if self.join == "list" else sum(ys) if self.join == "sum" else torch.stack(ys, 1)
+
+
+@pytest.mark.parametrize("join", ["list", "sum", "stack"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_lie_as_in_the_original_with_and_without_grad(dtype: torch.dtype, join: str) -> None:
+    model = checks.randomized(Returned(join)).to(dtype)
+    fused = fxfuse.optimize(model, checks.randn(4, LANES, 5, 8).to(dtype), objective="launches", tune=False)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    seen = set()
+    for training, grad, rows in itertools.product((True, False), (True, False), (4, 7)):
+        x = checks.randn(rows, LANES, 5, 8, seed=rows).to(dtype)
+        model.train(training)
+        fused.train(training)
+        torch.compiler.reset()
+        compiled = torch.compile(fused, backend="eager", fullgraph=True)
+        with torch.set_grad_enabled(grad):
+            results = [tree_leaves(each(x)) for each in (model, fused, compiled)]
+        for want, *others in zip(*results, strict=True):
+            seen.add(want.is_contiguous())
+            for got in others:
+                assert got.stride() == want.stride(), (training, grad, rows)
+                checks.assert_close(got, want, "attention", rtol=1e-10 if dtype is torch.float64 else 1e-5)
+    assert not fxfuse.report(fused).fallbacks
+    assert seen == ({True} if join == "stack" else {True, False})
