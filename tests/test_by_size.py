@@ -336,7 +336,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, str], floa
     from fxfuse.workbench import Workbench
 
     monkeypatch.setattr(Workbench, "trains", lambda self: True)
-    monkeypatch.setattr(PlannerBySize, "_measure_memory", lambda self, choice: None)
+    monkeypatch.setattr("fxfuse.plan.as_usual", lambda planner, choice: choice)
     monkeypatch.setattr(Workbench, "loop", lambda self: (self.batch, "written"))
     monkeypatch.setattr(Workbench, "step", lambda self, made: (self.batch, "loop" if not made.ops else "packed"))
     plan = import_module("fxfuse.plan")
