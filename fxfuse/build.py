@@ -41,6 +41,8 @@ from .trace import Frame, Ref, Trace
 from .weights import unpackable
 from .workbench import Case
 
+# What forward may ask torch for: one that verification varies, and one that it does not.
+VERIFIED, UNVERIFIED = frozenset({"is_grad_enabled"}), frozenset({"is_inference_mode_enabled"})
 # Calls of one module in more forms than these run its loop.
 MOST_FORMS = 8
 
@@ -131,7 +133,14 @@ class Builder:
         for way in recorded:
             for region in way.regions:
                 self._build(region, way, built)
-        return [self._finished(each) for each in built.values()]
+        return [plan for each in built.values() if self._asks_nothing(plan := self._finished(each))]
+
+    def _asks_nothing(self, plan: RegionPlan) -> bool:
+        """Refuse regions whose code asks torch what may be answered otherwise at another call, and shows in no op."""
+        asked = plan.spelled.names & (UNVERIFIED if self.options.validate else UNVERIFIED | VERIFIED)
+        for name in sorted(asked):
+            self.report.refused.append(Refusal(f"asks torch.{name}(), which a program does not ask again", plan.place, plan.path))
+        return not asked
 
     def single_layers(self, finder: RegionFinder, way: Recorded) -> list[RegionPlan]:
         """Linear and pointwise convolution layers that are faster spelled as each other; equal layers are measured once."""

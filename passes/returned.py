@@ -46,12 +46,23 @@ class Returned(Updating):
         values = list(dict.fromkeys(leaf.value for leaf in leaves if isinstance(leaf, Ref)))
         roots = {value: self._root(value) for value in values}
         ways = Counter(roots.values())
+        self._note_copies_by_layout(roots)
         made: dict[int, torch.fx.Node] = {}
         for value, root in roots.items():
             held = root in self.inputs or self.trace.values[root].origin in ("attribute", "constant")
             if (value != root and (held or self._has_gaps(value))) or (ways[root] > 1 and not held):
                 self._view(value, root, held, made)
         return {value: made[value] for value in values if value in made}
+
+    def _note_copies_by_layout(self, roots: dict[int, int]) -> None:
+        """A result of ``x.contiguous()`` is the input itself or a copy of it, as the input lies: who writes into it finds out."""
+        for value, root in roots.items():
+            chain = [value]
+            while chain[-1] in self.parent:
+                chain.append(self.parent[chain[-1]][0])
+            if root in self.inputs:
+                self.viewed.update(self.in_rows.intersection(chain))
+            self.torn.update(of for copy, of in self.copied.items() if copy in chain and self._root(of) in self.inputs)
 
     def _has_gaps(self, value: int) -> bool:
         """Do the strides of ``value`` step over memory of the tensor that it is a view of? Then no copy of its own has them.

@@ -256,7 +256,9 @@ class Writes(Indexing):
         base, out = source.value, event.out.value
         if name in ("view", "view_as") and not any(isinstance(arg, torch.dtype) for arg in (*event.args, *event.kwargs.values())):
             self._relies_on_order(name, base, out)
-        elif name in _MAY_COPY and base == out:  # of another layout, one more tensor
+        elif name == "contiguous" and base == out:  # of another layout, one more tensor, and everything that follows lies otherwise
+            self.viewed.add(base)
+        elif name in _MAY_COPY and base == out:
             self.in_rows.add(base)
         elif name in _MAY_COPY and self.trace.values[base].storage != self.trace.values[out].storage:
             self.copied[out] = base

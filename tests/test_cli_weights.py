@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +98,62 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=r"it lacks nets\.1\.0\.weight; nets\.2\.0\.weight is \[1, 2\], the model has \[4, 3\]"):
         load_weights(model, str(path), False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Versioned(nn.Linear):
+    """Its weights had the other sign in checkpoints of its first version."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if (local_metadata or {}).get("version", 1) < 2:
+            state_dict[prefix + "weight"] = -state_dict[prefix + "weight"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+class Hooked(nn.Module):
+    """Sums up its weights when they are loaded, once, and looks at its children's before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.register_buffer("total", torch.zeros(()), persistent=False)
+        self.register_load_state_dict_pre_hook(lambda module, state, prefix, *rest: state[f"{prefix}nets.2.bias"])
+        self.register_load_state_dict_post_hook(lambda module, keys: module.add_up())
+
+    def add_up(self) -> None:
+        self.total += sum(net.weight.detach().sum() for net in self.nets)
+
+
+class Unequal(nn.Module):
+    """Tied weights that the file holds with other values: the last name counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z = nn.Linear(2, 2, bias=False)
+        self.a = nn.Linear(2, 2, bias=False)
+        self.a.weight = self.z.weight
+
+
+@pytest.mark.parametrize("made", [lambda: nn.Sequential(Versioned(3, 3), Versioned(3, 3)), Hooked, Unequal])
+@pytest.mark.parametrize("part", [1, 1 << 26])
+def test_loads_as_torch_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Callable[[], nn.Module], part: int) -> None:
+    monkeypatch.setattr(weights, "PART", part)
+    state = made().state_dict()
+    for number, name in enumerate(state):
+        state[name] = torch.full_like(state[name], 1.0 + number)
+    torch.save(state, tmp_path / "w.pt")
+    model, other = made(), made()
+    load_weights(model, str(tmp_path / "w.pt"), False)
+    other.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
+    for (name, value), (_, wanted) in zip([*model.named_parameters(), *model.named_buffers()],
+                                          [*other.named_parameters(), *other.named_buffers()], strict=True):  # fmt: skip
+        assert torch.equal(value, wanted), name
+
+
+def test_who_holds_weights_without_memory_sees_them_too(tmp_path: Path) -> None:
+    path, state = checkpoint(tmp_path, "safetensors")
+    with torch.device("meta"):
+        model = Nets()
+    load_weights(model, str(path), False)
+    assert all(torch.equal(held, state[f"nets.{i}.2.weight"]) for i, held in enumerate(model.held))

@@ -270,3 +270,47 @@ def test_equal_results_are_tensors_of_their_own() -> None:
     for i, one in enumerate(several):
         one.fill_(7.0)
         assert all(torch.equal(other, x) for other in several[i + 1 :])
+
+
+class WithInput(nn.Module):
+    """Gives its input back through calls that copy it in some layouts, and in others do not."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.cat([net(x) for net in self.nets], 1)
+        return y, x.contiguous() if self.how == "whole" else x.contiguous()[:, :2]
+
+
+LAYOUTS = {
+    "rows": lambda seed: randn(5, 6, seed=seed),
+    "transposed": lambda seed: randn(6, 5, seed=seed).t(),
+    "expanded": lambda seed: randn(1, 6, seed=seed).expand(5, 6),
+    "gaps": lambda seed: randn(5, 12, seed=seed)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("how", ["whole", "part"])
+@pytest.mark.parametrize("recorded", LAYOUTS)
+def test_an_input_that_is_returned_as_it_lies(recorded: str, how: str) -> None:
+    model = randomized(WithInput(how)).double()
+    fused = fxfuse.optimize(model, LAYOUTS[recorded](1), objective="launches", tune=False)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    for name, made in LAYOUTS.items():
+        found = []
+        for each in (model, fused):
+            x = made(2)
+            with torch.no_grad():
+                joined, returned = each(x)
+                before = x.clone()
+                returned.fill_(7.0) if name != "expanded" or not same_memory(returned, x) else None
+            found.append((joined, returned.stride(), same_memory(returned, x), torch.equal(before, x)))
+        assert found[0][1:] == found[1][1:], name
+        assert_close(found[1][0], found[0][0], name)
+
+
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -629,3 +629,30 @@ def test_what_a_call_that_stays_changes_is_its_own_affair() -> None:
     SEEN[:] = before
     assert_close(got, model(X), "its configuration is read when it is called")
     SEEN.clear()
+
+
+class AskingInference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(3, 2) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2 if torch.is_inference_mode_enabled() else x
+        return torch.cat([net(x) for net in self.nets], 1)
+
+
+class AskingGrad(AskingInference):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 3 if torch.is_grad_enabled() else x
+        return torch.cat([net(x) for net in self.nets], 1)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("kind", [AskingInference, AskingGrad])
+def test_modes_of_torch_that_forward_asks_for(kind: type[nn.Module], validate: bool) -> None:
+    model, x = kind().double(), torch.randn(4, 3, dtype=torch.float64)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False, validate=validate)
+    assert not fxfuse.report(fused).fused
+    for switch in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with switch():
+            assert torch.equal(fused(x), model(x)), switch

@@ -16,6 +16,7 @@ import fxfuse
 from fxfuse import convert as files
 from fxfuse import inputs as fresh
 from fxfuse.convert import Written
+from fxfuse.convert.folder import WEIGHTS
 from fxfuse.convert.manifest import original_of
 from fxfuse.convert.packed import TensorFile, read_manifest
 from fxfuse.determinism import same_bits
@@ -58,6 +59,8 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
         stage("loading it again")
         if written.kind == "safetensors":
             return written, report, _same_weights(temporary, fused, fused if large else subject.model)
+        if written.kind == "folder":
+            _same_weights(temporary / WEIGHTS, fused, fused if large else subject.model)
         if large and written.kind in ("aoti", "onnx"):
             _let_go(fused, wanted)
         subject.model = fused = nn.Module()  # what was written shall stand alone, and a large model is not there twice

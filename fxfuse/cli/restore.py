@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from . import options
+from . import codes, options
 from .failure import CommandError
 from .output import check_out, replacing
 from .screen import Screen
@@ -32,6 +32,8 @@ def restore(screen: Screen, /, folder: str, out: str, **values: Any) -> None:
     if not source.exists():
         raise CommandError(f"there is no folder {folder}: give one that fxfuse convert wrote")
     check_out(target, (".safetensors", ".pt"))
+    if target.exists() and any(held.exists() and target.samefile(held) for held in (source, source / "weights.safetensors")):
+        raise CommandError(f"-o {out} holds the packed weights themselves, which would be lost: choose another -o", codes.OUTPUT)
     with screen.progress(2) as stage:
         stage("restoring")
         with replacing(target) as temporary:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.errors import ConvertError, StateDictError
+from fxfuse.private.state_dicts import set_versions, versions_of
 from fxfuse.saved_recipes import noted, unpacked
 
 from .archives import TRUST, check_zip
@@ -107,7 +109,11 @@ def _named(found: Any, path: Path) -> dict[str, Tensor]:
     odd = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)
     if odd is not None:
         raise ConvertError(f"{path} holds a {type(found[odd]).__name__} under {odd!r}, no tensor: save model.state_dict() alone")
-    return dict(found)
+    named = OrderedDict(found)
+    versions = versions_of(found)
+    if versions is not None:  # by which modules tell how old a checkpoint is
+        set_versions(named, versions)
+    return named
 
 
 def _line(error: Exception) -> str:
