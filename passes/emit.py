@@ -24,7 +24,7 @@ from .bundle import Bundle, Bundles
 from .functional import drop_unused, in_rows_without_grad, numbers_like, slice_along, tracked_as
 from .lifted import Lifted
 from .ops import Op
-from .outputs import copies_by_size, treatment
+from .outputs import copies_by_size, is_part_of_a_pack, treatment
 from .packs import Packs
 from .tidy import tidy
 from .tracked import untracked
@@ -416,7 +416,7 @@ class Emitter(WeightReader):
         packed = self.values.get(bundle.index) if bundle is not None else None
         if bundle is None or packed is None or (packed.dim is None and bundle.apart is None):
             made = self.single(source)
-            made = self.call(torch.clone, made) if made.op in ("placeholder", "get_attr") else made
+            made = self.call(torch.clone, made) if made.op in ("placeholder", "get_attr") or is_part_of_a_pack(made) else made
         else:
             if bundle.index not in self.separated:
                 self.separated[bundle.index] = self._own_pieces(bundle)
@@ -428,7 +428,8 @@ class Emitter(WeightReader):
         if leaf.meta.get("alone"):
             return self.single(leaf)
         if leaf not in self.strided:
-            self.strided[leaf] = self._laid_out(leaf, self.single(leaf), leaf)
+            made = self._laid_out(leaf, self.single(leaf), leaf)
+            self.strided[leaf] = self.call(torch.clone, made) if is_part_of_a_pack(made) else made
         return self.strided[leaf]
 
     def _laid_out(self, leaf: Node, node: Any, computed: Node) -> Any:

@@ -44,6 +44,13 @@ def chain(node: Node) -> list[Node]:
     return found
 
 
+def is_part_of_a_pack(node: Node) -> bool:
+    """A view of one of several views that ``unbind`` or ``split`` made at once: autograd lets nobody write into those."""
+    return any(
+        _name(each) == "getitem" and each.all_input_nodes and _name(each.all_input_nodes[0]) in ("unbind", "split") for each in chain(node)
+    )
+
+
 def copies_by_size(node: Node) -> bool:
     """Is there a reshape on the way that has copied, and may be a view of other strides at another size?"""
     for each in chain(node):

@@ -314,3 +314,37 @@ def test_an_input_that_is_returned_as_it_lies(recorded: str, how: str) -> None:
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+class Turned(nn.Module):
+    """Lanes joined, and one or all of them given back as a view."""
+
+    def __init__(self, all_of_them: bool) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(4)]
+        self.nets = nn.ModuleList(layers)
+        self.all_of_them = all_of_them
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        ys = [net(x) for net in self.nets]
+        return torch.cat(ys, -1), [y.t() for y in (ys if self.all_of_them else ys[:1])]
+
+
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_a_view_of_a_lane_may_be_written(all_of_them: bool) -> None:
+    model, x = randomized(Turned(all_of_them)).double(), randn(5, 3)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    results = []
+    for each in (model, fused):
+        joined, turned = each(x)
+        for i, one in enumerate(turned):
+            one.mul_(2.0 + i)
+        sum(y.pow(2).sum() for y in (joined, *turned)).backward()
+        results.append([joined, *turned])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert got.stride() == want.stride()
+        assert_close(got, want, "written")
+    wanted = dict(model.named_parameters())
+    for name, parameter in fxfuse.named_original_parameters(fused):
+        assert_close(parameter.grad, wanted[name].grad, name)
