@@ -55,14 +55,10 @@ class Returned(Updating):
         return {value: made[value] for value in values if value in made}
 
     def _note_copies_by_layout(self, roots: dict[int, int]) -> None:
-        """A result of ``x.contiguous()`` is the input itself or a copy of it, as the input lies: who writes into it finds out."""
-        for value, root in roots.items():
-            chain = [value]
-            while chain[-1] in self.parent:
-                chain.append(self.parent[chain[-1]][0])
-            if root in self.inputs:
-                self.viewed.update(self.in_rows.intersection(chain))
-            self.torn.update(of for copy, of in self.copied.items() if copy in chain and self._root(of) in self.inputs)
+        """A result that is a copy of an input for how this lies would be the input itself: who writes into it finds out."""
+        for copy, of in self.copied.items():
+            if copy in roots.values() and self._root(of) in self.inputs:
+                self.torn.add(of)
 
     def _has_gaps(self, value: int) -> bool:
         """Do the strides of ``value`` step over memory of the tensor that it is a view of? Then no copy of its own has them.

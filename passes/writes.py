@@ -51,7 +51,6 @@ class Writes(Indexing):
         self.viewed: set[int] = set()  # values that are read or written as another layout would not let them be
         self.copied: dict[int, int] = {}  # what ``reshape`` and the like have copied -> of what
         self.torn: set[int] = set()  # of what a copy was written, or left as it was
-        self.in_rows: set[int] = set()  # values of which ``contiguous`` was asked, and which were so
         self.parent: dict[int, tuple[int, Event]] = {}  # view -> (what it is a view of, how it was made)
         self.seen_version: dict[int, int] = {}
         self.version: dict[int, int] = {}  # by root value
@@ -243,7 +242,6 @@ class Writes(Indexing):
             value = base
             chain.append(value)
         self.version[value] = self.version.get(value, 0) + 1
-        self.viewed.update(self.in_rows.intersection(chain))  # of another layout, the write would be into a copy, or not show in it
         self.torn.update(of for copy, of in self.copied.items() if value in (copy, self._root(of)))
         for member in chain:
             self.seen_version[member] = self.version[value]
@@ -256,10 +254,8 @@ class Writes(Indexing):
         base, out = source.value, event.out.value
         if name in ("view", "view_as") and not any(isinstance(arg, torch.dtype) for arg in (*event.args, *event.kwargs.values())):
             self._relies_on_order(name, base, out)
-        elif name == "contiguous" and base == out:  # of another layout, one more tensor, and everything that follows lies otherwise
+        elif name in ("contiguous", "ravel") and base == out:  # of another layout, one more tensor, and all that follows lies otherwise
             self.viewed.add(base)
-        elif name in _MAY_COPY and base == out:
-            self.in_rows.add(base)
         elif name in _MAY_COPY and self.trace.values[base].storage != self.trace.values[out].storage:
             self.copied[out] = base
 

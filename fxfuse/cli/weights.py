@@ -23,8 +23,8 @@ from .failure import CommandError, said
 def load_weights(model: nn.Module, path: str, allow_pickle: bool) -> None:
     """Load a checkpoint into the model; every key must fit. Raises ``CommandError``.
 
-    Values are copied into the model's own tensors, in its dtypes, as ``load_state_dict`` does it: who else holds these sees them. Only
-    tensors on the meta device, which have no memory, are replaced; those that are tied stay so.
+    Values are copied into the model's own tensors, in its dtypes, as ``load_state_dict`` does it: who else holds these sees them, also
+    where they were on the meta device. Tied ones stay tied.
     """
     from fxfuse import convert
 
@@ -36,11 +36,10 @@ def load_weights(model: nn.Module, path: str, allow_pickle: bool) -> None:
     misfits = _misfits(own, state)
     if misfits:
         raise CommandError(f"{path} does not fit the model: {misfits}")
-    whole = _loads_in_its_own_way(model)
-    parts = [list(state)] if whole else list(_parts(state, list(own)))
+    parts = [list(state)] if _loads_in_its_own_way(model) else list(_parts(state, list(own)))
     meta = {name: value for name, value in own.items() if isinstance(value, Tensor) and value.is_meta}
     tied, dtypes = _tied(meta), {name: value.dtype for name, value in meta.items()}
-    copied = [] if whole and not meta else [[name for name in names if name not in dtypes] for names in parts]
+    copied = [[name for name in names if name not in dtypes] for names in parts]
     versions = versions_of(state)
     del own, meta, state
 
@@ -51,9 +50,6 @@ def load_weights(model: nn.Module, path: str, allow_pickle: bool) -> None:
         model.load_state_dict(given, strict=False, assign=assign)
 
     try:
-        if whole and not dtypes:
-            load(read())
-            return
         made: dict[str, Tensor] = {}
         for names in parts if dtypes else ():
             state = read()
