@@ -49,9 +49,11 @@ def layouts(trace: Trace, frame: Frame, viewed: Iterable[int], torn: Iterable[in
     """What the inputs (by their place among the frame's leaves) have to be like for ``viewed`` to be in the recorded order.
 
     Only those that lay in rows in the recording: of another layout nobody can say what it has in common with others. The others must not
-    lie in rows where ``torn`` comes from them: values that were copied for not lying so, and of which one was written.
+    lie in rows where ``torn`` comes from them: values that were copied for how they lay, and of which one was written.
     """
-    pending: list[tuple[int, Layout]] = [*((value, "in rows") for value in viewed), *((value, "not in rows") for value in torn)]
+    pending: list[tuple[int, Layout]] = [(value, "in rows") for value in viewed]
+    for value in torn:  # one of the two is what the input that it comes from was like
+        pending += [(value, "in rows"), (value, "not in rows")]
     if not pending:
         return {}
     place: dict[int, int] = {}
@@ -91,13 +93,13 @@ def _sources(event: Event, layout: Layout) -> list[tuple[int, Layout]]:
 
 def _allowed(tensor: torch.Tensor) -> tuple[Layout, ...]:
     """What can be asked of the layouts of an input that was recorded so."""
-    if _in_rows(tensor):
+    if in_rows(tensor):
         return ("in rows", "in order")
     with DisableTorchFunction():
         return () if tensor.is_contiguous() else ("not in rows",) if in_order(tensor) else ("not in rows", "out of order")
 
 
-def _in_rows(tensor: torch.Tensor) -> bool:
+def in_rows(tensor: torch.Tensor) -> bool:
     """Also in dims of size 1, whose strides show what they are cut out of."""
     step = 1
     with DisableTorchFunction():
