@@ -24,7 +24,7 @@ from .bundle import Bundle, Bundles
 from .functional import drop_unused, in_rows_without_grad, numbers_like, slice_along, tracked_as
 from .lifted import Lifted
 from .ops import Op
-from .outputs import copies_by_size, is_part_of_a_pack, treatment
+from .outputs import copies_by_size, is_part_of_a_pack, strides_unknown, treatment
 from .packs import Packs
 from .tidy import tidy
 from .tracked import untracked
@@ -54,6 +54,7 @@ class Emitter(WeightReader):
         self.pieces: dict[int, Node] = {}
         self.separated: dict[int, Node] = {}  # pieces that are tensors of their own
         self.strided: dict[Node, Node] = {}  # results, laid out as in the recording
+        self.unknown: dict[Node, bool] = {}  # of ``strides_unknown``
         self.gathers: dict[tuple[Node, ...], Node] = {}  # what was joined for one bundle serves others
         self.choices: dict[Any, tuple[str, ...]] = {}
         self.ops: list[FusedOp] = []
@@ -216,6 +217,10 @@ class Emitter(WeightReader):
     def _copy(self, node: Node) -> Node:
         previous, self.source = self.source, node
         args = torch.fx.node.map_arg(node.args, self.single)
+        if isinstance(node.target, Op) and node.target.name == "view_as_complex":  # of pairs that are neighbours in memory
+            (pairs,) = node.all_input_nodes
+            if _restrided(pairs, self.single(pairs)) or strides_unknown(self.single(pairs), self.unknown):
+                args = torch.fx.node.map_arg(args, lambda n: self.call("contiguous", n))
         if node.op == "call_module":
             made = self.graph.call_module(str(node.target), args, torch.fx.node.map_arg(node.kwargs, self.single))
         else:
@@ -235,7 +240,7 @@ class Emitter(WeightReader):
         several = any(isinstance(user.target, Op) and user.target.name == "item" for user in node.users)  # values and indices
         if not any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes) and not is_size:
             if recorded:
-                made.meta["val"] = self._meta(node)
+                made.meta["val"], made.meta["as_recorded"] = self._meta(node), True
         elif is_size or ((recorded or several) and isinstance(node.target, Op)):
             function: Any = node.target
             try:
@@ -439,7 +444,7 @@ class Emitter(WeightReader):
             return node
         how = treatment(computed, node)
         one_row = any(value.shape[d] == 1 for d in leaf.meta.get("dyn") or ())  # of which the strides of more rows cannot be told
-        open_ends = one_row or (bool(leaf.meta.get("dyn")) and copies_by_size(node))
+        open_ends = one_row or (bool(leaf.meta.get("dyn")) and copies_by_size(node)) or strides_unknown(node, self.unknown)
         if not how and not open_ends and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
             return node
 
