@@ -217,10 +217,10 @@ class Emitter(WeightReader):
     def _copy(self, node: Node) -> Node:
         previous, self.source = self.source, node
         args = torch.fx.node.map_arg(node.args, self.single)
-        if isinstance(node.target, Op) and node.target.name == "view_as_complex":  # of pairs that are neighbours in memory
-            (pairs,) = node.all_input_nodes
-            if _restrided(pairs, self.single(pairs)) or strides_unknown(self.single(pairs), self.unknown):
-                args = torch.fx.node.map_arg(args, lambda n: self.call("contiguous", n))
+        if _takes_neighbours(node):
+            source = node.all_input_nodes[0]
+            if _restrided(source, self.single(source)) or strides_unknown(self.single(source), self.unknown):
+                args = (self.call("contiguous", args[0]), *args[1:])
         if node.op == "call_module":
             made = self.graph.call_module(str(node.target), args, torch.fx.node.map_arg(node.kwargs, self.single))
         else:
@@ -488,6 +488,15 @@ def signature(bundle: Bundle) -> tuple[Any, ...]:
     first = bundle.members[0].args[0] if bundle.members[0].args else None
     shared = isinstance(first, Node) and len(bundle.members) > 1 and all(member.args[0] is first for member in bundle.members)
     return (bundle.name, bundle.whole or len(bundle.members), shapes, *(("one input",) if shared else ()))
+
+
+def _takes_neighbours(node: Node) -> bool:
+    """Has what it reads of the last dim to lie side by side: pairs of numbers, numbers of another size?"""
+    if not isinstance(node.target, Op) or not node.all_input_nodes:
+        return False
+    before, after = node.all_input_nodes[0].meta.get("dtype"), node.meta.get("dtype")
+    cast = node.target.name == "view" and isinstance(before, torch.dtype) and isinstance(after, torch.dtype)
+    return node.target.name == "view_as_complex" or (cast and before.itemsize != after.itemsize)
 
 
 def _restrided(before: Node, after: Any) -> bool:
