@@ -430,7 +430,7 @@ class Emitter(WeightReader):
 
     def _strided(self, leaf: Node) -> Any:
         """An output with the strides that the original's has, where both are dense: callers may ``view`` it."""
-        if leaf.meta.get("alone"):
+        if leaf.meta.get("alone") or leaf.op == "placeholder":  # an input lies as its caller has it
             return self.single(leaf)
         if leaf not in self.strided:
             made = self._laid_out(leaf, self.single(leaf), leaf)
@@ -494,9 +494,9 @@ def _takes_neighbours(node: Node) -> bool:
     """Has what it reads of the last dim to lie side by side: pairs of numbers, numbers of another size?"""
     if not isinstance(node.target, Op) or not node.all_input_nodes:
         return False
-    before, after = node.all_input_nodes[0].meta.get("dtype"), node.meta.get("dtype")
-    cast = node.target.name == "view" and isinstance(before, torch.dtype) and isinstance(after, torch.dtype)
-    return node.target.name == "view_as_complex" or (cast and before.itemsize != after.itemsize)
+    dtypes = [each.meta.get("dtype") for each in (node.all_input_nodes[0], node)]
+    sizes = {dtype.itemsize for dtype in dtypes if dtype is not None}
+    return node.target.name == "view_as_complex" or (node.target.name == "view" and len(sizes) > 1)
 
 
 def _restrided(before: Node, after: Any) -> bool:

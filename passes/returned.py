@@ -31,6 +31,15 @@ def returned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 RETURNED = op_of(returned)
+
+
+def is_a_view_of_an_input(node: torch.fx.Node) -> bool:
+    """Is this result of a lifted graph an input, or made from one by calls that return views?"""
+    while node.meta.get("alone") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
+
+
 _PIECE = op_of(operator.getitem, "item")
 _COPY = dataclasses.replace(canonical(torch.clone, (torch.empty(0),), {})[0], name="copy of its own", pointwise=False)  # of no lane set
 
