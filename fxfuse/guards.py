@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.graph import Guard, TensorGuard
+from fxfuse.graph import Guard, Layout, TensorGuard
 from fxfuse.held import Kept
 from fxfuse.private.autocast import any_autocast_enabled
 from fxfuse.private.fake_tensors import FakeTensor
@@ -34,7 +34,8 @@ _LIES = {
     "order": "lies in memory in another order than recorded, and forward views it, or writes into what was a copy of it, as it lies",
     "by results": "lies in memory in another order than recorded, and results lie as it does",
     **dict.fromkeys(
-        ("not in rows", "out of order"), "lies in rows, and forward writes into a copy of it, or of what it computes from it, that is none then"
+        ("not in rows", "out of order"),
+        "lies in rows, and forward writes into a copy of it, or of what it computes from it, that is none then",
     ),
 }
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq, "!=": operator.ne}
@@ -86,7 +87,8 @@ def order_of(tensor: Tensor) -> tuple[int, ...]:
     """
     if tensor.is_contiguous() or in_order(tensor):
         return ()
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), dim)))
+    steps = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-steps[dim], dim)))
 
 
 def lies(tensor: Tensor, layout: Layout, order: tuple[int, ...]) -> bool:

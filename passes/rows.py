@@ -49,7 +49,8 @@ def layouts(trace: Trace, frame: Frame, viewed: Iterable[int], torn: Iterable[in
     """What the inputs (by their place among the frame's leaves) have to be like for ``viewed`` to be in the recorded order.
 
     Only those that were dense in the recording, in whatever order of dims: of another layout nobody can say what it has in common with
-    others. The others must not lie in rows where ``torn`` comes from them: values that were copied for how they lay, and of which one was written.
+    others. The others must not lie in rows where ``torn`` comes from them: values that were copied for how they lay, and of which one was
+    written.
     """
     pending: list[tuple[int, Layout]] = [(value, "in rows") for value in viewed]
     for value in torn:  # one of the two is what the input that it comes from was like
