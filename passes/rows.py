@@ -22,7 +22,7 @@ from .ops import canonical, op_name
 # What gives a view of its first argument, and new memory in the order of it.
 _VIEWS = frozenset(
     "select __getitem__ narrow unsqueeze squeeze transpose t mT T permute movedim flatten unflatten view reshape expand view_as reshape_as "
-    "expand_as diagonal unbind ravel split chunk swapaxes detach contiguous unfold".split()
+    "expand_as diagonal unbind ravel split chunk swapaxes detach unfold".split()
 )
 _COPIES = frozenset("clone dropout flip to double float half bfloat16 zeros_like ones_like full_like empty_like".split())
 

@@ -267,6 +267,20 @@ class Writes(Indexing):
         elif name in _MAY_COPY and self.trace.values[base].storage != self.trace.values[out].storage:
             self.copied[out] = (base, event)
 
+    def _is_itself(self, name: str, event: Event) -> int | None:
+        """What ``contiguous`` was called of, where it is no copy at any size, and the guard sees to how it lies.
+
+        Of an input it is a call all the same, since that may lie otherwise; so it is where it leaves the region (``returned``).
+        """
+        if name != "contiguous" or len(event.args) != 1 or event.kwargs or not isinstance(event.args[0], Ref):
+            return None
+        base, out = event.args[0].value, event.out.value
+        values = self.trace.values
+        if values[base].storage != values[out].storage or not self._in_rows_at_all_sizes(base) or self._root(base) in self.inputs:
+            return None
+        self.viewed.add(base)
+        return base
+
     def _in_rows_at_all_sizes(self, value: int) -> bool:
         """Of one row the strides that it would have of more are known, too."""
         return not self.dynamic.get(value) or in_rows(self.trace.values[value].tensor)
