@@ -118,7 +118,7 @@ class Returned(Updating):
             if not held:
                 node = self._alone(RETURNED, (self._another(node, root),), value)
                 with DisableTorchFunction():
-                    node.meta["out_stride"] = self.trace.values[root].tensor.stride()
+                    node.meta["out_stride"] = self.trace.values[root].strides_of_more or self.trace.values[root].tensor.stride()
         else:
             origin = self._origin(value)
             assert origin is not None

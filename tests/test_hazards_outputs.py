@@ -253,6 +253,31 @@ def test_copies_that_are_views_of_one_row(forward: Any, rows: int, validate: boo
         assert not fallbacks
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.RNN(3, 2, batch_first=True) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        outs = [net(x)[0] for net in self.nets]
+        return outs, torch.stack(outs, 1), outs[0] + x[..., :2].mT.contiguous().mT
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_the_order_of_dims_after_an_example_of_one_row(validate: bool) -> None:
+    model = randomized(Recurrent())
+    fused = fxfuse.optimize(model, randn(1, 4, 3), objective="launches", tune=False, validate=validate)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    for rows in (1, 2, 5):
+        x = randn(rows, 4, 3, seed=rows)
+        with torch.no_grad():
+            want, got = model(x), fused(x)
+        for index, (a, b) in enumerate(zip(tree_leaves(got), tree_leaves(want), strict=True)):
+            assert_close(a, b, f"output {index}")
+            assert a.stride() == b.stride() or rows == 1, f"output {index}: {a.stride()}, the original's {b.stride()}"
+    assert not fxfuse.report(fused).fallbacks
+
+
 class Attending(nn.Module):
     """What follows the layer has no weights: lanes that are frozen, and have no layer of the others' kind, share it with them."""
 
