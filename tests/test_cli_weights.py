@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from fxfuse.cli import weights
 from fxfuse.cli.failure import CommandError
+from fxfuse.cli.meta import without_memory as without_values
 from fxfuse.cli.weights import load_weights
 
 
@@ -303,3 +304,24 @@ def test_numbers_that_the_model_s_dtype_holds(tmp_path: Path) -> None:
     torch.save(state, path)
     with pytest.raises(CommandError, match=r"nets\.0\.1\.num_batches_tracked is float32, the model has int64"):
         load_weights(Nets(), str(path), False)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("mask", torch.ones(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.mask
+
+
+def test_buffers_without_values_are_named(tmp_path: Path) -> None:
+    torch.save(Masked().state_dict(), tmp_path / "w.pt")
+    model = without_memory(Masked)()
+    load_weights(model, str(tmp_path / "w.pt"), False)
+    assert without_values(model) == "the buffer mask on the meta device, which no checkpoint holds (persistent=False): make it on the CPU"
+    model = Masked()
+    model.layer = nn.Linear(3, 3, device="meta")
+    assert without_values(model) == "layer.weight, layer.bias on the meta device, without values: give a checkpoint with --weights"
+    assert without_values(Masked()) == ""

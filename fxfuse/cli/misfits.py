@@ -31,8 +31,10 @@ def misfits(missing: Iterable[str], unknown: Iterable[str], shapes: Iterable[str
     'it lacks a.weight; it has b, unknown to the model'
     """
     missing, unknown, shapes = list(missing), list(unknown), list(shapes)
-    parts = [_renamed(missing, unknown, has)]
-    parts.append(f"it lacks {few(missing)}" if missing else "")
+    renamed = _renamed(missing, unknown, has)
+    if renamed:  # and what is left shows when the names are right
+        return renamed
+    parts = [f"it lacks {few(missing)}" if missing else ""]
     parts.append(f"it has {few(unknown)}, unknown to the model" if unknown else "")
     parts.append(few(shapes))
     return "; ".join(filter(None, parts))

@@ -54,11 +54,15 @@ def read_state(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> O
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a checkpoint, ``.safetensors`` or (by any other ending) as ``torch.save`` does."""
+    """Write a checkpoint: ``.safetensors``, or (by any other ending) as ``torch.save`` does, with the versions of modules that it has."""
     if path.suffix.lower() == ".safetensors":
         save_tensors(tensors, path, {"format": "pt"})
     else:
-        torch.save({name: _dense(value) for name, value in tensors.items()}, path)
+        state = OrderedDict((name, _dense(value)) for name, value in tensors.items())
+        versions = versions_of(tensors)
+        if versions is not None:
+            set_versions(state, versions)
+        torch.save(state, path)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -89,7 +93,7 @@ def _load(path: Path, allow_pickle: bool) -> Any:
         raise ConvertError(f"{path} is no readable checkpoint ({_line(error)}): is it complete?") from error
 
 
-def original_weights(path: Path) -> dict[str, Tensor]:
+def original_weights(path: Path) -> OrderedDict[str, Tensor]:
     """The original's tensors by name, of a ``torch.save`` file of a fused model's ``state_dict()``, which carries its recipes.
 
     It is read weights-only. Raises ``ConvertError`` for a file that is none, or whose recipes are missing, or do not fit.
@@ -99,7 +103,7 @@ def original_weights(path: Path) -> dict[str, Tensor]:
     if not noted(found):
         raise ConvertError(f"{path} holds no recipes: give a folder or a .safetensors that fxfuse wrote, or torch.save(fused.state_dict())")
     try:
-        return dict(unpacked(found))
+        return unpacked(found)
     except StateDictError as error:
         raise ConvertError(f"{path}: {error}") from error
 
