@@ -57,6 +57,8 @@ def ready(source: str, asked: Asked, device: torch.device) -> Any:
             raise CommandError(f"{source} has its weights inside: leave --weights out", codes.USAGE)
         return model
     if asked.weights is not None:
+        if not asked.weights.strip():  # Path("") is the current folder
+            raise CommandError("--weights is empty: give a checkpoint, .safetensors or .pt", codes.USAGE)
         load_weights(model, asked.weights, asked.allow_pickle)
     lacking = without_memory(model)
     if lacking:

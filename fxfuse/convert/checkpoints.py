@@ -84,6 +84,8 @@ def _load(path: Path, allow_pickle: bool) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:
+        if "data.pkl" in str(error):  # a .pt2, or any other zip
+            raise ConvertError(f"{path} is a zip file that holds no checkpoint: give what torch.save(model.state_dict()) wrote") from error
         raise ConvertError(f"{path} is no readable checkpoint ({_line(error)}): is it complete?") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped)

@@ -79,7 +79,7 @@ def restore(folder: str | Path, out: str | Path) -> None:
         raise ConvertError(f"{out} must end in .safetensors or .pt")
     weights = folder / WEIGHTS if folder.is_dir() else folder
     if not weights.is_file():
-        what = f"has no {WEIGHTS}" if folder.is_dir() else "is not there"
+        what = f"has no {WEIGHTS}" if folder.is_dir() else "is no file" if folder.exists() else "is not there"
         raise ConvertError(f"{folder} {what}: give a folder or a .safetensors that fxfuse wrote, or a .pt of fused.state_dict()")
     state = _original(folder, weights)
     if not state:

@@ -36,6 +36,8 @@ def export(model: nn.Module, example: Example, *, static: bool, notes: list[str]
     is, and what else is other than in the model. Raises ``ConvertError`` with torch.export's
     reason where the model cannot be exported.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConvertError("the model is one of torch.jit, which torch.export does not take: give the model that it was made from")
     args, kwargs = fresh.clone_inputs(example, requires_grad=False)
     rows = fresh.batch_size(args, kwargs)
     if not static and rows is not None and rows < 2:  # torch.export takes a size of 1 for a constant
@@ -51,8 +53,8 @@ def export(model: nn.Module, example: Example, *, static: bool, notes: list[str]
     ready, changed = frozen(model), dict[str, str]()
     ready.__dict__["forward"] = _each_named(in_plain_containers(ready.forward, changed), kwargs)
     with silent(), deterministic_state():
-        shapes = free.dynamic_shapes(ready, args, kwargs) if batched else None  # type: ignore[no-untyped-call]
         try:
+            shapes = free.dynamic_shapes(ready, args, kwargs) if batched else None  # type: ignore[no-untyped-call]
             with contextlib.redirect_stderr(io.StringIO()):  # where it prints the whole program when it fails
                 program = torch.export.export(ready, args, kwargs, dynamic_shapes=shapes, strict=False)
         except MemoryError:

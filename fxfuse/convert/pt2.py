@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.export.graph_signature import ConstantArgument
 
 from fxfuse.errors import ConvertError
 from fxfuse.private.pt2_writer import written_in_place
@@ -28,6 +29,10 @@ def write_pt2(model: nn.Module, example: Example, path: Path, *, static: bool) -
 
 def save(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write an exported program to exactly this path."""
+    texts = [spec.arg.value for spec in program.graph_signature.output_specs if isinstance(spec.arg, ConstantArgument)]
+    text = next((value for value in texts if isinstance(value, str)), None)
+    if text is not None:
+        raise ConvertError(f"the model returns the text {text[:40]!r}, which torch.export.load cannot read: return tensors and numbers")
     with silent(), SurvivingFile(path) as file, written_in_place():
         try:
             torch.export.save(program, file)  # type: ignore[arg-type]  # says IO[bytes], and only writes
