@@ -180,6 +180,41 @@ def test_restore_writes_the_versions_of_modules(tmp_path, source):
     assert_same_checkpoint(again.state_dict(), model.state_dict())
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.table, self.out = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, index):
+        x = self.table(index)
+        return self.out(sum(net(x) for net in self.nets))
+
+
+@pytest.mark.parametrize("kept", ["table.weight", "out.weight"])
+def test_tied_weights_may_be_saved_under_any_of_their_names(tmp_path, kept):
+    pytest.importorskip("safetensors")
+    from safetensors.torch import load_file, save_file, save_model
+
+    model, index = randomized(Tied()).eval(), torch.arange(5)
+    made = fxfuse.optimize(model, index, objective="launches", tune=False)
+    convert.write(made, None, ((index,), {}), tmp_path / "net")
+    net, weights = convert.load(tmp_path / "net"), tmp_path / "net" / "weights.safetensors"
+    with torch.no_grad():
+        for parameter in (*net.parameters(), *model.parameters()):
+            parameter.mul_(1.5)
+    save_model(net, str(weights))
+    saved = load_file(weights)
+    value = next(saved.pop(name) for name in ("table.weight", "out.weight") if name in saved)
+    save_file({**saved, kept: value}, weights)
+    assert_close(convert.load(tmp_path / "net")(index), model(index), "out")
+    convert.restore(tmp_path / "net", tmp_path / "back.pt")
+    found = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert_same_checkpoint(found, model.state_dict())
+    assert found["out.weight"].data_ptr() == found["table.weight"].data_ptr()
+
+
 def test_a_folder_without_its_weights_is_not_loaded_with_older_ones(tmp_path):
     pytest.importorskip("safetensors")
     model, made, inputs = fused("columns")

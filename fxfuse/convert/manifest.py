@@ -84,9 +84,13 @@ def original_of(manifest: Any, tensors: Mapping[str, Tensor], *, copied: bool = 
 
 
 def stored_as(manifest: Any, name: str, tensors: Container[str]) -> str:
-    """The name under which a tensor of the fused model is in a file, which holds once what has several names."""
-    same = manifest.get("same", {}) if isinstance(manifest, dict) else {}
-    return name if name in tensors else str(same.get(name, name))
+    """The name under which a tensor of the fused model is in a file, which holds once what has several names: under any one of them."""
+    same = manifest.get("same") if isinstance(manifest, dict) else None
+    if name in tensors or not isinstance(same, dict):
+        return name
+    first = str(same.get(name, name))
+    others = (other for other, of in same.items() if of == first and other in tensors)
+    return first if first in tensors else next(others, first)
 
 
 def _versions(state: Mapping[str, Any], nodes: set[str]) -> dict[str, int]:
