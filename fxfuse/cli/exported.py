@@ -47,9 +47,9 @@ class Exported(nn.Module):
         for name, child in module.named_children():
             if name != private.GUARDS:
                 self.add_module(name, child)
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             self.register_parameter(name, parameter)
-        for name, buffer in module.named_buffers(recurse=False):
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             self.register_buffer(name, buffer)
         self.in_spec, self.out_spec, self.keywords = in_spec, out_spec, private.keywords(in_spec)
         self.static = not _has_free_sizes(module)

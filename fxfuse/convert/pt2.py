@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,10 +55,20 @@ def load_pt2(path: Path, *, allow_pickle: bool = False) -> nn.Module:
     inspect_pt2(path, allow_pickle=allow_pickle)
     with silent():
         try:
-            module: nn.Module = torch.export.load(path).module()
-            return module
+            return _tied(torch.export.load(path).module())
         except MemoryError:
             raise
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")
             raise ConvertError(f"{path} cannot be loaded ({type(error).__name__}: {reason[:300]}): write it again") from error
+
+
+def _tied(module: nn.Module) -> nn.Module:
+    """Parameters with several names are one each again, and are trained once: torch.export.load makes one of every name, over one memory."""
+    first: dict[Any, nn.Parameter] = {}
+    for name, value in list(module.named_parameters(remove_duplicate=False)):
+        path, _, own = name.rpartition(".")
+        same = first.setdefault((value.data_ptr(), value.dtype, value.shape, value.stride(), value.requires_grad), value)
+        if value.numel() and same is not value:
+            setattr(module.get_submodule(path), own, same)
+    return module
