@@ -64,7 +64,7 @@ def load_pt2(path: Path, *, allow_pickle: bool = False) -> nn.Module:
 
 
 def _tied(module: nn.Module) -> nn.Module:
-    """Parameters with several names are one each again, and are trained once: torch.export.load makes one of every name, over one memory."""
+    """Parameters with several names are one each again, trained once: torch.export.load makes one of every name, over one memory."""
     first: dict[Any, nn.Parameter] = {}
     for name, value in list(module.named_parameters(remove_duplicate=False)):
         path, _, own = name.rpartition(".")
