@@ -186,7 +186,7 @@ def test_extra_state_and_a_model_without_memory(run):
     assert "_extra_state of the checkpoint is a dict, and only tensors are written: write a .pt2 instead" in err
     code, _, err = run("explain", "cli_model:without_memory", "--inputs", "float32[4,6]")
     assert code == codes.INPUT
-    assert "on the meta device, without values: give a checkpoint with --weights" in err
+    assert "on the meta device, without values: make it on the CPU, or give its --weights" in err
 
 
 def test_an_exported_program_is_a_source(run, place):

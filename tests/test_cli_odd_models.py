@@ -166,6 +166,14 @@ def test_files_that_are_no_checkpoints(run, tmp_path):
     assert (code, "is a pipe or a device" in err) == (codes.OUTPUT, True)
 
 
+def test_packed_weights_are_not_the_original_s(run):
+    assert run("convert", "odd_model:Net", *X, "--objective", "launches", "-o", "packed.safetensors")[0] == codes.OK
+    code, _, err = run("explain", "odd_model:Net", "--weights", "packed.safetensors", *X)
+    assert (code, "fxfuse restore FILE -o OUT.safetensors writes them by the original's names" in err) == (codes.INPUT, True), err
+    assert run("restore", "packed.safetensors", "-o", "back.pt")[0] == codes.OK
+    assert run("explain", "odd_model:Net", "--weights", "back.pt", *X)[0] == codes.OK
+
+
 def test_what_is_read_is_not_written_over(run, tmp_path):
     from safetensors.torch import load_file
 

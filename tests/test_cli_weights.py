@@ -323,5 +323,5 @@ def test_buffers_without_values_are_named(tmp_path: Path) -> None:
     assert without_values(model) == "the buffer mask on the meta device, which no checkpoint holds (persistent=False): make it on the CPU"
     model = Masked()
     model.layer = nn.Linear(3, 3, device="meta")
-    assert without_values(model) == "layer.weight, layer.bias on the meta device, without values: give a checkpoint with --weights"
+    assert without_values(model) == "layer.weight, layer.bias on the meta device, without values: make it on the CPU, or give its --weights"
     assert without_values(Masked()) == ""

@@ -50,7 +50,7 @@ def without_memory(model: nn.Module) -> str:
     if unsaved:
         kind, them = ("buffers", "them") if len(unsaved) > 1 else ("the buffer", "it")
         return f"{kind} {few(unsaved)} on the meta device, which no checkpoint holds (persistent=False): make {them} on the CPU"
-    return f"{few(lacking)} on the meta device, without values: give a checkpoint with --weights" if lacking else ""
+    return f"{few(lacking)} on the meta device, without values: make it on the CPU, or give its --weights" if lacking else ""
 
 
 def few(names: list[str], most: int = 3) -> str:

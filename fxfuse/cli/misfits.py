@@ -63,6 +63,8 @@ def dtypes_apart(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
 def _renamed(missing: list[str], unknown: list[str], has: int) -> str:
     """What every name of the file has more, or less, than the model's."""
     wanted = set(missing)
+    if wanted and any(".packed." in f".{name}" for name in unknown):
+        return "it holds packed weights of a fused model: fxfuse restore FILE -o OUT.safetensors writes them by the original's names"
     if not wanted or not unknown or len(unknown) < has:
         return ""
     for inserted, who, where in _WRAPPED:
