@@ -31,6 +31,7 @@ from .fast_path import laid_out
 from .graph import Place
 from .internal_files import INTERNAL, is_internal
 from .kept_memory import KeptMemory
+from .loose import Loose
 from .moves import moves_noted
 from .outside import Generators
 from .passes.functional import autocast_to
@@ -54,6 +55,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, attributes: dict[int, str]) -> None:
         super().__init__()
         self.trace = Trace([], [], [], [])
+        self.loose = Loose(self.trace.values)
         self.attributes = attributes
         self.known: dict[int, Ref] = {}  # by id of the tensor; the trace keeps them alive
         self.stack: list[int] = []
@@ -82,6 +84,8 @@ class Recorder(TorchFunctionMode):
         except (RuntimeError, NotImplementedError):
             storage = id(tensor)
         values.append(Value(tensor, origin, name, storage, tuple(tensor.shape)))
+        if origin == "attribute":
+            self.loose.attribute(values[-1])
         self.known[id(tensor)] = ref
         return ref
 
@@ -228,7 +232,7 @@ class Recorder(TorchFunctionMode):
         if kwargs and kwargs.get("out") is not None:
             poison = "writes through out="
         elif not torch.is_grad_enabled():
-            poison = _UNTRACKED if mutated or not self.untracked else ""
+            poison = "" if self.untracked and self.loose.all(mutated) else _UNTRACKED
         else:
             for tensor in tensors:
                 if type(tensor) is nn.Parameter and tensor.grad_fn is not None:
@@ -240,6 +244,8 @@ class Recorder(TorchFunctionMode):
             made = self.outputs(out)
             if not poison and not _only_tensors(out) and name != "__setitem__":
                 poison = f"takes a Python value out of {func.__name__}"
+        if self.untracked or mutated or not tensors:
+            self._note_loose(made, mutated, [known[id(tensor)].value for tensor in tensors])
         if name in FROM_DATA and type(out) is Tensor and not tensors[1:]:
             func, described, described_kwargs, poison = self._spelled_out(func, described, args, described_kwargs, out, poison)
         if name in ("as_strided", "as_strided_"):
@@ -262,7 +268,8 @@ class Recorder(TorchFunctionMode):
                     described = [self._cast(arg, target, place) for arg in args]
                     described_kwargs = {key: self._cast(arg, target, place) for key, arg in kwargs.items()}
         if not self.untracked or poison or mutated:
-            events.append(Event(func, tuple(described), described_kwargs, made, mutated, place, frame, poison))
+            untracked = self.untracked and not poison
+            events.append(Event(func, tuple(described), described_kwargs, made, mutated, place, frame, poison, untracked))
             return out
         # ``f(x)`` under ``no_grad`` is ``f(x).detach()``: a graph holds that, not the switch.
         results = [made] if isinstance(made, Ref) else made if isinstance(made, list) else []
@@ -277,6 +284,14 @@ class Recorder(TorchFunctionMode):
         events.append(Event(func, tuple(described), described_kwargs, made, (), place, frame, untracked=True))
         events.extend(detached)
         return out
+
+    def _note_loose(self, made: Any, mutated: tuple[int, ...], arguments: list[int]) -> None:
+        """Keep account of the memory that has no history."""
+        if mutated and not self.untracked:
+            self.loose.written(mutated, arguments)
+        for ref in (made,) if isinstance(made, Ref) else made if isinstance(made, list) else ():
+            if isinstance(ref, Ref) and ref.value not in arguments:
+                self.loose.made(self.trace.values[ref.value], arguments, self.untracked)
 
     def _cast(self, tree: Any, dtype: torch.dtype, place: Place | None) -> Any:
         """``tree``, described, with each of its tensors cast as autocast does: a call of its own."""

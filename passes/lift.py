@@ -83,7 +83,7 @@ class _Lifter(Returned):
             self.path = self.trace.frames[event.frame].path if event.frame >= 0 else ""
             self.untracked = event.untracked
             update = self.updates.get(index)
-            if update is not None:
+            if update is not None and update.kind != "write":
                 self._update(event, update)
             elif event.poison:
                 raise Refused(event.poison, event.place)
@@ -91,6 +91,7 @@ class _Lifter(Returned):
                 self._event(event)
             index += 1
         self._late_counts()
+        self._renew_buffers()
         self._check_order()
         shared = self._shared(frame.out)
         stores, kept = self._stores()
@@ -147,15 +148,6 @@ class _Lifter(Returned):
         if path != own and own and not path.startswith(f"{own}."):
             raise Refused(f"sets an attribute of {path or 'the model'}, which is outside", self.place)
         return path[len(own) :].removeprefix(".") if own else path
-
-    def _closed(self, at: int) -> int:
-        """The outermost call that stays closed around the call ``at``; -1 where none does."""
-        outermost = -1
-        while at >= 0 and at != self.frame.index:
-            if at in self.opaque:
-                outermost = at
-            at = self.trace.frames[at].parent
-        return outermost
 
     def _opaque_call(self, event: Event, index: int) -> int | None:
         """Where ``event`` belongs to a frame that stays closed: one module call for all of it, and the index after it."""

@@ -25,6 +25,7 @@ from .rows import needs_no_rows
 _SIZE = canonical(torch.Tensor.size, (torch.empty(0), 0), {})[0]
 _WRITE = op_of(index_write)
 _SLOT = op_of(as_slot)
+DETACH = canonical(torch.Tensor.detach, (torch.empty(0),), {})[0]
 _DRAWN = replace(op_of(drawn), random=True)
 # Methods that fill a tensor with random numbers: their arguments, and what these are where they are left out.
 _DRAWS: dict[str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ _LEAVES = (Ref, SizeOf, SizeOp, type(None), bool, int, float, complex, str, byte
 # What is recorded of a tensor is its shape, and where its gradient goes, as it was first seen.
 RENEWING = frozenset("squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ as_strided_ resize_ resize_as_ set_ detach_".split())
 _COMPARING = frozenset("eq_ ne_ lt_ le_ gt_ ge_ logical_not_ logical_and_ logical_or_ logical_xor_".split())
-_DRAWING = frozenset("random_ geometric_".split())  # into a tensor, and without a rule
+DRAWING = frozenset("random_ geometric_".split())  # into a tensor, and without a rule
 SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
 _MAY_COPY = frozenset({"reshape", "flatten", "contiguous", "ravel", "reshape_as"})  # views, of some layouts
 
@@ -56,6 +57,9 @@ class Writes(Indexing):
         self.version: dict[int, int] = {}  # by root value
         self.inputs: set[int] = set()
         self.constants: dict[str, torch.Tensor] = {}
+        self.cut: set[torch.fx.Node] = set()  # written under ``no_grad``: without a history
+        self.renewable: set[int] = set()  # storages of buffers whose new contents are written when all is over
+        self.renewed: dict[int, torch.fx.Node] = {}  # those that were given some: by value, as the region holds them
 
     def _argument(self, tree: Any) -> Any:
         """A recorded argument as FX wants it: nodes for tensors and free sizes, numbers for fixed sizes."""
@@ -172,21 +176,45 @@ class Writes(Indexing):
         target = event.args[0].value if event.args and isinstance(event.args[0], Ref) else None
         if target is None or target not in event.mutated:
             raise Refused(f"{name} changes a tensor in a way that has no functional form here", event.place)
-        if name in _DRAWING:
+        if name in DRAWING:
             raise Refused(f"{name} fills a tensor with random numbers", event.place)
         if name in _COMPARING and self.trace.values[target].tensor.dtype is not torch.bool:
             raise Refused(f"{name} writes truth values as numbers", event.place)
         root = self._root(target)
         if root in self.inputs:
             raise Refused(f"writes into its input ({name})", event.place)
-        if root not in self.env and self.trace.values[root].origin in ("attribute", "constant"):
-            raise Refused(f"changes {self.trace.values[root].name or 'a constant'} in forward ({name})", event.place)
-        if self.trace.values[root].origin in ("attribute", "constant"):
-            raise Refused(f"changes {self.trace.values[root].name or 'a constant'} in forward ({name})", event.place)
+        seen = self.trace.values[root]
+        if seen.origin == "attribute" and seen.storage in self.renewable:
+            self.renewed.setdefault(root, self._read(root))
+        elif seen.origin in ("attribute", "constant"):
+            raise Refused(f"changes {seen.name or 'a constant'} in forward ({name})", event.place)
         args, kwargs = self._argument(event.args), self._argument(event.kwargs)
+        if event.untracked:  # into what has no history, and gets none
+            args, kwargs = (args[0], *map(self._detached, args[1:])), self._detached(kwargs)
         self._write(target, self._functional(event, name, args, kwargs, target), event)
+        if event.untracked:
+            self._note_cut(target)
         if isinstance(event.out, Ref) and event.out.value != target:
             self.env[event.out.value] = self.env[target]
+
+    def _note_cut(self, value: int) -> None:
+        self.cut.add(self.env[value])
+        while value in self.parent:
+            value = self.parent[value][0]
+            self.cut.add(self.env[value])
+
+    def _detached(self, tree: Any) -> Any:
+        """Arguments, each tensor of which is cut off its history."""
+
+        def cut(node: torch.fx.Node) -> torch.fx.Node:
+            dtype = node.meta.get("dtype")
+            inexact = dtype is not None and (dtype.is_floating_point or dtype.is_complex)
+            if not inexact or node in self.cut or node.target == DETACH or node.meta.get("value") is None:
+                return node
+            made: torch.fx.Node = self._call(torch.Tensor.detach, (node,), {}, Ref(node.meta["value"]))
+            return made
+
+        return torch.fx.node.map_arg(tree, cut)
 
     def _functional(self, event: Event, name: str, args: Any, kwargs: Any, target: int) -> Any:
         """What ``target`` holds after the in-place call ``name``."""
