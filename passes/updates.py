@@ -19,14 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxfuse.trace import Event, Frame, Ref, Trace
 
 from .ops import canonical, op_name
-from .writes import DRAWING, RENEWING
+from .writes import DRAWING, DRAWS, RENEWING
 
 # Normalization that writes the running statistics it is given, where the argument named here is true.
 _TRAINING = {
     "batch_norm": "training", "native_batch_norm": "training", "cudnn_batch_norm": "training", "instance_norm": "use_input_stats",
 }  # fmt: skip
 # Writes that have no form as values: the tensor has another shape, or random numbers, afterwards.
-_NOT_WRITTEN = RENEWING | DRAWING
+_NOT_WRITTEN = RENEWING | DRAWING | {f"{name}_" for name in DRAWS}
 _STATISTICS = ("running_mean", "running_var")
 
 

@@ -28,7 +28,7 @@ _SLOT = op_of(as_slot)
 DETACH = canonical(torch.Tensor.detach, (torch.empty(0),), {})[0]
 _DRAWN = replace(op_of(drawn), random=True)
 # Methods that fill a tensor with random numbers: their arguments, and what these are where they are left out.
-_DRAWS: dict[str, dict[str, Any]] = {
+DRAWS: dict[str, dict[str, Any]] = {
     "normal": {"mean": 0.0, "std": 1.0}, "uniform": {"from": 0.0, "to": 1.0}, "exponential": {"lambd": 1.0}, "bernoulli": {"p": 0.5},
     "cauchy": {"median": 0.0, "sigma": 1.0}, "log_normal": {"mean": 1.0, "std": 2.0},
 }  # fmt: skip
@@ -232,7 +232,7 @@ class Writes(Indexing):
             return self._node(filled[0], filled[1], target)
         base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
         func: Any
-        if base in _DRAWS and base != name:
+        if base in DRAWS and base != name:
             return self._draw(event, base, args, kwargs, target)
         if base == name:  # F.relu(x, inplace=True)
             func = event.func
@@ -254,7 +254,7 @@ class Writes(Indexing):
 
     def _draw(self, event: Event, name: str, args: Any, kwargs: Any, target: int) -> Any:
         """Random numbers drawn into a new tensor."""
-        signature = _DRAWS[name]
+        signature = DRAWS[name]
         given = dict(zip(signature, args[1:], strict=False)) | kwargs
         numbers = tuple(given.get(argument, default) for argument, default in signature.items())
         if not _new(args[0]) or not set(given) <= set(signature) or any(isinstance(number, torch.fx.Node) for number in numbers):
@@ -309,7 +309,9 @@ class Writes(Indexing):
             if name in _MAY_COPY:
                 self._relies_on_order(name, base, made.out.value)
             if name == "detach":
-                raise Refused("writes into a detached tensor", event.place)
+                if not event.untracked:
+                    raise Refused("writes into a detached tensor", event.place)
+                return node  # under ``no_grad``, what is written has no history
             sizes = tuple(self._argument(SizeOf(base, dim)) for dim in range(len(self.trace.values[base].shape)))
             return self._call(torch.Tensor.reshape, (node, sizes), {}, Ref(base))
         if name in ("transpose", "t", "swapaxes"):
