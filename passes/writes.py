@@ -309,9 +309,11 @@ class Writes(Indexing):
             if name in _MAY_COPY:
                 self._relies_on_order(name, base, made.out.value)
             if name == "detach":
-                if not event.untracked:
+                if event.untracked:  # what is written has no history
+                    return node
+                if self._root(base) not in self.renewed:
                     raise Refused("writes into a detached tensor", event.place)
-                return node  # under ``no_grad``, what is written has no history
+                return self._call(torch.Tensor.detach, (node,), {}, Ref(base))  # ``buffer.data.add_(h)``
             sizes = tuple(self._argument(SizeOf(base, dim)) for dim in range(len(self.trace.values[base].shape)))
             return self._call(torch.Tensor.reshape, (node, sizes), {}, Ref(base))
         if name in ("transpose", "t", "swapaxes"):
