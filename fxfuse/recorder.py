@@ -43,6 +43,7 @@ from .trace import MOST_NUMBERS, Event, Frame, Ref, Touch, Trace, Value
 from .unchecked import UNCHECKED
 
 _UNTRACKED = "runs without gradient tracking (no_grad, or a custom autograd Function)"
+_LASTING = "switches gradient tracking on for whoever called it (set_grad_enabled)"
 _AUTOCAST = "switches autocast"
 _TRANSFORM = "runs inside a transform of torch.func (vmap, grad and their like)"
 _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
@@ -67,6 +68,9 @@ class Recorder(TorchFunctionMode):
         self.generators = Generators([])
         self.ears = Ears()
         self.untracked = False  # inside of ``no_grad``
+        self.switches: list[tuple[bool, int]] = []  # of tracking, by ``with``: on, and the call that does it
+        self.since = 0  # the event from which on it is on
+        self.lasting = False  # ``set_grad_enabled(True)`` was called
         self.in_function = False  # a custom autograd Function was seen, which switches tracking off unseen
 
     # -- values -------------------------------------------------------------------------------------------------------------------
@@ -192,7 +196,7 @@ class Recorder(TorchFunctionMode):
             if name == "type" and (len(args) > 1 or kwargs):  # x.type(torch.float32), x.type("torch.FloatTensor")
                 return self.call(Tensor.to, (args[0], func(*args, **kwargs).dtype), {}, "to")
         elif action == "tracking":
-            self._tracking(bool(args[0]))
+            self._tracking(bool(args[0]), sys._getframe(2).f_code.co_name)
         return self.run(func, args, kwargs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any], name: str) -> Any:
@@ -315,11 +319,27 @@ class Recorder(TorchFunctionMode):
         values.append(Value(seen.tensor, seen.origin, seen.name, seen.storage if is_view else -len(values), seen.shape))
         return Ref(len(values) - 1)
 
-    def _tracking(self, on: bool) -> None:
-        """``no_grad`` and its like, about to switch. A switch inside of a custom autograd Function says nothing on what is around it."""
+    def _tracking(self, on: bool, by: str) -> None:
+        """``no_grad`` and its like, about to switch: ``by`` their ``__enter__`` or ``__exit__``, or a call of ``set_grad_enabled``.
+
+        A switch inside of a custom autograd Function says nothing on what is around it.
+        """
         if not torch.is_grad_enabled() and not self.untracked:
             self.in_function = True
         self.untracked = not on and not self.in_function
+        self.lasting = on and by == "__init__"  # ``with set_grad_enabled(True)`` goes on to enter it
+        before, now = self.switches[-1][0] if self.switches else False, len(self.trace.events)
+        if by == "__enter__":
+            self.switches.append((on, self.stack[-1] if self.stack else -1))
+        elif by == "__exit__" and self.switches:
+            _, at = self.switches.pop()
+            if before:
+                self.trace.switched_on.append((at, self.since, now))
+        after = self.switches[-1][0] if self.switches else False
+        if before and not after and by == "__enter__":  # a part of what is tracked is not
+            self.trace.switched_on.append((self.switches[-2][1], self.since, now))
+        if after and (not before or by == "__exit__"):
+            self.since = now
 
     def _spelled_out(self, func: Any, described: list[Any], args: Any, kwargs: Any, out: Tensor, poison: str) -> tuple[Any, Any, Any, str]:
         """A tensor made of a numpy array: the same made of its numbers, which a graph can hold."""
@@ -478,9 +498,10 @@ class Recorder(TorchFunctionMode):
             frame.sets_own = len(own) != len(before) or not all(map(is_, own.values(), before))
             if given is not None and given.held and (changed := given.changed()):
                 frame.poison = frame.poison or f"changes the {changed} that it was given"
-            if torch.is_grad_enabled() != tracking:  # for whoever called it, too: only the calls themselves do that
+            if torch.is_grad_enabled() != tracking or self.lasting:  # for whoever called it, too: only the calls themselves do that
                 for outer in stack:
-                    trace.frames[outer].poison = trace.frames[outer].poison or _UNTRACKED
+                    trace.frames[outer].poison = trace.frames[outer].poison or (_LASTING if self.lasting else _UNTRACKED)
+                self.lasting = False
         finally:
             if self.sizes:
                 self.note_comparisons()

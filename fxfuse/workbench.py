@@ -89,12 +89,12 @@ class Workbench:
                 if tensor.requires_grad:
                     parameters.append(tensor)
         graph = candidate.graph
-        if not self.train:  # made once, not at every call
+        if not self.train and not candidate.tracked:  # made once, not at every call
             with torch.no_grad():
                 graph = evaluate(graph, root)
         code = graph_module(root, graph)
         leaves = tree_flatten(self._inputs())[0]
-        return lambda: code(*leaves), parameters
+        return (torch.enable_grad()(lambda: code(*leaves)) if candidate.tracked else lambda: code(*leaves)), parameters
 
     def _tensor(self, target: str, packs: Packs) -> torch.Tensor:
         if target in packs.constants:

@@ -28,6 +28,7 @@ from .lifted import Lifted, Refused, SizeDependent, Sizes
 from .ops import op_name
 from .returned import Returned
 from .rows import layouts
+from .switched_on import switched_on
 from .updates import arguments, writes
 from .updating import mark_unread
 from .writes import RENEWING, SPLITS
@@ -104,6 +105,7 @@ class _Lifter(Returned):
         return Lifted(
             self.graph, frame, self.constants, self.checks, self.dynamic, place=frame.place, random=self.random, factories=self.factories,
             layouts=needed, shapes={value: self.trace.values[value].shape for value in self.inputs}, sizes=self.sizes, stores=stores,
+            tracking=switched_on(self.trace, frame, self.opaque),
             sets=frozenset((self._inside_path(t.path), t.name) for t in touches_in(self.trace, frame) if t.write),
         )  # fmt: skip
 
@@ -212,6 +214,9 @@ class _Lifter(Returned):
         else:
             out = self._call(event.func, args, kwargs, event.out)
             self._bind(event.out, out)
+            if name == "requires_grad_":  # the same tensor; what comes after it reads the one with the flag
+                self.env[event.out.value] = out
+                out.meta["update"] = event.out.value in self.inputs
         self._note_view(event)
 
     def _bind(self, out: Any, node: Any) -> None:

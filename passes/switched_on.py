@@ -1,0 +1,88 @@
+"""Forwards that switch gradient tracking on: energies whose gradient is part of the result, also where the caller asks for none.
+
+Comes in: a recorded call and the calls in it that stay closed. Goes out: ``Tracking``. Where the caller tracks no gradients (``no_grad``),
+what forward computes inside of ``enable_grad`` has a history and the rest has none. A program has no such switches: it runs with
+tracking on from its first op to its last, and what the original computes outside is detached where it leaves the region. That is the same
+if nothing inside reads a history that is not there; otherwise calls without tracking run the original forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fxfuse.private.torch_function import DisableTorchFunction
+from fxfuse.trace import Event, Frame, Ref, Trace, refs_in
+
+from .ops import op_name
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """What a program needs: nothing (""), a caller who tracks gradients ("needed"), or to switch tracking on itself ("on").
+
+    ``outside``: the results, by their place, that are detached where the caller tracks none.
+    """
+
+    kind: Literal["", "needed", "on"] = ""
+    outside: tuple[int, ...] = ()
+
+
+def switched_on(trace: Trace, frame: Frame, opaque: frozenset[int]) -> Tracking:
+    """How tracking is switched on in ``frame``, other than in calls that stay closed: those do so themselves."""
+    spans = [(start, end) for at, start, end in trace.switched_on if _opened(trace, at, frame.index, opaque)]
+    return _Walk(trace, frame, opaque, spans).found() if spans else Tracking()
+
+
+def _opened(trace: Trace, at: int, outer: int, opaque: frozenset[int]) -> bool:
+    """Is the call ``at`` the call ``outer``, or one in it that the graph holds?"""
+    while at >= 0 and at != outer and at not in opaque:
+        at = trace.frames[at].parent
+    return at == outer
+
+
+class _Walk:
+    def __init__(self, trace: Trace, frame: Frame, opaque: frozenset[int], spans: list[tuple[int, int]]) -> None:
+        self.trace, self.frame, self.opaque, self.spans = trace, frame, opaque, spans
+        self.outside: set[int] = set()  # values whose history is the caller's choice
+        self.inside: set[int] = set()
+
+    def found(self) -> Tracking:
+        """Walk the events once."""
+        for index in range(self.frame.start, self.frame.end):
+            event = self.trace.events[index]
+            on = any(start <= index < end for start, end in self.spans)
+            if not (self._inside(event) if on or op_name(event.func) == "grad" else self._outside(event)):
+                return Tracking("needed")
+        if any(touch.write for touch in self.trace.touches):  # what lies in attributes goes on to another call
+            return Tracking("needed")
+        out = self.frame.out
+        return Tracking("on", tuple(i for i, leaf in enumerate(out) if isinstance(leaf, Ref) and leaf.value in self.outside))
+
+    def _inside(self, event: Event) -> bool:
+        read = {*refs_in(event.args), *refs_in(event.kwargs)}
+        self.inside.update(refs_in(event.out))
+        return op_name(event.func) == "detach" or not any(value in self.outside and self._inexact(value) for value in read)
+
+    def _outside(self, event: Event) -> bool:
+        if not _opened(self.trace, event.frame, self.frame.index, self.opaque) or event.kwargs.get("requires_grad"):
+            return False
+        values, name = self.trace.values, op_name(event.func)
+        if event.mutated and not event.untracked:
+            own = {values[value].storage for value in self.outside}
+            if any(values[value].storage not in own for value in event.mutated):
+                return False
+        made = refs_in(event.out)
+        if name == "requires_grad_":  # a leaf is one for every caller
+            with DisableTorchFunction():
+                leaf = all(values[value].tensor.is_leaf for value in made)
+            self.outside.difference_update(made)
+            self.inside.update(made)
+            return leaf
+        given = {*refs_in(event.args), *refs_in(event.kwargs)}
+        self.outside.update(value for value in made if value not in self.inside and value not in given)
+        return True
+
+    def _inexact(self, value: int) -> bool:
+        dtype = self.trace.values[value].tensor.dtype
+        return dtype.is_floating_point or dtype.is_complex
