@@ -196,7 +196,7 @@ class Recorder(TorchFunctionMode):
             if name == "type" and (len(args) > 1 or kwargs):  # x.type(torch.float32), x.type("torch.FloatTensor")
                 return self.call(Tensor.to, (args[0], func(*args, **kwargs).dtype), {}, "to")
         elif action == "tracking":
-            self._tracking(bool(args[0]), sys._getframe(2).f_code.co_name)
+            self._tracking(bool(args[0]), _switching(sys._getframe(2)))
         return self.run(func, args, kwargs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any], name: str) -> Any:
@@ -517,6 +517,13 @@ class Recorder(TorchFunctionMode):
 
 
 _ENTER_CODE = Recorder.enter.__code__
+
+
+def _switching(frame: FrameType) -> str:
+    """What switches gradient tracking: ``__enter__`` or ``__exit__`` of a context; ``no_grad`` calls ``set_grad_enabled`` in these."""
+    outer = frame.f_back
+    inside = frame.f_code.co_name == "__init__" and outer is not None and outer.f_code.co_filename == frame.f_code.co_filename
+    return outer.f_code.co_name if inside and outer is not None else frame.f_code.co_name
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:

@@ -77,6 +77,22 @@ def curvature(self: Energies, x: Tensor) -> Any:
     return gradient, trace, size
 
 
+def parts_of_it(self: Energies, x: Tensor) -> Any:
+    """Switches in switches, one after the other."""
+    with torch.no_grad():
+        start = self.map(x).relu_()
+        with torch.enable_grad():
+            z = start.detach().requires_grad_()
+            first = torch.autograd.grad(self.energy(z).sum(), z, create_graph=True)[0]
+            with torch.no_grad():
+                size = first.norm(dim=1)
+            second = first * 2
+        after = second + 1
+    with torch.set_grad_enabled(True):
+        third = second.tanh()
+    return first, size, second, after, third
+
+
 def no_energy(self: Energies, x: Tensor) -> Any:
     """What is computed inside has a history, what comes after has one where the caller asks for it."""
     with torch.enable_grad():
@@ -84,7 +100,7 @@ def no_energy(self: Energies, x: Tensor) -> Any:
     return energy, energy.tanh()
 
 
-FUSED = {f.__name__: f for f in (force, only_in_training, decorated, from_a_map, curvature, no_energy)}
+FUSED = {f.__name__: f for f in (force, only_in_training, decorated, from_a_map, curvature, parts_of_it, no_energy)}
 
 
 def history_from_outside(self: Energies, x: Tensor) -> Any:
