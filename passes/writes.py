@@ -224,7 +224,8 @@ class Writes(Indexing):
                 return last  # the second half of ``x[i] += y``: what the first wrote into the view is there already
             return self._node(_WRITE, (args[0], args[1], args[2]), target)
         if name == "copy_" or (name == "fill_" and isinstance(args[1], torch.fx.Node)):
-            return self._node(_SLOT, (args[1], args[0]), target)
+            given = self._node(_SLOT, (args[1], args[0]), target)
+            return given if self._no_history(event, args[0]) else self._over(given, args[0], target)
         if name in ("zero_", "fill_"):
             # Of what was computed: a fill whose gradient is zero, as it is there; a new buffer has none.
             fill: Any = torch.full_like if _new(args[0]) else torch.fill
@@ -251,6 +252,21 @@ class Writes(Indexing):
             to, to_args = canonical(casting(widest, dtype), (node, dtype), {})
             node = self._node(to, to_args, target)
         return node
+
+    def _no_history(self, event: Event, slot: torch.fx.Node) -> bool:
+        """Has what ``copy_`` overwrites no history that its new contents lack?"""
+        source = event.args[1] if len(event.args) > 1 else event.kwargs.get("src", event.kwargs.get("value"))
+        if event.untracked or _new(slot) or self._root(event.args[0].value) in self.renewed or not isinstance(source, Ref):
+            return True
+        return self.trace.values[source.value].tensor.requires_grad
+
+    def _over(self, given: Any, slot: torch.fx.Node, target: int) -> Any:
+        """``given`` with the history of ``slot``, whose gradient is zero: as after ``h.copy_(h.detach())``."""
+        flags, flags_args = canonical(torch.ones_like, (slot,), {"dtype": torch.bool})
+        everywhere = self._node(flags, flags_args, None)
+        everywhere.meta.update({**slot.meta, "value": None, "dtype": torch.bool, "stride": None})
+        where, where_args = canonical(torch.where, (everywhere, given, slot), {})
+        return self._node(where, where_args, target)
 
     def _draw(self, event: Event, name: str, args: Any, kwargs: Any, target: int) -> Any:
         """Random numbers drawn into a new tensor."""
