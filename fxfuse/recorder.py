@@ -282,6 +282,8 @@ class Recorder(TorchFunctionMode):
             with_gradient = self._with_gradient(ref, tensors) if isinstance(ref, Ref) else None
             if with_gradient is not None:
                 results[index] = with_gradient
+                if self.trace.values[with_gradient.value].storage == self.trace.values[ref.value].storage:
+                    self.trace.untracked_views.add(ref.value)
                 detached.append(Event(Tensor.detach, (with_gradient,), {}, ref, (), place, frame))
         if isinstance(made, Ref):
             made = results[0]

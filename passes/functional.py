@@ -163,6 +163,18 @@ def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     return value.to(slot.dtype).expand_as(slot)
 
 
+def untracked_view(input: torch.Tensor) -> torch.Tensor:
+    """A view made under ``no_grad``. No gradient goes through it; it says that it needs one where ``input`` does, as torch's views do.
+
+    >>> x = torch.ones(2, requires_grad=True) * 2
+    >>> y = untracked_view(x)
+    >>> y.requires_grad, y.is_leaf, y.data_ptr() == x.data_ptr()
+    (True, True, True)
+    """
+    with torch.no_grad():
+        return input.view_as(input)
+
+
 def cumulative_batch_norm(
     input: torch.Tensor,
     running_mean: torch.Tensor,

@@ -216,6 +216,7 @@ class _Lifter(Returned):
             self._bind(event.out, out)
             if name == "requires_grad_":  # the same tensor; what comes after it reads the one with the flag
                 self.env[event.out.value] = out
+                self.flagged[event.out.value] = (*args[1:], *kwargs.values())
                 out.meta["update"] = event.out.value in self.inputs
         self._note_view(event)
 
@@ -237,7 +238,7 @@ class _Lifter(Returned):
             values, own = self.trace.values, node.meta.get("value")
             if node.op in ("placeholder", "get_attr") and own is not None and values[own].storage != values[leaf.value].storage:
                 node = self._call(torch.clone, (node,), {}, leaf)  # ``x * 1``: a tensor of its own, which the caller may write to
-            node = self._another(node, leaf.value)
+            node = self._untracked(self._another(node, leaf.value), leaf.value)
             self._stride(node, leaf.value)
             return node
         if isinstance(leaf, (SizeOf, SizeOp)):

@@ -147,6 +147,11 @@ def reached_storages(trace: Trace) -> set[int] | None:
     return reached
 
 
+def _cuts(node: torch.fx.Node) -> bool:
+    """Does no gradient go through it?"""
+    return node.target == DETACH or (isinstance(node.target, Op) and node.target.name == "returned untracked_view")
+
+
 def mark_unread(graph: torch.fx.Graph, trace: Trace) -> None:
     """Mark what no gradient reaches, so that it does not share a pack with what has one: it would get zeros instead of none.
 
@@ -170,7 +175,7 @@ def mark_unread(graph: torch.fx.Graph, trace: Trace) -> None:
                 known = given.meta.get("value")
                 if used is None or known is None or values[known].storage in used:
                     reached.add(given)
-        elif node in reached and tracked is not False and not size and node.target != DETACH:
+        elif node in reached and tracked is not False and not size and not _cuts(node):
             reached.update(node.all_input_nodes)
         if node.op == "call_function" and (node not in read or (tracked and node not in reached)):
             node.meta["unread"] = True
