@@ -46,6 +46,7 @@ class _Walk:
         self.trace, self.frame, self.opaque, self.spans = trace, frame, opaque, spans
         self.outside: set[int] = set()  # values whose history is the caller's choice
         self.inside: set[int] = set()
+        self.mixed: set[int] = set()  # values made inside, of some from outside: their history is not known until it is cut
 
     def found(self) -> Tracking:
         """Walk the events once."""
@@ -57,12 +58,20 @@ class _Walk:
         if any(touch.write for touch in self.trace.touches):  # what lies in attributes goes on to another call
             return Tracking("needed")
         out = self.frame.out
+        if any(isinstance(leaf, Ref) and leaf.value in self.mixed for leaf in out):
+            return Tracking("needed")
         return Tracking("on", tuple(i for i, leaf in enumerate(out) if isinstance(leaf, Ref) and leaf.value in self.outside))
 
     def _inside(self, event: Event) -> bool:
+        name, made = op_name(event.func), refs_in(event.out)
         read = {*refs_in(event.args), *refs_in(event.kwargs)}
-        self.inside.update(refs_in(event.out))
-        return op_name(event.func) == "detach" or not any(value in self.outside and self._inexact(value) for value in read)
+        unknown = self.outside | self.mixed
+        if name != "detach" and any(value in unknown and self._inexact(value) for value in read):
+            if event.mutated or name in ("grad", "requires_grad_"):
+                return False
+            self.mixed.update(made)
+        self.inside.update(made)
+        return True
 
     def _outside(self, event: Event) -> bool:
         if not _opened(self.trace, event.frame, self.frame.index, self.opaque) or event.kwargs.get("requires_grad"):

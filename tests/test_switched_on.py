@@ -77,6 +77,17 @@ def curvature(self: Energies, x: Tensor) -> Any:
     return gradient, trace, size
 
 
+def penalty(self: Energies, x: Tensor) -> Any:
+    """The gradient of critics between samples (Gulrajani et al., 2017)."""
+    made = self.map(x).tanh()
+    with torch.enable_grad():
+        between = (0.3 * x + 0.7 * made).detach().requires_grad_()
+        values = torch.cat([net(between) for net in self.nets], 1)
+        gradient = torch.autograd.grad(values, between, torch.ones_like(values), create_graph=True)[0]
+        size = (gradient.norm(dim=1) - 1).square()
+    return size.mean(), self.energy(made)
+
+
 def parts_of_it(self: Energies, x: Tensor) -> Any:
     """Switches in switches, one after the other."""
     with torch.no_grad():
@@ -100,13 +111,20 @@ def no_energy(self: Energies, x: Tensor) -> Any:
     return energy, energy.tanh()
 
 
-FUSED = {f.__name__: f for f in (force, only_in_training, decorated, from_a_map, curvature, parts_of_it, no_energy)}
+FUSED = {f.__name__: f for f in (force, only_in_training, decorated, from_a_map, curvature, penalty, parts_of_it, no_energy)}
 
 
 def history_from_outside(self: Energies, x: Tensor) -> Any:
     h = self.map(x)
     with torch.enable_grad():
         return self.energy(h)
+
+
+def gradient_by_what_is_outside(self: Energies, x: Tensor) -> Any:
+    h = self.map(x.detach().requires_grad_())
+    with torch.enable_grad():
+        energy = self.energy(h)
+        return energy.detach(), torch.autograd.grad(energy.sum(), self.map.weight, create_graph=True)[0]
 
 
 def written_outside(self: Energies, x: Tensor) -> Any:
@@ -123,7 +141,7 @@ def buffer_outside(self: Energies, x: Tensor) -> Any:
     return energy
 
 
-NEEDED = {f.__name__: f for f in (history_from_outside, written_outside, buffer_outside)}
+NEEDED = {f.__name__: f for f in (history_from_outside, gradient_by_what_is_outside, written_outside, buffer_outside)}
 CONTEXTS = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 
