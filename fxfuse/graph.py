@@ -146,7 +146,7 @@ class Program:
     placeholders are unused), ``get_attr`` nodes with targets relative to the region (``packed.*`` for packed tensors, others for
     what stayed), ``call_function`` nodes, ``call_module`` nodes for opaque children (target relative to the region), and one output:
     the flat list of output leaves of ``out_spec``, followed by those of each of ``stores``.
-    ``tracked``: it runs with gradient tracking on, as forward itself does; where the caller tracks none, the results ``outside`` are detached.
+    ``tracked``: it runs with gradient tracking on, as forward itself does; where the caller tracks none, results ``outside`` are detached.
     """
 
     graph: torch.fx.Graph

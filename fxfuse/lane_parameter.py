@@ -17,7 +17,6 @@ from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.recipes import lane_view
 from fxfuse.sharded import is_sharded
 
-
 # Methods that fill a tensor with random numbers.
 _DRAWS = frozenset("normal_ uniform_ bernoulli_ exponential_ cauchy_ log_normal_ geometric_ random_".split())
 

@@ -38,6 +38,7 @@ from .passes.functional import autocast_to
 from .ran import Ears, code_noted, runs_torch_only
 from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
+from .switches import Switches
 from .torch_calls import ACTIONS, DATA_SHAPED, FROM_DATA, IN_PLACE, MAYBE_IN_PLACE, PLAIN, PROPERTIES
 from .trace import MOST_NUMBERS, Event, Frame, Ref, Touch, Trace, Value
 from .unchecked import UNCHECKED
@@ -67,11 +68,7 @@ class Recorder(TorchFunctionMode):
         self.kept: KeptMemory | None = None
         self.generators = Generators([])
         self.ears = Ears()
-        self.untracked = False  # inside of ``no_grad``
-        self.switches: list[tuple[bool, int]] = []  # of tracking, by ``with``: on, and the call that does it
-        self.since = 0  # the event from which on it is on
-        self.lasting = False  # ``set_grad_enabled(True)`` was called
-        self.in_function = False  # a custom autograd Function was seen, which switches tracking off unseen
+        self.switches = Switches(self.trace.switched_on)
 
     # -- values -------------------------------------------------------------------------------------------------------------------
 
@@ -196,7 +193,8 @@ class Recorder(TorchFunctionMode):
             if name == "type" and (len(args) > 1 or kwargs):  # x.type(torch.float32), x.type("torch.FloatTensor")
                 return self.call(Tensor.to, (args[0], func(*args, **kwargs).dtype), {}, "to")
         elif action == "tracking":
-            self._tracking(bool(args[0]), _switching(sys._getframe(2)))
+            at = self.stack[-1] if self.stack else -1
+            self.switches.thrown(bool(args[0]), sys._getframe(2), at, len(self.trace.events))
         return self.run(func, args, kwargs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any], name: str) -> Any:
@@ -236,7 +234,7 @@ class Recorder(TorchFunctionMode):
         if kwargs and kwargs.get("out") is not None:
             poison = "writes through out="
         elif not torch.is_grad_enabled():
-            poison = "" if self.untracked and self.loose.all(mutated) else _UNTRACKED
+            poison = "" if self.switches.untracked and self.loose.all(mutated) else _UNTRACKED
         else:
             for tensor in tensors:
                 if type(tensor) is nn.Parameter and tensor.grad_fn is not None:
@@ -248,7 +246,7 @@ class Recorder(TorchFunctionMode):
             made = self.outputs(out)
             if not poison and not _only_tensors(out) and name != "__setitem__":
                 poison = f"takes a Python value out of {func.__name__}"
-        if self.untracked or mutated or not tensors:
+        if self.switches.untracked or mutated or not tensors:
             self._note_loose(made, mutated, [known[id(tensor)].value for tensor in tensors])
         if name in FROM_DATA and type(out) is Tensor and not tensors[1:]:
             func, described, described_kwargs, poison = self._spelled_out(func, described, args, described_kwargs, out, poison)
@@ -271,8 +269,8 @@ class Recorder(TorchFunctionMode):
                 if target is not None:
                     described = [self._cast(arg, target, place) for arg in args]
                     described_kwargs = {key: self._cast(arg, target, place) for key, arg in kwargs.items()}
-        if not self.untracked or poison or mutated:
-            untracked = self.untracked and not poison
+        if not self.switches.untracked or poison or mutated:
+            untracked = self.switches.untracked and not poison
             events.append(Event(func, tuple(described), described_kwargs, made, mutated, place, frame, poison, untracked))
             return out
         # ``f(x)`` under ``no_grad`` is ``f(x).detach()``: a graph holds that, not the switch.
@@ -293,11 +291,11 @@ class Recorder(TorchFunctionMode):
 
     def _note_loose(self, made: Any, mutated: tuple[int, ...], arguments: list[int]) -> None:
         """Keep account of the memory that has no history."""
-        if mutated and not self.untracked:
+        if mutated and not self.switches.untracked:
             self.loose.written(mutated, arguments)
         for ref in (made,) if isinstance(made, Ref) else made if isinstance(made, list) else ():
             if isinstance(ref, Ref) and ref.value not in arguments:
-                self.loose.made(self.trace.values[ref.value], arguments, self.untracked)
+                self.loose.made(self.trace.values[ref.value], arguments, self.switches.untracked)
 
     def _cast(self, tree: Any, dtype: torch.dtype, place: Place | None) -> Any:
         """``tree``, described, with each of its tensors cast as autocast does: a call of its own."""
@@ -307,7 +305,8 @@ class Recorder(TorchFunctionMode):
             return self.describe(tree)
         made = self._add(tree.to(dtype), "made")
         frame = self.stack[-1] if self.stack else -1
-        self.trace.events.append(Event(autocast_to, (self.number(tree), dtype), {}, made, (), place, frame, untracked=self.untracked))
+        event = Event(autocast_to, (self.number(tree), dtype), {}, made, (), place, frame, untracked=self.switches.untracked)
+        self.trace.events.append(event)
         return made
 
     def _with_gradient(self, ref: Ref, arguments: list[Tensor]) -> Ref | None:
@@ -320,28 +319,6 @@ class Recorder(TorchFunctionMode):
         # Not the storage of its detached self, unless that is a view: a write to the one is none to the other.
         values.append(Value(seen.tensor, seen.origin, seen.name, seen.storage if is_view else -len(values), seen.shape))
         return Ref(len(values) - 1)
-
-    def _tracking(self, on: bool, by: str) -> None:
-        """``no_grad`` and its like, about to switch: ``by`` their ``__enter__`` or ``__exit__``, or a call of ``set_grad_enabled``.
-
-        A switch inside of a custom autograd Function says nothing on what is around it.
-        """
-        if not torch.is_grad_enabled() and not self.untracked:
-            self.in_function = True
-        self.untracked = not on and not self.in_function
-        self.lasting = on and by == "__init__"  # ``with set_grad_enabled(True)`` goes on to enter it
-        before, now = self.switches[-1][0] if self.switches else False, len(self.trace.events)
-        if by == "__enter__":
-            self.switches.append((on, self.stack[-1] if self.stack else -1))
-        elif by == "__exit__" and self.switches:
-            _, at = self.switches.pop()
-            if before:
-                self.trace.switched_on.append((at, self.since, now))
-        after = self.switches[-1][0] if self.switches else False
-        if before and not after and by == "__enter__":  # a part of what is tracked is not
-            self.trace.switched_on.append((self.switches[-2][1], self.since, now))
-        if after and (not before or by == "__exit__"):
-            self.since = now
 
     def _spelled_out(self, func: Any, described: list[Any], args: Any, kwargs: Any, out: Tensor, poison: str) -> tuple[Any, Any, Any, str]:
         """A tensor made of a numpy array: the same made of its numbers, which a graph can hold."""
@@ -479,8 +456,8 @@ class Recorder(TorchFunctionMode):
             self.note_comparisons()
         frame = Frame(index, parent, path, module, leaves, spec, len(trace.events))
         frame.raw = (args, kwargs)
-        frame.untracked = self.untracked
-        if not torch.is_grad_enabled() and not self.untracked:
+        frame.untracked = self.switches.untracked
+        if not torch.is_grad_enabled() and not self.switches.untracked:
             frame.switched = _UNTRACKED
         elif autocast_on() != self.autocast:
             frame.switched = _AUTOCAST
@@ -500,10 +477,10 @@ class Recorder(TorchFunctionMode):
             frame.sets_own = len(own) != len(before) or not all(map(is_, own.values(), before))
             if given is not None and given.held and (changed := given.changed()):
                 frame.poison = frame.poison or f"changes the {changed} that it was given"
-            if torch.is_grad_enabled() != tracking or self.lasting:  # for whoever called it, too: only the calls themselves do that
+            if torch.is_grad_enabled() != tracking or self.switches.lasting:  # for whoever called it, too: only the calls do that
                 for outer in stack:
-                    trace.frames[outer].poison = trace.frames[outer].poison or (_LASTING if self.lasting else _UNTRACKED)
-                self.lasting = False
+                    trace.frames[outer].poison = trace.frames[outer].poison or (_LASTING if self.switches.lasting else _UNTRACKED)
+                self.switches.lasting = False
         finally:
             if self.sizes:
                 self.note_comparisons()
@@ -519,13 +496,6 @@ class Recorder(TorchFunctionMode):
 
 
 _ENTER_CODE = Recorder.enter.__code__
-
-
-def _switching(frame: FrameType) -> str:
-    """What switches gradient tracking: ``__enter__`` or ``__exit__`` of a context; ``no_grad`` calls ``set_grad_enabled`` in these."""
-    outer = frame.f_back
-    inside = frame.f_code.co_name == "__init__" and outer is not None and outer.f_code.co_filename == frame.f_code.co_filename
-    return outer.f_code.co_name if inside and outer is not None else frame.f_code.co_name
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:

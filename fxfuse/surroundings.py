@@ -171,7 +171,7 @@ class _Looker:
                 pending.extend((item, said) for item in thing)
             elif isinstance(thing, os._Environ):
                 data: Any = thing._data  # type: ignore[attr-defined]
-                apart = frozenset(thing.encodekey(name) for name in _SET_BY_TORCH)  # type: ignore[attr-defined]
+                apart = frozenset(thing.encodekey(name) for name in _SET_BY_TORCH)
                 self.pieces.append(Piece(said, data, None, _items(_without(data, apart)), apart=apart))
             elif type(thing).__module__ == "numpy":
                 if hasattr(thing, "tobytes") and getattr(thing, "nbytes", _BYTES + 1) <= _BYTES:

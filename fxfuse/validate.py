@@ -296,7 +296,8 @@ class _Check:
         proved = exact is not None and self._compare(exact, proved=False) is True and not exact.fused.fallbacks
         if proved:
             self.proofs.add(call.mode)
-        if call.example == 0 and call.gradients and not all(t.requires_grad for t in fresh.tensors_in(call.args, call.kwargs) if _inexact(t)):
+        inputs = [tensor for tensor in fresh.tensors_in(call.args, call.kwargs) if _inexact(tensor)]
+        if call.example == 0 and call.gradients and not all(tensor.requires_grad for tensor in inputs):
             self._compare_as_given(call, wide if exact is not None else None)
         # Rounding is shown on the first example; on the others the own dtype is run only where float64 has proved nothing.
         unseen = exact is not None and not exact.original.usual_strides and call.gradients

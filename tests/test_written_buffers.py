@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hazards import fuse, handled, refused
 from torch import Tensor, nn
 
 import checks
 import fxfuse
 from checks import QUICK, mlp, randn, randomized
 from fxfuse.launches import count
-from hazards import fuse, handled, refused
 
 X = randn(5, 4)
 
