@@ -163,6 +163,15 @@ def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     return value.to(slot.dtype).expand_as(slot)
 
 
+def gradient_in_rows(input: torch.Tensor) -> torch.Tensor:
+    """A gradient in rows: how autograd lays one out hangs on what it was added up from, which packing changes.
+
+    >>> gradient_in_rows(torch.ones(3, 2).t()).stride()
+    (3, 1)
+    """
+    return input.contiguous()
+
+
 def untracked_view(input: torch.Tensor) -> torch.Tensor:
     """A view made under ``no_grad``. No gradient goes through it; it says that it needs one where ``input`` does, as torch's views do.
 

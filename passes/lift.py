@@ -23,7 +23,7 @@ from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Event, Frame, Key, Ref, Touch, Trace
 
-from .functional import drop_unused, op_of
+from .functional import drop_unused, gradient_in_rows, op_of
 from .lifted import Lifted, Refused, SizeDependent, Sizes
 from .ops import op_name
 from .returned import Returned
@@ -33,6 +33,7 @@ from .updates import arguments, writes
 from .updating import mark_unread
 from .writes import RENEWING, SPLITS
 
+_IN_ROWS = op_of(gradient_in_rows)
 _GETITEM = op_of(operator.getitem, "item")
 
 
@@ -214,11 +215,23 @@ class _Lifter(Returned):
         else:
             out = self._call(event.func, args, kwargs, event.out)
             self._bind(event.out, out)
+            if name == "grad":
+                self._gradients_in_rows(event)
             if name == "requires_grad_":  # the same tensor; what comes after it reads the one with the flag
                 self.env[event.out.value] = out
                 self.flagged[event.out.value] = (*args[1:], *kwargs.values())
                 out.meta["update"] = event.out.value in self.inputs
         self._note_view(event)
+
+    def _gradients_in_rows(self, event: Event) -> None:
+        """Results of ``torch.autograd.grad`` that lie in rows do so here."""
+        for ref in event.out if isinstance(event.out, list) else [event.out]:
+            if isinstance(ref, Ref) and isinstance(self.env.get(ref.value), torch.fx.Node):
+                with DisableTorchFunction():
+                    tensor = self.trace.values[ref.value].tensor
+                    in_rows = tensor.layout is torch.strided and tensor.is_contiguous()
+                if in_rows:
+                    self.env[ref.value] = self._node(_IN_ROWS, (self.env[ref.value],), ref.value)
 
     def _bind(self, out: Any, node: Any) -> None:
         if isinstance(out, Ref):

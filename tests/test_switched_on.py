@@ -88,6 +88,15 @@ def penalty(self: Energies, x: Tensor) -> Any:
     return size.mean(), self.energy(made)
 
 
+def two_gradients(self: Energies, x: Tensor) -> Any:
+    """By two leaves, whose gradients are parts of one; they lie in rows, as where autograd adds them up lane by lane."""
+    with torch.enable_grad():
+        first, second = (part.detach().clone().requires_grad_() for part in (x[:, :5], x[:, 5:]))
+        energy = torch.stack([net(torch.cat([first, second], 1)) for net in self.nets]).sum((0, 2))
+        force, strain = torch.autograd.grad(energy, [first, second], [torch.ones_like(energy)], create_graph=self.training)
+    return energy, -force, strain
+
+
 def parts_of_it(self: Energies, x: Tensor) -> Any:
     """Switches in switches, one after the other."""
     with torch.no_grad():
@@ -111,7 +120,10 @@ def no_energy(self: Energies, x: Tensor) -> Any:
     return energy, energy.tanh()
 
 
-FUSED = {f.__name__: f for f in (force, only_in_training, decorated, from_a_map, curvature, penalty, parts_of_it, no_energy)}
+FUSED = {
+    f.__name__: f
+    for f in (force, only_in_training, decorated, from_a_map, curvature, penalty, two_gradients, parts_of_it, no_energy)
+}  # fmt: skip
 
 
 def history_from_outside(self: Energies, x: Tensor) -> Any:
@@ -155,7 +167,7 @@ def answer(model: nn.Module, x: Tensor, context: Any, requires_grad: bool) -> An
     except RuntimeError as error:
         return type(error)
     leaves = list(out) if isinstance(out, tuple) else [out]
-    flags = [(leaf.requires_grad, leaf.is_leaf, leaf.is_inference()) for leaf in leaves]
+    flags = [(leaf.requires_grad, leaf.is_leaf, leaf.is_inference(), leaf.stride()) for leaf in leaves]
     ends = [leaf for leaf in leaves if leaf.requires_grad]
     if ends and context is torch.enable_grad:
         sum(leaf.square().sum() for leaf in ends).backward()
