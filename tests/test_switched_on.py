@@ -93,7 +93,7 @@ def two_gradients(self: Energies, x: Tensor) -> Any:
     with torch.enable_grad():
         first, second = (part.detach().clone().requires_grad_() for part in (x[:, :5], x[:, 5:]))
         energy = torch.stack([net(torch.cat([first, second], 1)) for net in self.nets]).sum((0, 2))
-        force, strain = torch.autograd.grad(energy, [first, second], [torch.ones_like(energy)], create_graph=self.training)
+        force, strain = torch.autograd.grad(energy, [first, second], [torch.ones_like(energy)], create_graph=True)
     return energy, -force, strain
 
 
