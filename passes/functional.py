@@ -172,6 +172,15 @@ def gradient_in_rows(input: torch.Tensor) -> torch.Tensor:
     return input.contiguous()
 
 
+def own_leaf(input: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """A leaf of its own over the memory of ``input``: what ``requires_grad_`` makes of a tensor without a history.
+
+    >>> own_leaf(torch.ones(2), True).requires_grad
+    True
+    """
+    return input.detach().requires_grad_(requires_grad)
+
+
 def untracked_view(input: torch.Tensor) -> torch.Tensor:
     """A view made under ``no_grad``. No gradient goes through it; it says that it needs one where ``input`` does, as torch's views do.
 

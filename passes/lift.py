@@ -23,7 +23,7 @@ from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Event, Frame, Key, Ref, Touch, Trace
 
-from .functional import drop_unused, gradient_in_rows, op_of
+from .functional import drop_unused, gradient_in_rows, op_of, own_leaf
 from .lifted import Lifted, Refused, SizeDependent, Sizes
 from .ops import op_name
 from .returned import Returned
@@ -33,6 +33,7 @@ from .updates import arguments, writes
 from .updating import mark_unread
 from .writes import RENEWING, SPLITS
 
+_LEAF = op_of(own_leaf)
 _IN_ROWS = op_of(gradient_in_rows)
 _GETITEM = op_of(operator.getitem, "item")
 
@@ -213,15 +214,32 @@ class _Lifter(Returned):
         elif name == "broadcast_tensors":
             raise Refused("broadcast_tensors has no functional form here", event.place)
         else:
+            if name == "grad":  # lanes that share a pack share its history: none may free it
+                kwargs = {**kwargs, "retain_graph": True} if len(args) < 4 else kwargs
+                args = (*args[:3], True, *args[4:]) if len(args) > 3 else args
             out = self._call(event.func, args, kwargs, event.out)
             self._bind(event.out, out)
             if name == "grad":
                 self._gradients_in_rows(event)
-            if name == "requires_grad_":  # the same tensor; what comes after it reads the one with the flag
-                self.env[event.out.value] = out
-                self.flagged[event.out.value] = (*args[1:], *kwargs.values())
-                out.meta["update"] = event.out.value in self.inputs
+            elif name == "requires_grad_":
+                self._flag(event.out.value, args[0], bool(kwargs.get("requires_grad", True) if len(args) < 2 else args[1]), out)
         self._note_view(event)
+
+    def _flag(self, value: int, before: torch.fx.Node, given: bool, out: torch.fx.Node) -> None:
+        """``requires_grad_``: what comes after it reads the tensor with the flag, and no other tensor of those numbers has it."""
+        seen = self.trace.values[value]
+        with DisableTorchFunction():
+            is_leaf = seen.tensor.is_leaf
+        if value in self.inputs:
+            self.env[value] = out
+            out.meta["update"] = True
+        elif seen.origin != "made":
+            raise Refused(f"sets whether {seen.name or 'a constant'} needs a gradient", self.place)
+        elif is_leaf:
+            node = self.graph.call_function(_LEAF, (before, given))
+            self._describe(node, value)
+            self.env[value] = node
+            self.flagged[value] = (given,)
 
     def _gradients_in_rows(self, event: Event) -> None:
         """Results of ``torch.autograd.grad`` that lie in rows do so here."""

@@ -97,6 +97,25 @@ def two_gradients(self: Energies, x: Tensor) -> Any:
     return energy, -force, strain
 
 
+def own_leaves(self: Energies, x: Tensor) -> Any:
+    """Every lane takes a derivative by a leaf of its own, of the same numbers; nothing keeps the graph."""
+    h = self.map(x).tanh()
+    found = []
+    for net in self.nets:
+        with torch.enable_grad():
+            z = h.detach().requires_grad_()
+            gradient = torch.autograd.grad((z.exp() * net(z)).sum(), z)[0]
+        found.append(net(h) + gradient.sum(1, keepdim=True))
+    return torch.cat(found, 1)
+
+
+def leaves_of_one_sum(self: Energies, x: Tensor) -> Any:
+    with torch.enable_grad():
+        first, second = x.detach().requires_grad_(), x.detach().requires_grad_()
+        energy = self.energy(first).sum() + (self.energy(second) * 2).sum()
+        return torch.autograd.grad(energy, first, create_graph=True)[0], self.energy(x.detach())
+
+
 def parts_of_it(self: Energies, x: Tensor) -> Any:
     """Switches in switches, one after the other."""
     with torch.no_grad():
@@ -122,7 +141,8 @@ def no_energy(self: Energies, x: Tensor) -> Any:
 
 FUSED = {
     f.__name__: f
-    for f in (force, only_in_training, decorated, from_a_map, curvature, penalty, two_gradients, parts_of_it, no_energy)
+    for f in (force, only_in_training, decorated, from_a_map, curvature, penalty, two_gradients, own_leaves,
+              leaves_of_one_sum, parts_of_it, no_energy)
 }  # fmt: skip
 
 
