@@ -127,8 +127,11 @@ class _Finder:
         for value, seen in enumerate(self.values):
             if seen.origin == "attribute":
                 names.setdefault(seen.storage, set()).add(value)
+        # Only what is registered: plain attributes are nobody's state, and are not put back where a model is run for its figures.
+        registered = {id(buffer) for module in self.trace.frames[0].module.modules() for buffer in module._buffers.values()}
         for storage, values in names.items():
-            if len(values) > 1 or not all(_plain_buffer(self.values[value].tensor) for value in values):
+            tensors = [self.values[value].tensor for value in values]
+            if len(values) > 1 or not all(id(tensor) in registered and _plain_buffer(tensor) for tensor in tensors):
                 unfit.add(storage)
         for event in self.trace.events:
             written = writes(event)

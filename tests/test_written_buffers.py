@@ -223,6 +223,30 @@ def test_what_has_no_form_as_a_value_is_left_alone(name: str) -> None:
     refused(randomized(Averages(forward)), reason, X, line=False)
 
 
+@pytest.mark.parametrize("options", [{"objective": "launches"}, {"objective": "time", "mode": "infer"}], ids=["launches", "time"])
+@pytest.mark.parametrize("kind", ["buffer", "not saved", "attribute"])
+def test_neither_model_has_run_when_it_comes_back(kind: str, options: dict[str, str]) -> None:
+    def forward(self: Averages, x: Tensor) -> Tensor:
+        hs = torch.stack([net(x) for net in self.nets])
+        with torch.no_grad():
+            self.own_average.mul_(0.9).add_(hs.mean(1))
+        return hs
+
+    model = Averages(forward)
+    if kind == "attribute":
+        model.own_average = torch.ones(4, 3)
+    else:
+        model.register_buffer("own_average", torch.ones(4, 3), persistent=kind == "buffer")
+    model = randomized(model)
+    model.own_average = torch.ones(4, 3, dtype=torch.float64)
+    fused = fxfuse.optimize(model, X, cache=False, **options)
+    for each in (model, fused):
+        assert torch.equal(each.own_average, torch.ones(4, 3, dtype=torch.float64))
+    for seed in range(2):
+        checks.assert_close(fused(randn(5, 4, seed=seed)), model(randn(5, 4, seed=seed)), "output")
+        checks.assert_close(fused.own_average, model.own_average, "average")
+
+
 def test_a_buffer_under_two_names_is_left_alone() -> None:
     model = randomized(Averages(lambda self, x: moving_average(self, x) + self.second.sum()))
     model.second = model.average.view(12)
