@@ -34,7 +34,8 @@ class Loose:
     def written(self, mutated: tuple[int, ...], arguments: list[int]) -> None:
         """A write with gradient tracking on: what is written takes on the history of what it is written from."""
         own = {self.values[each].storage for each in mutated}
-        if any(self.values[each].storage not in own | self.storages for each in arguments):
+        read = {self.values[each].storage for each in arguments} - own
+        if any(storage not in self.storages for storage in read):
             for storage in own:
                 self._tied(storage)
 

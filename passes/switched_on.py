@@ -45,7 +45,9 @@ class _Walk:
     def __init__(self, trace: Trace, frame: Frame, opaque: frozenset[int], spans: list[tuple[int, int]]) -> None:
         self.trace, self.frame, self.opaque, self.spans = trace, frame, opaque, spans
         self.outside: set[int] = set()  # values whose history is the caller's choice
+        self.own: set[int] = set()  # the memory of these
         self.inside: set[int] = set()
+        self.tracked: set[int] = set()  # the memory of these
         self.mixed: set[int] = set()  # values made inside, of some from outside: their history is not known until it is cut
 
     def found(self) -> Tracking:
@@ -65,12 +67,13 @@ class _Walk:
     def _inside(self, event: Event) -> bool:
         name, made = op_name(event.func), refs_in(event.out)
         read = {*refs_in(event.args), *refs_in(event.kwargs)}
-        unknown = self.outside | self.mixed
-        if name != "detach" and any(value in unknown and self._inexact(value) for value in read):
+        unknown = (value for value in read if value in self.outside or value in self.mixed)
+        if name != "detach" and any(map(self._inexact, unknown)):
             if event.mutated or name in ("grad", "requires_grad_"):
                 return False
             self.mixed.update(made)
         self.inside.update(made)
+        self.tracked.update(self.trace.values[value].storage for value in made)
         return True
 
     def _outside(self, event: Event) -> bool:
@@ -78,8 +81,8 @@ class _Walk:
             return False
         values, name = self.trace.values, op_name(event.func)
         if event.mutated and not event.untracked:
-            own = {values[value].storage for value in self.outside}
-            if any(values[value].storage not in own for value in event.mutated):
+            written = {values[value].storage for value in event.mutated}
+            if not written <= self.own or written & self.tracked:
                 return False
         made = refs_in(event.out)
         if name == "requires_grad_":  # a leaf is one for every caller
@@ -87,9 +90,12 @@ class _Walk:
                 leaf = all(values[value].tensor.is_leaf for value in made)
             self.outside.difference_update(made)
             self.inside.update(made)
+            self.tracked.update(values[value].storage for value in made)
             return leaf
         given = {*refs_in(event.args), *refs_in(event.kwargs)}
-        self.outside.update(value for value in made if value not in self.inside and value not in given)
+        fresh = [value for value in made if value not in self.inside and value not in given]
+        self.outside.update(fresh)
+        self.own.update(values[value].storage for value in fresh)
         return True
 
     def _inexact(self, value: int) -> bool:

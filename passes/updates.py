@@ -120,7 +120,7 @@ class _Finder:
                 for storage in dict.fromkeys(self._storage(value) for value in writes(event)):
                     if storage in held:
                         writers.setdefault(storage, []).append(index)
-        if not writers:
+        if not writers or not self.trace.frames:
             return
         unfit = {storage for update in self.found.values() for storage in update.touches}
         names: dict[int, set[int]] = {}

@@ -166,6 +166,13 @@ def written_outside(self: Energies, x: Tensor) -> Any:
     return energy
 
 
+def written_through_a_view(self: Energies, x: Tensor) -> Any:
+    with torch.enable_grad():
+        energy = self.energy(x)
+    energy.view(-1).add_(1.0)
+    return energy
+
+
 def buffer_outside(self: Energies, x: Tensor) -> Any:
     with torch.enable_grad():
         energy = self.energy(x)
@@ -173,7 +180,10 @@ def buffer_outside(self: Energies, x: Tensor) -> Any:
     return energy
 
 
-NEEDED = {f.__name__: f for f in (history_from_outside, gradient_by_what_is_outside, written_outside, buffer_outside)}
+NEEDED = {
+    f.__name__: f
+    for f in (history_from_outside, gradient_by_what_is_outside, written_outside, written_through_a_view, buffer_outside)
+}  # fmt: skip
 CONTEXTS = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 
