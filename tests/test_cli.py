@@ -42,6 +42,17 @@ class Off(Net):
     def forward(self, x):
         return super().forward(x) * 1.001
 
+class Flagged(Net):
+    def get_extra_state(self):
+        return {"flag": 1}
+
+    def set_extra_state(self, state):
+        self.flag = state["flag"]
+
+def without_memory():
+    with torch.device("meta"):
+        return Flagged()
+
 class Control(Net):
     def forward(self, x):
         return super().forward(x) if x.sum().item() > 0 else super().forward(-x)
@@ -158,6 +169,24 @@ def test_restore_of_a_state_dict(run):
     code, _, said = run("restore", "plain.pt", "-o", "again.pt")
     assert code == codes.INPUT
     assert "holds no recipes" in said
+
+
+def test_extra_state_and_a_model_without_memory(run):
+    import cli_model
+
+    torch.save(cli_model.Flagged().state_dict(), "flagged.pt")
+    weights = ["--weights", "flagged.pt", "--inputs", "float32[4,6]"]
+    assert run("convert", "cli_model:without_memory", *weights, "-o", "net.pt2")[0] == codes.OK
+    assert run("verify", "cli_model:Flagged", "net.pt2", *weights)[0] == codes.OK
+    code, out, err = run("bench", "cli_model:Flagged", *weights, "--without", "compile", "--seconds", "0.02", "--json")
+    assert code == codes.OK, err
+    assert not any(row["why"] for row in json.loads(out)["candidates"] if row["name"] == "vmap")
+    code, _, err = run("convert", "cli_model:Flagged", *weights, "-o", "net")
+    assert code == codes.INPUT
+    assert "_extra_state of the checkpoint is a dict, and only tensors are written: write a .pt2 instead" in err
+    code, _, err = run("explain", "cli_model:without_memory", "--inputs", "float32[4,6]")
+    assert code == codes.INPUT
+    assert "on the meta device, without values: make it on the CPU, or give its --weights" in err
 
 
 def test_an_exported_program_is_a_source(run, place):

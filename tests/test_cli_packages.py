@@ -1,5 +1,6 @@
 """The ``fxfuse`` command where an optional package is missing: which one, in one line; plain text without rich."""
 
+import json
 import os
 import subprocess
 import sys
@@ -47,17 +48,19 @@ sys.meta_path.insert(0, Blocked())
 
 @pytest.mark.parametrize(("missing", "words"), [
     ("click", ["--help"]),
+    ("click", ["demo", "--json"]),
     ("safetensors", ["convert", "cli_model:Net", *USUAL, "-o", "net.safetensors"]),
     ("numpy", ["convert", "cli_model:Net", *USUAL, "-o", "net.safetensors"]),
     ("onnxscript", ["convert", "cli_model:Net", *USUAL, "-o", "net.onnx"]),
     ("onnxruntime", ["verify", "cli_model:Net", "net.onnx", *USUAL]),
-], ids=["click", "safetensors", "numpy", "onnxscript", "onnxruntime"])  # fmt: skip
+], ids=["click", "click as JSON", "safetensors", "numpy", "onnxscript", "onnxruntime"])  # fmt: skip
 def test_a_package_that_a_finder_refuses_is_missing(place, tmp_path, missing, words):
     (place / "net.onnx").write_bytes(b"")
     (tmp_path / "site").mkdir()
     command = [sys.executable, "-m", "fxfuse", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=blocking(tmp_path / "site", missing), check=False)
     assert done.returncode == codes.PACKAGE, done
+    assert (json.loads(done.stdout)["exit_code"] if "--json" in words else done.stdout) in (codes.PACKAGE, "")
     assert f"needs {missing}, which is not installed: pip install 'fxfuse[convert]'" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (place / "net.safetensors").exists()

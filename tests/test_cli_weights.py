@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from fxfuse.cli import weights
 from fxfuse.cli.failure import CommandError
+from fxfuse.cli.meta import without_memory as without_values
 from fxfuse.cli.weights import load_weights
 
 
@@ -157,3 +159,169 @@ def test_who_holds_weights_without_memory_sees_them_too(tmp_path: Path) -> None:
         model = Nets()
     load_weights(model, str(path), False)
     assert all(torch.equal(held, state[f"nets.{i}.2.weight"]) for i, held in enumerate(model.held))
+
+
+class Extra(nn.Linear):
+    """Keeps what is no tensor."""
+
+    scale = 1.0
+
+    def get_extra_state(self) -> Any:
+        return {"scale": self.scale, "names": ["a", "b"]}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.scale = state["scale"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class Renaming(nn.Module):
+    """Takes the names of its first version too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.register_load_state_dict_pre_hook(self.rename)
+
+    @staticmethod
+    def rename(module: nn.Module, state: Any, prefix: str, *rest: Any) -> None:
+        for name in list(state):
+            if ".old_" in name:
+                state[name.replace("old_", "")] = state.pop(name)
+
+
+def extra() -> nn.Module:
+    return nn.Sequential(*(Extra(3, 3) for _ in range(3)))
+
+
+def without_memory(made: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        with torch.device("meta"):
+            return made()
+
+    return make
+
+
+@pytest.mark.parametrize("made", [extra, without_memory(extra)])
+def test_extra_state_that_is_no_tensor(tmp_path: Path, made: Callable[[], nn.Module]) -> None:
+    saved = extra()
+    for number, layer in enumerate(saved):
+        layer.scale = number + 2.0
+    torch.save(saved.state_dict(), tmp_path / "w.pt")
+    model = made()
+    load_weights(model, str(tmp_path / "w.pt"), False)
+    assert [layer.scale for layer in model] == [2.0, 3.0, 4.0]
+    x = torch.randn(5, 3)
+    assert torch.equal(model(x), saved(x))
+
+
+@pytest.mark.parametrize("made", [Renaming, without_memory(Renaming), lambda: without_memory(Renaming)().double()])
+def test_a_hook_that_renames(tmp_path: Path, made: Callable[[], nn.Module]) -> None:
+    state = Renaming().state_dict()
+    save_file({name.replace(".weight", ".old_weight"): value for name, value in state.items()}, tmp_path / "w.safetensors")
+    model = made()
+    dtype, held = next(model.parameters()).dtype, list(model.parameters())
+    load_weights(model, str(tmp_path / "w.safetensors"), False)
+    assert all(torch.equal(value, state[name].to(dtype)) for name, value in model.state_dict().items())
+    assert all(a is b for a, b in zip(held, model.parameters(), strict=True))
+    save_file({name.replace(".weight", ".gone"): value for name, value in state.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(CommandError, match=r"it lacks nets\.0\.weight, .*; it has nets\.0\.gone, .*, unknown to the model"):
+        load_weights(made(), str(tmp_path / "w.safetensors"), False)
+
+
+def test_what_a_hook_leaves_without_values(tmp_path: Path) -> None:
+    """A model on the meta device whose hook calls a missing key no mistake."""
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+    model.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.clear())
+    state = nn.ModuleList(nn.Linear(3, 3) for _ in range(2)).state_dict()
+    del state["1.bias"]
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(CommandError, match=r"leaves 1\.bias without values"):
+        load_weights(model, str(tmp_path / "w.pt"), False)
+
+
+def test_weak_references_to_weights_without_memory(tmp_path: Path) -> None:
+    path, state = checkpoint(tmp_path, "safetensors")
+    with torch.device("meta"):
+        model = Nets()
+    references = [weakref.ref(model.decoder.weight), weakref.ref(model.nets[1][2].weight)]
+    load_weights(model, str(path), False)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.decoder.weight is model.nets[0][0].weight
+    del references
+
+
+@pytest.mark.parametrize(
+    ("rename", "hint"),
+    [
+        (lambda name: f"module.{name}", r"its names begin with module\. \(DataParallel .*: save model\.module\.state_dict\(\)"),
+        (lambda name: f"_orig_mod.{name}", r"its names begin with _orig_mod\. \(torch\.compile"),
+        (lambda name: name.replace("nets.", "nets._orig_mod.") if "nets" in name else f"_orig_mod.{name}", r"its names have _orig_mod\. "),
+        (lambda name: f"module._orig_mod.{name}", r"its names begin with module\. and _orig_mod\. "),
+        (lambda name: f"net.{name}", r"its names begin with net\.: save the state dict of the inner model"),
+    ],
+)
+def test_prefixes_are_named_first(tmp_path: Path, rename: Callable[[str], str], hint: str) -> None:
+    path, state = checkpoint(tmp_path, "pt")
+    torch.save({rename(name): value for name, value in state.items()}, path)
+    with pytest.raises(CommandError, match="does not fit the model: " + hint):
+        load_weights(Nets(), str(path), False)
+
+
+def test_the_model_s_names_have_a_prefix(tmp_path: Path) -> None:
+    path, _ = checkpoint(tmp_path, "pt")
+    with pytest.raises(CommandError, match=r"does not fit the model: the model's names begin with 0\., those of the file do not"):
+        load_weights(nn.Sequential(Nets()), str(path), False)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.float8_e4m3fn, torch.int8, torch.int64])
+def test_numbers_of_another_kind(tmp_path: Path, dtype: torch.dtype) -> None:
+    path, state = checkpoint(tmp_path, "pt")
+    state["nets.1.2.weight"] = state["nets.1.2.weight"].to(dtype)
+    torch.save(state, path)
+    model = Nets()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(CommandError, match=rf"another kind than the model: nets\.1\.2\.weight is {kind}, the model has float32; "):
+        load_weights(model, str(path), False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_numbers_that_the_model_s_dtype_holds(tmp_path: Path) -> None:
+    """Floating numbers of any width, and in buffers what is exact."""
+    path, state = checkpoint(tmp_path, "pt")
+    state["nets.1.2.weight"] = state["nets.1.2.weight"].half()
+    state["nets.0.2.weight"] = state["nets.0.2.weight"].double()
+    state["nets.0.1.num_batches_tracked"] = torch.tensor(4.0)
+    state["nets.0.1.running_mean"] = torch.arange(4)
+    torch.save(state, path)
+    model = Nets()
+    load_weights(model, str(path), False)
+    assert all(torch.equal(value, state[name].to(value.dtype)) for name, value in model.state_dict().items())
+    state["nets.0.1.num_batches_tracked"] = torch.tensor(4.5)
+    torch.save(state, path)
+    with pytest.raises(CommandError, match=r"nets\.0\.1\.num_batches_tracked is float32, the model has int64"):
+        load_weights(Nets(), str(path), False)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("mask", torch.ones(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.mask
+
+
+def test_buffers_without_values_are_named(tmp_path: Path) -> None:
+    torch.save(Masked().state_dict(), tmp_path / "w.pt")
+    model = without_memory(Masked)()
+    load_weights(model, str(tmp_path / "w.pt"), False)
+    assert without_values(model) == "the buffer mask on the meta device, which no checkpoint holds (persistent=False): make it on the CPU"
+    model = Masked()
+    model.layer = nn.Linear(3, 3, device="meta")
+    assert without_values(model) == "layer.weight, layer.bias on the meta device, without values: make it on the CPU, or give its --weights"
+    assert without_values(Masked()) == ""

@@ -131,11 +131,97 @@ def test_restore_says_what_is_wrong(tmp_path):
         convert.restore(tmp_path / "net", tmp_path / "back.pt")
     with pytest.raises(ConvertError, match="does not fit"):
         convert.load(tmp_path / "net")
-    for text in ("{", "[]", '{"fxfuse": 1}', '{"fxfuse": 1, "recipes": {"a": 3}, "original": {}}'):
+    whole = json.loads((tmp_path / "net" / "recipes.json").read_text())
+    empty, odd = ({**whole, **other} for other in ({"original": {}}, {"versions": 3}))
+    save_file(tensors, tmp_path / "net" / "weights.safetensors")
+    for text in ("{", "[]", '{"fxfuse": 1}', '{"fxfuse": 1, "recipes": {"a": 3}, "original": {}}', json.dumps(empty), json.dumps(odd)):
         (tmp_path / "net" / "recipes.json").write_text(text)
         with pytest.raises(ConvertError):
             convert.restore(tmp_path / "net", tmp_path / "back.pt")
     assert not (tmp_path / "back.pt").exists()
+
+
+class Old(nn.Linear):
+    """Its first version kept the weight with the other sign."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version", 1) < 2:
+            state[f"{prefix}weight"] = -state[f"{prefix}weight"]
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+class Olds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(Old(3, 4), nn.BatchNorm1d(4)) for _ in range(3))
+
+    def forward(self, x):
+        return torch.stack([net(x) for net in self.nets], 1)
+
+
+@pytest.mark.parametrize("source", ["net", "net.safetensors", "net.pt"])
+def test_restore_writes_the_versions_of_modules(tmp_path, source):
+    """Without them ``load_state_dict`` takes a checkpoint for one of the first version."""
+    pytest.importorskip("safetensors")
+    model, x = randomized(Olds()).eval(), randn(4, 3)
+    made = fxfuse.optimize(model, x, objective="launches", tune=False)
+    assert fxfuse.report(made).fused, fxfuse.report(made)
+    if source == "net.pt":
+        torch.save(made.state_dict(), tmp_path / source)
+    else:
+        convert.write(made, None, ((x,), {}), tmp_path / source)
+    convert.restore(tmp_path / source, tmp_path / "back.pt")
+    found = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert dict(found._metadata) == dict(model.state_dict()._metadata)
+    again = Olds().to(next(model.parameters()).dtype)
+    again.load_state_dict(found)
+    assert_same_checkpoint(again.state_dict(), model.state_dict())
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.table, self.out = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, index):
+        x = self.table(index)
+        return self.out(sum(net(x) for net in self.nets))
+
+
+@pytest.mark.parametrize("kept", ["table.weight", "out.weight"])
+def test_tied_weights_may_be_saved_under_any_of_their_names(tmp_path, kept):
+    pytest.importorskip("safetensors")
+    from safetensors.torch import load_file, save_file, save_model
+
+    model, index = randomized(Tied()).eval(), torch.arange(5)
+    made = fxfuse.optimize(model, index, objective="launches", tune=False)
+    convert.write(made, None, ((index,), {}), tmp_path / "net")
+    net, weights = convert.load(tmp_path / "net"), tmp_path / "net" / "weights.safetensors"
+    with torch.no_grad():
+        for parameter in (*net.parameters(), *model.parameters()):
+            parameter.mul_(1.5)
+    save_model(net, str(weights))
+    saved = load_file(weights)
+    value = next(saved.pop(name) for name in ("table.weight", "out.weight") if name in saved)
+    save_file({**saved, kept: value}, weights)
+    assert_close(convert.load(tmp_path / "net")(index), model(index), "out")
+    convert.restore(tmp_path / "net", tmp_path / "back.pt")
+    found = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert_same_checkpoint(found, model.state_dict())
+    assert found["out.weight"].data_ptr() == found["table.weight"].data_ptr()
+
+
+def test_a_folder_without_its_weights_is_not_loaded_with_older_ones(tmp_path):
+    pytest.importorskip("safetensors")
+    model, made, inputs = fused("columns")
+    convert.write(made, model, (inputs(1, 5), {}), tmp_path / "net")
+    (tmp_path / "net" / "weights.safetensors").unlink()
+    with pytest.raises(ConvertError, match=r"net has no weights\.safetensors: put it there again, or load .*model\.pt2"):
+        convert.load(tmp_path / "net")
 
 
 def test_checkpoints_in_the_forms_that_people_have(tmp_path):

@@ -691,6 +691,7 @@ def test_exported() -> None:
     found = exported.specs(module)
     assert found is not None
     assert exported.keywords(found[0]) == ["y"]
+    assert exported.positional(found[0]) == 1
     assert found[0] == pytree.tree_flatten(((torch.zeros(2),), {"y": torch.ones(2)}))[1]
     assert any(node.target == exported.GUARDS for node in module.graph.nodes) or not hasattr(module, exported.GUARDS)
     assert exported.specs(torch.fx.symbolic_trace(nn.ReLU())) is None

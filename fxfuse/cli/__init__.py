@@ -7,6 +7,7 @@ runs: help and completion are shown at once, and Ctrl-C ends also the seconds of
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 
@@ -16,14 +17,17 @@ from .packages import sentence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: ``sys.argv``) and return its exit code; never raises."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         lacking = sentence("the fxfuse command", "click")
         if lacking:
             print(f"fxfuse: {lacking}", file=sys.stderr)
+            if "--json" in words:
+                print(json.dumps({"ok": False, "error": f"fxfuse: {lacking}", "exit_code": codes.PACKAGE}, indent=2))
             return codes.PACKAGE
         from .run import run
 
-        return run(list(sys.argv[1:] if arguments is None else arguments))
+        return run(words)
     except KeyboardInterrupt:
         print("fxfuse: interrupted; nothing was written", file=sys.stderr)
         return codes.INTERRUPTED

@@ -83,7 +83,8 @@ def _largest_loop(trace: Trace) -> list[Frame]:
         if len(frame.leaves) != 1 or not isinstance(frame.leaves[0], Ref) or len(frame.out) != 1 or not isinstance(frame.out[0], Ref):
             continue
         parent = path.rpartition(".")[0]
-        shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in frame.module.state_dict().items())
+        tensors = (*frame.module.named_parameters(), *frame.module.named_buffers())
+        shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors)
         value = trace.values[frame.leaves[0].value]
         loops.setdefault((parent, type(frame.module), shapes, value.shape, value.tensor.dtype), []).append(frame)
     found = max(loops.values(), key=lambda frames: (len(frames), sum(f.end - f.start for f in frames)), default=[])

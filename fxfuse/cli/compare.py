@@ -101,7 +101,9 @@ def fresh_calls(call: Call, *, seed: int, other_batches: bool) -> list[Call]:
     return calls
 
 
-def expected(model: Callable[..., Any], calls: list[Call], *, gradients: bool = False, seed: int = 0) -> list[Expected]:
+def expected(
+    model: Callable[..., Any], calls: list[Call], *, gradients: bool = False, seed: int = 0, name: str = "the model"
+) -> list[Expected]:
     """What ``model`` answers to each call. The first must be answered, others that it refuses are left out. Raises ``CommandError``."""
     found = []
     for i, call in enumerate(calls):
@@ -111,7 +113,7 @@ def expected(model: Callable[..., Any], calls: list[Call], *, gradients: bool = 
             shaken = answers_of(model, fresh.shaken(call, eps, torch.Generator().manual_seed(seed)), gradients=gradients, seed=seed)
         except Exception as error:
             if i == 0:
-                raise CommandError(f"the model cannot be called with {described(call)}: {said(error)}; check --inputs") from None
+                raise CommandError(f"{name} cannot be called with {described(call)}: {said(error)}; check --inputs") from None
             continue
         moved = {name: distance(answers[name], shaken[name]).max_rel for name in answers if isinstance(answers[name], Tensor)}
         found.append(Expected(call, answers, moved))

@@ -42,6 +42,8 @@ def write(subject: Subject, asked: Asked, out: Path, static: bool, stage: Stage)
     static = static or (isinstance(subject.model, Exported) and subject.model.static)
     calls = fresh_calls(call, seed=asked.seed, other_batches=not static)
     wanted = expected(subject.model, calls, seed=asked.seed)
+    if not wanted[0].answers:
+        raise CommandError(f"{subject.name} returns no tensor and no number: there is nothing to write, or to compare")
     if len(wanted) < 3 and not static and len(calls) > 2:  # the source itself is for one batch size
         static = True
     if not static and fresh.batch_size(*call) == 1:  # torch.export takes a size of 1 for a constant

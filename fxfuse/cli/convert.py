@@ -10,7 +10,7 @@ import click
 
 from . import codes, options
 from .options import Asked
-from .output import check_out, ending
+from .output import check_apart, check_out, ending
 from .packages import need
 from .screen import Screen
 
@@ -51,7 +51,8 @@ def convert(screen: Screen, /, source: str, out: str, static: bool, **values: An
     """
     asked, start = Asked.of(values), time.perf_counter()
     target = Path(out)
-    check_out(target, owned="recipes.json")
+    check_out(target, owned="recipes.json", parts=("model.pt2", "weights.safetensors"))
+    check_apart(target, source=source if target.is_dir() else None, weights=asked.weights)  # of a folder the recipes would be lost
     need(f"writing {ending(target) or 'a folder'}", *PACKAGES.get(ending(target), ("safetensors", "numpy")))
     from .conversion import write
     from .fusing import nothing_fused

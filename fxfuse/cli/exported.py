@@ -6,6 +6,7 @@ the same names, whose forward calls ``F.linear``, ``torch.cat`` and so on. An op
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -46,9 +47,9 @@ class Exported(nn.Module):
         for name, child in module.named_children():
             if name != private.GUARDS:
                 self.add_module(name, child)
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             self.register_parameter(name, parameter)
-        for name, buffer in module.named_buffers(recurse=False):
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             self.register_buffer(name, buffer)
         self.in_spec, self.out_spec, self.keywords = in_spec, out_spec, private.keywords(in_spec)
         self.static = not _has_free_sizes(module)
@@ -75,9 +76,25 @@ def in_torch_functions(module: nn.Module) -> nn.Module:
     code = _respelled(module).python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, "<exported>", "exec"), scope)
-    made = type("Exported", (Exported,), {"run": scope["forward"], "__module__": __name__})(module, *specs)
+    own = {"run": scope["forward"], "forward": _forward(module, specs[0]), "__module__": __name__}
+    made = type("Exported", (Exported,), own)(module, *specs)
     assert isinstance(made, nn.Module)
     return made
+
+
+def _forward(module: torch.fx.GraphModule, in_spec: Any) -> Callable[..., Any]:
+    """``Exported.forward`` with the names that the program's arguments have: what is written of it has them too."""
+
+    def forward(self: Exported, *args: Any, **kwargs: Any) -> Any:
+        return Exported.forward(self, *args, **kwargs)
+
+    keywords = private.keywords(in_spec)
+    names = [name for name in inspect.signature(module.forward).parameters if name not in keywords]
+    kinds = [*((name, inspect.Parameter.POSITIONAL_ONLY) for name in names), *((name, inspect.Parameter.KEYWORD_ONLY) for name in keywords)]
+    if len(names) == private.positional(in_spec) and "self" not in (*names, *keywords):
+        parameters = [inspect.Parameter(name, kind) for name, kind in (("self", inspect.Parameter.POSITIONAL_ONLY), *kinds)]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return forward
 
 
 def _respelled(module: torch.fx.GraphModule) -> torch.fx.Graph:

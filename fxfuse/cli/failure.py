@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from types import TracebackType
@@ -11,6 +12,7 @@ from . import codes
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _OPTIONAL = ("click", "rich", "safetensors", "numpy", "onnx", "onnxscript", "onnxruntime")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _MOST = 300  # characters of somebody else's message
 
 
@@ -27,12 +29,16 @@ class Interrupted(BaseException):
 
 
 def one_line(text: object) -> str:
-    """Any message as one line of moderate length.
+    """Any message as one line of moderate length, without what would move a terminal's cursor or change its colours.
 
-    >>> one_line("a\\n  b"), len(one_line("long " * 1000)) < 400
-    ('a b', True)
+    >>> one_line("a\\n  b \\x1b[31mred"), len(one_line("long " * 1000)) < 400
+    ('a b red', True)
     """
-    line = " ".join(str(text).split())
+    try:
+        line = str(text)
+    except Exception:  # a class of somebody else's
+        line = "without a message"
+    line = " ".join("".join(ch if ch.isprintable() else " " for ch in _COLOURS.sub("", line)).split())
     return line if len(line) <= _MOST else line[: _MOST - 3] + "..."
 
 
@@ -48,7 +54,8 @@ def said(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         text = f"SystemExit({error.code!r})"
     else:
-        text = f"{type(error).__name__}: {one_line(error)}" if str(error).strip() else type(error).__name__
+        message = one_line(error)
+        text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     place = _place(error.__traceback__)
     return f"{text} ({place})" if place else text
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from .failure import Interrupted
+from .failure import CommandError, Interrupted, said
 from .screen import Screen
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,10 +30,12 @@ class Command(click.Command):
         if screen is not None:
             screen.json = bool(ctx.params.get("json"))
         try:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), screen.alone() if screen is not None else contextlib.nullcontext():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted from None
+        except SystemExit as error:  # a model's: nothing of ours leaves so
+            raise CommandError(f"the model's code ended the process: {said(error)}") from None
 
 
 @dataclass(frozen=True)

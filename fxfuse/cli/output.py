@@ -34,11 +34,11 @@ def ending(out: Path) -> str:
     return next((each for each in FILES if out.name.lower().endswith(each)), "")
 
 
-def check_out(out: Path, endings: tuple[str, ...] | None = None, *, owned: str = "") -> None:
+def check_out(out: Path, endings: tuple[str, ...] | None = None, *, owned: str = "", parts: tuple[str, ...] = ()) -> None:
     """Raise ``CommandError`` where OUT cannot be written, before anything expensive is done.
 
     ``endings``: what a file must end in; None: any of ``FILES``, or a folder. ``owned``: the name of a file that tells folders of
-    ours from other people's, which are not replaced.
+    ours from other people's, which are not replaced. ``parts``: names of files in folders of ours, which are not replaced one by one.
     """
     wanted = ending(out) if endings is None else next((each for each in endings if out.name.lower().endswith(each)), "")
     if endings is not None and not wanted:
@@ -54,14 +54,26 @@ def check_out(out: Path, endings: tuple[str, ...] | None = None, *, owned: str =
         raise CommandError(f"{parent} is no folder: choose another -o", codes.OUTPUT)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CommandError(f"no permission to write in {parent}: choose another -o", codes.OUTPUT)
+    if owned and (parent / owned).is_file() and out.name in parts:
+        raise CommandError(f"-o {out} would replace a part of a folder that fxfuse wrote: choose another -o", codes.OUTPUT)
     if wanted and out.is_dir():
         raise CommandError(f"{out} is a folder: remove it, or choose another -o", codes.OUTPUT)
+    if wanted and out.exists() and not out.is_file():
+        raise CommandError(f"{out} is a pipe or a device, which no file takes the place of: choose another -o", codes.OUTPUT)
     if not wanted and out.exists():
         if not out.is_dir():
             how = f"add an ending ({', '.join(FILES)}) or choose another -o"
             raise CommandError(f"{out} is a file, and a folder would be written: {how}", codes.OUTPUT)
         if any(out.iterdir()) and not (owned and (out / owned).is_file()):
             raise CommandError(f"{out} holds other files, which would be lost: choose another -o", codes.OUTPUT)
+
+
+def check_apart(out: Path, **given: str | None) -> None:
+    """Raise ``CommandError`` where OUT is what the command reads, and would be lost. ``given``: by name of the option."""
+    for name, path in given.items():
+        if path and out.exists() and os.path.exists(path) and out.samefile(path):
+            what = "SOURCE" if name == "source" else f"the --{name} file"
+            raise CommandError(f"-o {out} is {what} itself, which would be lost: choose another -o", codes.OUTPUT)
 
 
 def check_room(out: Path, size: int) -> None:

@@ -19,6 +19,7 @@ from fxfuse.private.pytree import tree_map_only
 from . import codes
 from .exported import in_torch_functions
 from .failure import CommandError, said
+from .meta import without_memory
 from .options import Asked
 from .source import load_source
 from .specs import DTYPES, Call, make_inputs
@@ -56,7 +57,12 @@ def ready(source: str, asked: Asked, device: torch.device) -> Any:
             raise CommandError(f"{source} has its weights inside: leave --weights out", codes.USAGE)
         return model
     if asked.weights is not None:
+        if not asked.weights.strip():  # Path("") is the current folder
+            raise CommandError("--weights is empty: give a checkpoint, .safetensors or .pt", codes.USAGE)
         load_weights(model, asked.weights, asked.allow_pickle)
+    lacking = without_memory(model)
+    if lacking:
+        raise CommandError(f"{source} has {lacking}")
     try:
         model.to(device=device, dtype=DTYPES[asked.dtype] if asked.dtype else None)
     except Exception as error:

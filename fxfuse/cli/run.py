@@ -31,7 +31,7 @@ class _Terminated(BaseException):
 
 def run(arguments: list[str]) -> int:
     """Run the words of a command line (without the program's name). Never raises."""
-    screen = Screen(sys.stdout, sys.stderr)
+    screen = Screen(sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w"))  # noqa: SIM115  # None: it was closed
     who = "fxfuse"
     try:
         with _terminable(), _silent():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -46,6 +47,26 @@ class Screen:
     def flush(self) -> None:
         """Write what is buffered, so that a full disk or a reader that went away shows now."""
         self.stdout.flush()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, only this screen reaches stdout: whoever else writes to its file descriptor (C code, processes that a model starts)
+        reaches stderr."""
+        if _descriptor(self.stdout) != 1 or _descriptor(self.stderr) != 2:
+            yield
+            return
+        self.stdout.flush()
+        before, kept = self.stdout, os.dup(1)
+        self.stdout = own = os.fdopen(kept, "w", encoding=before.encoding, errors=before.errors)
+        os.dup2(2, 1)
+        try:
+            yield
+            own.flush()
+        finally:
+            self.stdout = before
+            os.dup2(kept, 1)
+            with contextlib.suppress(OSError):
+                own.close()
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """A table; every column but the first is aligned to the right where all its cells are numbers."""
@@ -104,6 +125,16 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Se
         parts = [cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(row, widths, right, strict=True)]
         lines.append("  ".join(parts).rstrip())
     return lines
+
+
+def _descriptor(file: TextIO) -> int | None:
+    """The file descriptor that it writes to; None where that is nothing of the system's."""
+    try:
+        number = file.fileno()
+        os.fstat(number)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return number
 
 
 def _is_number(cell: str) -> bool:

@@ -6,13 +6,15 @@ Importing a module runs its code, as ``python`` would; files are read without ru
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,7 @@ from torch import nn
 from . import codes
 from .failure import CommandError, said
 
+_FILES = (".pt", ".pth", ".pt2", ".onnx", ".safetensors", ".py")
 FORMS = "SOURCE is package.module:factory, a .pt2 file, or a folder written by fxfuse"
 
 
@@ -44,16 +47,29 @@ def load_source(text: str, args: str | None = None, *, seed: int = 0, allow_pick
     if not name or not attribute:
         raise CommandError(f"{text!r} names no model: {FORMS}", codes.USAGE)
     positional, keywords = factory_arguments(args)
-    torch.manual_seed(seed)
-    found = _attribute(_module(name), name, attribute)
-    torch.manual_seed(seed)  # again: the import may have drawn numbers, but only the first time
-    if isinstance(found, nn.Module):
-        if args is not None:
-            raise CommandError(f"{text} is a model already, which takes no --args: leave them out", codes.USAGE)
-        return found
-    if not callable(found):
+    with _staying_here():
+        torch.manual_seed(seed)
+        found = _attribute(_module(name), name, attribute)
+        torch.manual_seed(seed)  # again: the import may have drawn numbers, but only the first time
+        if callable(found) and not isinstance(found, nn.Module):
+            return _called(found, text, positional, keywords)
+    if not isinstance(found, nn.Module):
         raise CommandError(f"{text} is a {type(found).__name__}: it must be a torch.nn.Module, or a callable that returns one")
-    return _called(found, text, positional, keywords)
+    if args is not None:
+        raise CommandError(f"{text} is a model already, which takes no --args: leave them out", codes.USAGE)
+    return found
+
+
+@contextlib.contextmanager
+def _staying_here() -> Iterator[None]:
+    """The folder that paths on the command line are relative to, and torch's gradient mode, stay what they are: modules set both for what
+    they do themselves."""
+    here = os.getcwd()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        os.chdir(here)
 
 
 def factory_arguments(text: str | None) -> tuple[list[Any], dict[str, Any]]:
@@ -81,7 +97,10 @@ def _is_drive(name: str) -> bool:
 def _from_file(text: str, allow_pickle: bool) -> Any:
     path = Path(text)
     if not path.exists():
-        hint = "" if path.suffix or os.sep in text else f"; for a model in the module {text} write {text}:NameOfTheFactory"
+        module, dot, name = text.rpartition(".")
+        hint = f"; for a model in the module {text} write {text}:NameOfTheFactory" if not dot and text.isidentifier() else ""
+        if dot and name.isidentifier() and path.suffix not in _FILES and all(part.isidentifier() for part in module.split(".")):
+            hint = f"; for a factory in a module write {module}:{name}"
         raise CommandError(f"there is no file or folder {text}: {FORMS}{hint}")
     if not os.access(path, os.R_OK):
         raise CommandError(f"{text} cannot be read: no permission")
@@ -152,6 +171,9 @@ def _called(factory: Callable[..., Any], text: str, positional: list[Any], keywo
         if isinstance(error, TypeError) and not positional and not keywords:
             hint = "; give it arguments with --args, as JSON"
         raise CommandError(f"{text} raised {said(error)}{hint}") from None
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"{text} returned a {type(model).__name__}: it must return a torch.nn.Module")
-    return model
+    if isinstance(model, nn.Module):
+        return model
+    if inspect.iscoroutine(model):
+        model.close()  # Python warns of one that nobody waits for
+    what = f"the class {model.__name__}, no instance of it" if isinstance(model, type) else f"a {type(model).__name__}"
+    raise CommandError(f"{text} returned {what}: it must return a torch.nn.Module")

@@ -27,8 +27,9 @@ DTYPES: dict[str, torch.dtype] = {
     for name in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128".split()
 }
 HOW = 'write "float32[8,24]", "name=int64[8,16]<100", or the path of a .pt file'
-_SPEC = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dtype>[A-Za-z_]\w*)\[(?P<shape>[\d,\s]*)\](?:<(?P<bound>[^<]+))?")
-_SCALAR = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>true|false|null|none|True|False|None|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)")
+_SPEC = re.compile(r"(?:(?P<name>[^\W\d]\w*)=)?(?P<dtype>[A-Za-z_]\w*)\[(?P<shape>[0-9,\s]*)\](?:<(?P<bound>[^<]+))?")
+_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
+_SCALAR = re.compile(rf"(?P<name>[^\W\d]\w*)=(?P<value>true|false|null|none|True|False|None|{_NUMBER})")
 
 
 def make_inputs(specs: Sequence[str], *, seed: int = 0) -> Call:
@@ -88,8 +89,8 @@ def parse(spec: str, random: torch.Generator) -> tuple[str | None, Any]:
     if not all(parts):
         raise CommandError(f"--inputs {spec!r}: a size is missing between the commas: {HOW}", codes.USAGE)
     shape = [int(part) for part in parts]
-    if math.prod(shape) * dtype.itemsize > 1 << 44:
-        raise CommandError(f"--inputs {spec!r} has {math.prod(shape):,} elements: more than fits in memory", codes.USAGE)
+    if max([1, *shape]) > 1 << 44 or math.prod(shape) * dtype.itemsize > 1 << 44:
+        raise CommandError(f"--inputs {spec!r} is larger than what fits in memory", codes.USAGE)
     return match["name"], _drawn(spec, shape, dtype, match["bound"], random)
 
 
@@ -120,6 +121,8 @@ def _drawn(spec: str, shape: list[int], dtype: torch.dtype, bound: str | None, r
 def read_inputs(path: Path) -> Call:
     """The arguments in a ``.pt`` file: a tensor, a list or tuple of positional ones, a dict of keyword ones, or both as
     ``{"args": (...), "kwargs": {...}}``. Raises ``CommandError``."""
+    if path.exists() and not path.is_file():
+        raise CommandError(f"{path} is {'a folder' if path.is_dir() else 'no file'}: write the inputs with torch.save((x, y), path)")
     try:
         value = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:

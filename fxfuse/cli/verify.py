@@ -62,7 +62,7 @@ def verify(screen: Screen, /, a: str, b: str, **values: Any) -> int:
         two = ready(b, _for(b, asked), device)
         stage(f"running {a}")
         calls = fresh_calls(call, seed=asked.seed, other_batches=not values["static"])
-        wanted = expected(one, calls, gradients=gradients, seed=asked.seed)
+        wanted = expected(one, calls, gradients=gradients, seed=asked.seed, name=a)
         stage(f"running {b}")
         result = compare(wanted, two, rtol=rtol, gradients=gradients, seed=asked.seed)
     show(screen, result)

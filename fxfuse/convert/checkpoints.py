@@ -22,6 +22,7 @@ from fxfuse.saved_recipes import noted, unpacked
 from .archives import TRUST, check_zip
 from .packed import read_tensors, save_tensors
 
+_EXTRA = "_extra_state"  # the name under which modules save what is no Parameter and no buffer, of any kind
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training scripts keep it
 
 
@@ -32,23 +33,36 @@ def read_weights(path: str | os.PathLike[str], *, allow_pickle: bool = False) ->
     ``state_dict`` or ``model`` is opened. Raises ``ConvertError`` for files that are missing, unreadable, truncated or hold pickled code
     (which runs with ``allow_pickle=True``).
     """
+    state = read_state(path, allow_pickle=allow_pickle)
+    _tensors_only(state, Path(path))
+    return state
+
+
+def read_state(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> OrderedDict[str, Any]:
+    """A checkpoint's state dict as ``read_weights`` reads it, with what modules keep as extra state and is no tensor, and with the versions
+    of modules where the file knows them."""
     path = Path(path)
     if not path.is_file():
-        raise ConvertError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give a checkpoint, .safetensors or .pt")
+        what = "a folder" if path.is_dir() else "no file" if path.exists() else "not there"
+        raise ConvertError(f"{path} is {what}: give a checkpoint, .safetensors or .pt")
     try:
         if path.suffix.lower() == ".safetensors":
-            return read_tensors(path)
+            return OrderedDict(read_tensors(path))
         return _named(_load(path, allow_pickle), path)
     except OSError as error:
         raise ConvertError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def write_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a checkpoint, ``.safetensors`` or (by any other ending) as ``torch.save`` does."""
+    """Write a checkpoint: ``.safetensors``, or (by any other ending) as ``torch.save`` does, with the versions of modules that it has."""
     if path.suffix.lower() == ".safetensors":
         save_tensors(tensors, path, {"format": "pt"})
     else:
-        torch.save({name: _dense(value) for name, value in tensors.items()}, path)
+        state = OrderedDict((name, _dense(value)) for name, value in tensors.items())
+        versions = versions_of(tensors)
+        if versions is not None:
+            set_versions(state, versions)
+        torch.save(state, path)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -70,6 +84,8 @@ def _load(path: Path, allow_pickle: bool) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:
+        if "data.pkl" in str(error):  # a .pt2, or any other zip
+            raise ConvertError(f"{path} is a zip file that holds no checkpoint: give what torch.save(model.state_dict()) wrote") from error
         raise ConvertError(f"{path} is no readable checkpoint ({_line(error)}): is it complete?") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped)
@@ -79,7 +95,7 @@ def _load(path: Path, allow_pickle: bool) -> Any:
         raise ConvertError(f"{path} is no readable checkpoint ({_line(error)}): is it complete?") from error
 
 
-def original_weights(path: Path) -> dict[str, Tensor]:
+def original_weights(path: Path) -> OrderedDict[str, Tensor]:
     """The original's tensors by name, of a ``torch.save`` file of a fused model's ``state_dict()``, which carries its recipes.
 
     It is read weights-only. Raises ``ConvertError`` for a file that is none, or whose recipes are missing, or do not fit.
@@ -89,7 +105,7 @@ def original_weights(path: Path) -> dict[str, Tensor]:
     if not noted(found):
         raise ConvertError(f"{path} holds no recipes: give a folder or a .safetensors that fxfuse wrote, or torch.save(fused.state_dict())")
     try:
-        return dict(unpacked(found))
+        return unpacked(found)
     except StateDictError as error:
         raise ConvertError(f"{path}: {error}") from error
 
@@ -100,20 +116,25 @@ def _unwrapped(found: Any) -> Any:
     return next(inner, found)
 
 
-def _named(found: Any, path: Path) -> dict[str, Tensor]:
+def _named(found: Any, path: Path) -> OrderedDict[str, Any]:
     if isinstance(found, torch.nn.Module):
         found = found.state_dict()
     found = _unwrapped(found)
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise ConvertError(f"{path} holds a {type(found).__name__}, no tensors by name: save model.state_dict()")
-    odd = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)
-    if odd is not None:
-        raise ConvertError(f"{path} holds a {type(found[odd]).__name__} under {odd!r}, no tensor: save model.state_dict() alone")
+    extra = {name: value for name, value in found.items() if name.rpartition(".")[2] == _EXTRA}
+    _tensors_only({name: value for name, value in found.items() if name not in extra}, path)
     named = OrderedDict(found)
     versions = versions_of(found)
     if versions is not None:  # by which modules tell how old a checkpoint is
         set_versions(named, versions)
     return named
+
+
+def _tensors_only(found: Mapping[str, Any], path: Path) -> None:
+    odd = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ConvertError(f"{path} holds a {type(found[odd]).__name__} under {odd!r}, no tensor: save model.state_dict() alone")
 
 
 def _line(error: Exception) -> str:

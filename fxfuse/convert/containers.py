@@ -50,4 +50,5 @@ def in_plain_containers(forward: Callable[..., Any], changed: dict[str, str]) ->
     def whole(*args: Any, **kwargs: Any) -> Any:
         return plain(forward(*args, **kwargs))
 
+    whole.__dict__.pop("__signature__", None)  # a signature that a function was given has self in it: that of the method counts
     return whole

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,10 @@ def load_folder(path: Path, *, allow_pickle: bool = False) -> nn.Module:
 
     if not (path / MODEL).is_file():
         raise ConvertError(f"{path} is no folder that fxfuse wrote: it has no {MODEL}")
+    if not (path / WEIGHTS).is_file():  # those in the program may be older
+        raise ConvertError(f"{path} has no {WEIGHTS}: put it there again, or load {path / MODEL}, with the weights of its conversion")
     module = load_pt2(path / MODEL, allow_pickle=allow_pickle)
-    if (path / WEIGHTS).is_file():
-        _copy_into(module.state_dict(), TensorFile(path / WEIGHTS), path)
+    _copy_into(module.state_dict(), TensorFile(path / WEIGHTS), path)
     return module
 
 
@@ -66,8 +68,9 @@ def _copy_into(own: dict[str, Tensor], weights: TensorFile, path: Path) -> None:
 def restore(folder: str | Path, out: str | Path) -> None:
     """Write the packed weights of a folder (or one ``.safetensors``, or ``torch.save(fused.state_dict())``) as the original's, bit for bit.
 
-    ``out`` ends in ``.safetensors`` or ``.pt``. Names, order, shapes and tied names are the original's, dtypes those of the packed
-    weights. Raises ``ConvertError`` where the folder was not written by fxfuse, or its weights do not fit its recipes.
+    ``out`` ends in ``.safetensors`` or ``.pt``. Names, order, shapes, tied names and (in a ``.pt``) the versions of modules are the
+    original's, dtypes those of the packed weights. Raises ``ConvertError`` where the folder was not written by fxfuse, or its weights do
+    not fit its recipes.
     """
     folder, out = Path(folder), Path(out)
     if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
@@ -76,12 +79,15 @@ def restore(folder: str | Path, out: str | Path) -> None:
         raise ConvertError(f"{out} must end in .safetensors or .pt")
     weights = folder / WEIGHTS if folder.is_dir() else folder
     if not weights.is_file():
-        what = f"has no {WEIGHTS}" if folder.is_dir() else "is not there"
+        what = f"has no {WEIGHTS}" if folder.is_dir() else "is no file" if folder.exists() else "is not there"
         raise ConvertError(f"{folder} {what}: give a folder or a .safetensors that fxfuse wrote, or a .pt of fused.state_dict()")
-    write_weights(_original(folder, weights), out)
+    state = _original(folder, weights)
+    if not state:
+        raise ConvertError(f"{folder} names no tensor of the original: its model has no weights, or its recipes are not whole")
+    write_weights(state, out)
 
 
-def _original(folder: Path, weights: Path) -> dict[str, Tensor]:
+def _original(folder: Path, weights: Path) -> OrderedDict[str, Tensor]:
     if weights.suffix.lower() in (".pt", ".pth"):
         return original_weights(weights)
     manifest = _manifest(folder)

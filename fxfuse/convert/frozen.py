@@ -160,4 +160,5 @@ def _leaving_nothing(forward: Callable[..., Any], kept: list[tuple[dict[str, Any
                 else:
                     owner.pop(name, None)
 
+    whole.__dict__.pop("__signature__", None)  # a signature that a function was given has self in it: that of the method counts
     return whole

@@ -1,11 +1,13 @@
 """The manifest: how packed weights came from the original's checkpoint, as data.
 
 Comes in: a fused model. Goes out: a dict that JSON takes (``manifest_of``); with packed tensors by name, the original's checkpoint again,
-bit for bit (``original_of``). Per name of the original, in its order: a tensor of the fused model, and which lane of it.
+bit for bit (``original_of``). Per name of the original, in its order: a tensor of the fused model, and which lane of it. Per path of a
+module that has one, its version, by which ``load_state_dict`` knows old checkpoints.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 from fxfuse.errors import ConvertError, FxfuseError
 from fxfuse.fused import regions
-from fxfuse.lane import by_original_name, lane_info
+from fxfuse.lane import Pack, by_original_name, lane_info
+from fxfuse.private.state_dicts import set_versions, versions_of
 from fxfuse.recipe_data import recipe_from_data, recipe_to_data
 from fxfuse.recipes import lane_view, packed_shape
 
@@ -53,11 +56,15 @@ def manifest_of(model: nn.Module) -> dict[str, Any]:
             names[name] = [name]
         else:
             raise ConvertError(f"{name} of the original's checkpoint is no tensor of the fused model: the model renames its state dict")
-    return {"fxfuse": VERSION, "model": type(model).__name__, "recipes": recipes, "original": names, "same": _aliases(saved)}
+    return {
+        "fxfuse": VERSION, "model": type(model).__name__, "recipes": recipes, "original": names, "same": _aliases(saved),
+        "versions": _versions(original, nodes={path for path, module in model.named_modules() if isinstance(module, Pack)}),
+    }  # fmt: skip
 
 
-def original_of(manifest: Any, tensors: Mapping[str, Tensor], *, copied: bool = False) -> dict[str, Tensor]:
-    """The original's checkpoint: views of ``tensors`` by the original's names, in order. ``ConvertError`` where they do not fit.
+def original_of(manifest: Any, tensors: Mapping[str, Tensor], *, copied: bool = False) -> OrderedDict[str, Tensor]:
+    """The original's checkpoint: views of ``tensors`` by the original's names, in order, with the versions of its modules. ``ConvertError``
+    where they do not fit.
 
     Each of ``tensors`` is asked for once and, with ``copied``, let go of before the next: what comes back are dense copies.
     """
@@ -66,7 +73,10 @@ def original_of(manifest: Any, tensors: Mapping[str, Tensor], *, copied: bool = 
     try:
         recipes = {name: recipe_from_data(data) for name, data in manifest["recipes"].items()}
         found = dict(_unpacked(manifest, recipes, tensors, copied))
-        return {name: found[name] for name in manifest["original"]}
+        state = OrderedDict((name, found[name]) for name in manifest["original"])
+        if "versions" in manifest:
+            set_versions(state, OrderedDict((path, {"version": int(number)}) for path, number in manifest["versions"].items()))
+        return state
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, FxfuseError) as error:
         if isinstance(error, ConvertError):
             raise
@@ -74,9 +84,19 @@ def original_of(manifest: Any, tensors: Mapping[str, Tensor], *, copied: bool = 
 
 
 def stored_as(manifest: Any, name: str, tensors: Container[str]) -> str:
-    """The name under which a tensor of the fused model is in a file, which holds once what has several names."""
-    same = manifest.get("same", {}) if isinstance(manifest, dict) else {}
-    return name if name in tensors else str(same.get(name, name))
+    """The name under which a tensor of the fused model is in a file, which holds once what has several names: under any one of them."""
+    same = manifest.get("same") if isinstance(manifest, dict) else None
+    if name in tensors or not isinstance(same, dict):
+        return name
+    first = str(same.get(name, name))
+    others = (other for other, of in same.items() if of == first and other in tensors)
+    return first if first in tensors else next(others, first)
+
+
+def _versions(state: Mapping[str, Any], nodes: set[str]) -> dict[str, int]:
+    """Of the original's modules: ``nodes`` are those that hold packs."""
+    found = versions_of(state) or {}
+    return {path: each["version"] for path, each in found.items() if path not in nodes and isinstance(each.get("version"), int)}
 
 
 def _unpacked(

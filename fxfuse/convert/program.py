@@ -7,11 +7,12 @@ batch dimension is free unless ``static``.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def export(model: nn.Module, example: Example, *, static: bool, notes: list[str]
     is, and what else is other than in the model. Raises ``ConvertError`` with torch.export's
     reason where the model cannot be exported.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConvertError("the model is one of torch.jit, which torch.export does not take: give the model that it was made from")
     args, kwargs = fresh.clone_inputs(example, requires_grad=False)
     rows = fresh.batch_size(args, kwargs)
     if not static and rows is not None and rows < 2:  # torch.export takes a size of 1 for a constant
@@ -48,10 +51,10 @@ def export(model: nn.Module, example: Example, *, static: bool, notes: list[str]
     for leaf in batched.values():
         free[leaf] = {0: torch.export.Dim.DYNAMIC}
     ready, changed = frozen(model), dict[str, str]()
-    ready.__dict__["forward"] = in_plain_containers(ready.forward, changed)
+    ready.__dict__["forward"] = _each_named(in_plain_containers(ready.forward, changed), kwargs)
     with silent(), deterministic_state():
-        shapes = free.dynamic_shapes(ready, args, kwargs) if batched else None  # type: ignore[no-untyped-call]
         try:
+            shapes = free.dynamic_shapes(ready, args, kwargs) if batched else None  # type: ignore[no-untyped-call]
             with contextlib.redirect_stderr(io.StringIO()):  # where it prints the whole program when it fails
                 program = torch.export.export(ready, args, kwargs, dynamic_shapes=shapes, strict=False)
         except MemoryError:
@@ -62,6 +65,17 @@ def export(model: nn.Module, example: Example, *, static: bool, notes: list[str]
         notes += ["for this batch size only" if static else "for any batch size", f"of the {'train' if model.training else 'eval'} mode"]
         notes += [f"{name} is returned as a plain {kind}" for name, kind in sorted(changed.items())]
     return program
+
+
+def _each_named(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """``forward`` with a signature that names each keyword that its ``**kwargs`` takes: torch.export looks for their free sizes by name."""
+    with contextlib.suppress(TypeError, ValueError):
+        signature = inspect.signature(forward)
+        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        if len(own) < len(signature.parameters):
+            more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name not in signature.parameters]
+            forward.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
+    return forward
 
 
 @contextlib.contextmanager

@@ -22,3 +22,8 @@ def specs(module: torch.fx.GraphModule) -> tuple[Any, Any] | None:
 def keywords(in_spec: Any) -> list[str]:
     """The names of the keyword arguments, in the program's order."""
     return list(in_spec.child(1).context) if hasattr(in_spec, "child") else list(in_spec.children_specs[1].context)
+
+
+def positional(in_spec: Any) -> int:
+    """How many positional arguments the program takes."""
+    return int((in_spec.child(0) if hasattr(in_spec, "child") else in_spec.children_specs[0]).num_children)
