@@ -34,6 +34,7 @@ from .fused import unfuse
 from .graph import Guard, Program, Refusal, TensorGuard
 from .guards import explain_miss
 from .held import held_by_caller
+from .input_orders import held_to_order
 from .inputs import batch_size, resample
 from .lengths import tracked_len
 from .observe import observe, reads_offsets
@@ -168,7 +169,10 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     resolve_packed(made.graph, made.packs)
     used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
     constants = {name: tensor for name, tensor in made.packs.constants.items() if name in used and name not in plan.constants}
-    program = in_parts(held_by_caller(make_program(observation.trace, prepared.lifted, made.graph)), plan)
+    program = make_program(observation.trace, prepared.lifted, made.graph)
+    with torch.autocast(casts[0], dtype=casts[1]):
+        program = held_to_order(program, prepared.lifted, entry.root(region), observation.flags)
+    program = in_parts(held_by_caller(program), plan)
     return _Made(program, constants, entry, not reads_offsets(observation.trace))
 
 

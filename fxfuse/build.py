@@ -22,6 +22,7 @@ from .entries import FORWARD, INSIDE, Entry
 from .errors import ArgumentError
 from .graph import Making, Program, Refusal, RegionPlan
 from .held import Places
+from .input_orders import held_to_order
 from .inputs import resample
 from .module_tree import all_modules
 from .observe import Observation
@@ -120,6 +121,7 @@ class Builder:
         self.progress = Progress(options.progress)
         self.chosen: dict[str, Chosen] = {}  # by region path
         self.followers: dict[str, list[tuple[Region, Recorded]]] = {}  # further ways in to the same region
+        self.ordered: dict[int, dict[int, Any]] = {}  # by frame: inputs that are held to their order, as the guard has them
         self.examples: dict[str, list[Case]] = {}  # by method: calls of sizes for which there are plans of their own
 
     @cached_property
@@ -295,7 +297,7 @@ class Builder:
         for each in built.graphs:
             way, observation, method = each.way, each.observation, each.method
             resolve_packed(each.graph, packs)
-            program = self.places.named(make_program(observation.trace, each.lifted, each.graph))
+            program = self.places.named(self._held_to_order(make_program(observation.trace, each.lifted, each.graph), each))
             if each.serves is not None:
                 program, needed = each.serves.only(program)
                 if not needed:
@@ -315,6 +317,15 @@ class Builder:
         plan.recipes = [r for r in packs.recipes.values() if r.name in used]
         plan.constants = {name: tensor for name, tensor in packs.constants.items() if name in used}
         return plan
+
+    def _held_to_order(self, program: Program, made: _Graph) -> Program:
+        """``held_to_order``, asked once for each call that was recorded."""
+        frame = made.lifted.frame
+        if id(frame) not in self.ordered:
+            held = held_to_order(program, made.lifted, made.way.root, made.observation.flags)
+            self.ordered[id(frame)] = {i: leaf for i, leaf in enumerate(held.guard.leaves) if leaf is not program.guard.leaves[i]}
+        leaves = tuple(self.ordered[id(frame)].get(i, leaf) for i, leaf in enumerate(program.guard.leaves))
+        return replace(program, guard=replace(program.guard, leaves=leaves))
 
     def _look_around(self, built: _Built) -> None:
         """What the code that ran in the region could read, besides its arguments and tensors."""

@@ -76,8 +76,8 @@ class Recipe:
         return (0, *itertools.accumulate(self.member_shape(index)[0] for index in range(len(self.members))))
 
 
-# Any; the dims from the largest stride to the smallest; contiguous; and the opposites of the two.
-Layout = Literal["", "in order", "in rows", "out of order", "not in rows"]
+# Any; the dims from the largest stride to the smallest; contiguous; the opposites of the two; and in order, for results lie as it does.
+Layout = Literal["", "in order", "in rows", "out of order", "not in rows", "by results"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class TensorGuard:
     device: torch.device
     requires_grad: bool | None = None  # None: any
     layout: Layout = ""  # what forward takes for granted of its order in memory
+    order: tuple[int, ...] = ()  # the dims in the order of which this is said; empty: from first to last
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.graph import Guard, TensorGuard
+from fxfuse.graph import Guard, Layout, TensorGuard
 from fxfuse.held import Kept
 from fxfuse.private.autocast import any_autocast_enabled
 from fxfuse.private.fake_tensors import FakeTensor
@@ -27,8 +27,17 @@ _MOST_LEARNT = 32
 # What is true of a tensor that lies in another way than was recorded.
 _MISPLACED = {
     "in rows": "not {0}.is_contiguous()", "in order": "not {0}.is_contiguous() and not in_order({0})",
-    "not in rows": "{0}.is_contiguous()", "out of order": "in_order({0})",
+    "not in rows": "{0}.is_contiguous()", "out of order": "in_order({0})", "by results": "not {0}.is_contiguous() and not in_order({0})",
 }  # fmt: skip
+_LIES = {
+    **dict.fromkeys(("in rows", "in order"), "does not lie in rows, and forward views it, or what it computes from it, as if it did"),
+    "order": "lies in memory in another order than recorded, and forward views it, or writes into what was a copy of it, as it lies",
+    "by results": "lies in memory in another order than recorded, and results lie as it does",
+    **dict.fromkeys(
+        ("not in rows", "out of order"),
+        "lies in rows, and forward writes into a copy of it, or of what it computes from it, that is none then",
+    ),
+}
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt, "==": operator.eq, "!=": operator.ne}
 
 
@@ -70,6 +79,45 @@ def in_order(tensor: Tensor) -> bool:
     return all(a >= b for a, b in pairwise(steps))
 
 
+def order_of(tensor: Tensor) -> tuple[int, ...]:
+    """Its dims from the largest stride to the smallest; empty where that is from first to last.
+
+    >>> order_of(torch.zeros(2, 3).t()), order_of(torch.zeros(2, 3)), order_of(torch.zeros(1, 3).t())
+    ((1, 0), (), ())
+    """
+    if tensor.is_contiguous() or in_order(tensor):
+        return ()
+    steps = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-steps[dim], dim)))
+
+
+def lies(tensor: Tensor, layout: Layout, order: tuple[int, ...]) -> bool:
+    """Does it lie in memory as a guard asks?
+
+    >>> lies(torch.zeros(2, 3).t(), "in rows", (1, 0)), lies(torch.zeros(2, 3).t(), "by results", ())
+    (True, False)
+    """
+    tensor = tensor.permute(order) if order else tensor
+    rows = tensor.is_contiguous()
+    if layout == "not in rows":
+        return not rows
+    if layout == "out of order":
+        return not in_order(tensor)
+    return rows or (layout != "in rows" and in_order(tensor))
+
+
+def _misplaced(name: str, leaf: TensorGuard) -> str:
+    """An expression that is true of a tensor that lies in another way than was recorded."""
+    if not leaf.order:
+        return _MISPLACED[leaf.layout].format(name)
+    slow = f"not lies({name}, {leaf.layout!r}, {leaf.order!r})"
+    if leaf.layout == "in rows":
+        return slow
+    first, *others = leaf.order  # a view in that order takes some microseconds: strides tell as much of the usual call
+    falling = " >= ".join([f"(y := {name}.stride())[{first}]", *(f"y[{dim}]" for dim in others)])
+    return f"not ({falling} > 0) and {slow}"
+
+
 def _autocast(kind: str) -> bool:
     """Is autocast on for this kind of device? ("meta" and the like have none, and torch raises for them.)"""
     try:
@@ -99,6 +147,7 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
         "same_constant": _same_constant,
         "in_order": in_order,
         "is_grad_enabled": torch.is_grad_enabled,
+        "lies": lies,
         "constant0": guard.default_dtype,
     }
 
@@ -157,8 +206,7 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
     each.extend(f"s{a}[{m}] != s{b}[{n}]" for (a, m), (b, n) in guard.equal_dims)
     inputs = [i for i, leaf in enumerate(guard.leaves) if isinstance(leaf, TensorGuard)]
     others.extend(f"x{i} is not x{guard.same[i]}" for i in inputs if guard.same[i] != i)
-    for i, leaf in ((i, guard.leaves[i]) for i in inputs if guard.leaves[i].layout):
-        others.append(_MISPLACED[leaf.layout].format(f"x{i}"))
+    others.extend(_misplaced(f"x{i}", guard.leaves[i]) for i in inputs if guard.leaves[i].layout)
     if guard.in_rows:
         others.extend(f"not x{i}.is_contiguous() or x{i}.storage_offset()" for i in inputs)
     distinct = [i for i in inputs if guard.same[i] == i]
@@ -275,11 +323,9 @@ def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (
                 return f"inputs {first} and {i} are the same tensor, recorded as two"
             return f"inputs {guard.same[i]} and {i} are two tensors, recorded as the same"
     for i in indices:
-        layout = guard.leaves[i].layout
-        if layout in ("in rows", "in order") and not leaves[i].is_contiguous() and (layout == "in rows" or not in_order(leaves[i])):
-            return f"input {i} does not lie in rows, and forward views it, or what it computes from it, as if it did"
-        if (layout == "not in rows" and leaves[i].is_contiguous()) or (layout == "out of order" and in_order(leaves[i])):
-            return f"input {i} lies in rows, and forward writes into a copy of it, or of what it computes from it, that is none then"
+        layout, order = guard.leaves[i].layout, guard.leaves[i].order
+        if layout and not lies(leaves[i], layout, order):
+            return f"input {i} {_LIES['order' if order and layout in ('in rows', 'in order') else layout]}"
     crooked = next((i for i in indices if guard.in_rows and (not leaves[i].is_contiguous() or leaves[i].storage_offset())), None)
     if crooked is not None:
         return f"input {crooked} does not lie in rows, and forward reads how it lies in memory"

@@ -32,7 +32,7 @@ from .plan_memory import as_usual, within_limit
 from .private.pytree import tree_flatten
 from .progress import Progress
 from .timing import medians, ratio
-from .workbench import Case, Workbench
+from .workbench import Case, RaisesError, Workbench
 
 # A form must be this much faster than the loop to be worth the change: below, it is noise.
 LEAST_GAIN = 1.02
@@ -97,11 +97,16 @@ class Planner:
         known = self._known()
         if known is not None:
             return known
-        choice = self._searched()
-        if self.options.max_memory is not None and choice.refusal is None:
-            choice = within_limit(self, choice, self.options.max_memory)
-        if self.options.tune and choice.refusal is None:
-            choice = as_usual(self, choice)
+        try:
+            choice = self._searched()
+            if self.options.max_memory is not None and choice.refusal is None:
+                choice = within_limit(self, choice, self.options.max_memory)
+            if self.options.tune and choice.refusal is None:
+                choice = as_usual(self, choice)
+        except RaisesError as raised:
+            refusal = self.refusal(str(raised))
+            place = next(iter(self.prepared.lane_sets().values()), None)
+            return Choice(None, {}, refusal=replace(refusal, place=refusal.place or place))
         if self.key is not None and (choice.tried or choice.seconds is not None):
             plan_cache.store(self.key, to_data(choice))
         return choice

@@ -239,6 +239,8 @@ class Recorder(TorchFunctionMode):
             for tensor in tensors:
                 if type(tensor) is nn.Parameter and tensor.grad_fn is not None:
                     poison = "computes with a Parameter that is not a leaf"
+        if name == "contiguous" and len(args) == 1 and not kwargs and out is args[0] and type(out) is Tensor:
+            out = out.view_as(out)  # of more rows it may be a copy: a call either way
         made: Any
         if type(out) is Tensor:
             made = known.get(id(out)) or self._add(out, "made")

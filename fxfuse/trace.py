@@ -36,6 +36,7 @@ class Value:
     storage: int = 0  # equal for tensors that share memory
     shape: tuple[int, ...] = ()  # as it was when first seen: an in-place resize would show
     numbers: bool = False  # a constant made anew in every run, of the same numbers: to be spelled out
+    strides_of_more: tuple[int, ...] | None = None  # where a free size is 1: as another run had it
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ import torch
 
 from .attributes import touches_in
 from .graph import Place
+from .private.torch_function import DisableTorchFunction
 from .private.transforms import of_a_transform
 from .sizes import SizeOf, SizeOp
 from .trace import MOST_NUMBERS, Event, Frame, Ref, Trace
@@ -45,6 +46,11 @@ def _same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     plain = one.layout is torch.strided and one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
     return plain and not one.is_complex() and torch.equal(one, other)
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    with DisableTorchFunction():
+        return tensor.stride() if tensor.layout is torch.strided else None
 
 
 class Unifier:
@@ -171,13 +177,18 @@ class Unifier:
             raise _Different(f": {a!r} against {b!r}"[:80])
 
     def dynamic(self) -> dict[int, frozenset[int]]:
-        """For each value of the first trace, the dims whose size differs between the runs."""
+        """For each value of the first trace, the dims whose size differs between the runs.
+
+        Values of one row learn on the way in what order their dims lie in memory.
+        """
         found: dict[int, frozenset[int]] = {}
         ones, others = self.one.values, self.other.values
         for a, b in self.values.items():
             left, right = ones[a].shape, others[b].shape
             if left != right:
                 found[a] = frozenset([dim for dim in range(len(left)) if left[dim] != right[dim]])
+                if any(left[dim] == 1 for dim in found[a]):
+                    ones[a].strides_of_more = _strides(others[b].tensor)
         return found
 
 

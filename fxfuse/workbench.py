@@ -26,6 +26,10 @@ from .weight_views import evaluate
 Case = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class RaisesError(Exception):
+    """A candidate raised where the original answers; inside the planner only."""
+
+
 class Workbench:
     """Runs a region and its candidates on ``case``. ``inner``: inside a model a region's inputs are activations, which need gradients."""
 
@@ -94,7 +98,15 @@ class Workbench:
                 graph = evaluate(graph, root)
         code = graph_module(root, graph)
         leaves = tree_flatten(self._inputs())[0]
-        return (torch.enable_grad()(lambda: code(*leaves)) if candidate.tracked else lambda: code(*leaves)), parameters
+
+        def run() -> Any:
+            try:
+                return code(*leaves)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:  # no candidate; other regions may still have some
+                said = str(error).strip().splitlines()[:1]
+                raise RaisesError(f"packed, it raises {': '.join([type(error).__name__, *said])}") from error
+
+        return (torch.enable_grad()(run) if candidate.tracked else run), parameters
 
     def _tensor(self, target: str, packs: Packs) -> torch.Tensor:
         if target in packs.constants:

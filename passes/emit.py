@@ -24,7 +24,7 @@ from .bundle import Bundle, Bundles
 from .functional import drop_unused, in_rows_without_grad, numbers_like, slice_along, tracked_as
 from .lifted import Lifted
 from .ops import Op
-from .outputs import copies_by_size, is_part_of_a_pack, treatment
+from .outputs import copies_by_size, is_part_of_a_pack, strides_unknown, treatment
 from .packs import Packs
 from .tidy import tidy
 from .tracked import untracked
@@ -54,6 +54,7 @@ class Emitter(WeightReader):
         self.pieces: dict[int, Node] = {}
         self.separated: dict[int, Node] = {}  # pieces that are tensors of their own
         self.strided: dict[Node, Node] = {}  # results, laid out as in the recording
+        self.unknown: dict[Node, bool] = {}  # of ``strides_unknown``
         self.gathers: dict[tuple[Node, ...], Node] = {}  # what was joined for one bundle serves others
         self.choices: dict[Any, tuple[str, ...]] = {}
         self.ops: list[FusedOp] = []
@@ -216,6 +217,10 @@ class Emitter(WeightReader):
     def _copy(self, node: Node) -> Node:
         previous, self.source = self.source, node
         args = torch.fx.node.map_arg(node.args, self.single)
+        if _takes_neighbours(node):
+            source = node.all_input_nodes[0]
+            if _restrided(source, self.single(source)) or strides_unknown(self.single(source), self.unknown):
+                args = (self.call("contiguous", args[0]), *args[1:])
         if node.op == "call_module":
             made = self.graph.call_module(str(node.target), args, torch.fx.node.map_arg(node.kwargs, self.single))
         else:
@@ -235,7 +240,7 @@ class Emitter(WeightReader):
         several = any(isinstance(user.target, Op) and user.target.name == "item" for user in node.users)  # values and indices
         if not any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes) and not is_size:
             if recorded:
-                made.meta["val"] = self._meta(node)
+                made.meta["val"], made.meta["as_recorded"] = self._meta(node), True
         elif is_size or ((recorded or several) and isinstance(node.target, Op)):
             function: Any = node.target
             try:
@@ -426,7 +431,7 @@ class Emitter(WeightReader):
 
     def _strided(self, leaf: Node) -> Any:
         """An output with the strides that the original's has, where both are dense: callers may ``view`` it."""
-        if leaf.meta.get("alone"):
+        if leaf.meta.get("alone") or leaf.op == "placeholder":  # an input lies as its caller has it
             return self.single(leaf)
         if leaf not in self.strided:
             made = self._laid_out(leaf, self.single(leaf), leaf)
@@ -440,7 +445,7 @@ class Emitter(WeightReader):
             return node
         how = treatment(computed, node)
         one_row = any(value.shape[d] == 1 for d in leaf.meta.get("dyn") or ())  # of which the strides of more rows cannot be told
-        open_ends = one_row or (bool(leaf.meta.get("dyn")) and copies_by_size(node))
+        open_ends = one_row or (bool(leaf.meta.get("dyn")) and copies_by_size(node)) or strides_unknown(node, self.unknown)
         if not how and not open_ends and all(w == s or n == 1 for w, s, n in zip(wanted, value.stride(), value.shape, strict=True)):
             return node
 
@@ -484,6 +489,15 @@ def signature(bundle: Bundle) -> tuple[Any, ...]:
     first = bundle.members[0].args[0] if bundle.members[0].args else None
     shared = isinstance(first, Node) and len(bundle.members) > 1 and all(member.args[0] is first for member in bundle.members)
     return (bundle.name, bundle.whole or len(bundle.members), shapes, *(("one input",) if shared else ()))
+
+
+def _takes_neighbours(node: Node) -> bool:
+    """Has what it reads of the last dim to lie side by side: pairs of numbers, numbers of another size?"""
+    if not isinstance(node.target, Op) or not node.all_input_nodes:
+        return False
+    dtypes = [each.meta.get("dtype") for each in (node.all_input_nodes[0], node)]
+    sizes = {dtype.itemsize for dtype in dtypes if dtype is not None}
+    return node.target.name == "view_as_complex" or (node.target.name == "view" and len(sizes) > 1)
 
 
 def _restrided(before: Node, after: Any) -> bool:

@@ -205,6 +205,11 @@ class _Lifter(Returned):
         if event.mutated:
             self._write_event(event, name)
             return
+        same = self._is_itself(name, event)
+        if same is not None:
+            self.env[event.out.value] = self._read(same)
+            self._note_view(event)
+            return
         args, kwargs = self._argument(event.args), self._argument(event.kwargs)
         part = self._part(name, event.func, args, kwargs, event.out.value) if isinstance(event.out, Ref) else None
         if part is not None:
@@ -280,4 +285,4 @@ class _Lifter(Returned):
 
     def _stride(self, node: torch.fx.Node, value: int) -> None:
         with DisableTorchFunction():
-            node.meta["out_stride"] = self.trace.values[value].tensor.stride()
+            node.meta["out_stride"] = self.trace.values[value].strides_of_more or self.trace.values[value].tensor.stride()

@@ -61,6 +61,28 @@ def copies_by_size(node: Node) -> bool:
     return False
 
 
+def strides_unknown(node: Node, known: dict[Node, bool]) -> bool:
+    """May the strides be others than ``meta["val"]`` has: by a Fourier transform, which sorts dims by the strides of what it reads, and
+    not as a meta kernel does? ``known`` keeps the answers."""
+    pending = [node]
+    while pending:
+        at = pending[-1]
+        if at not in known:
+            name, waiting = _name(at), []
+            if name.startswith("fft_") and not at.meta.get("as_recorded"):
+                known[at] = True
+            elif name in _ROWS:
+                known[at] = False
+            else:
+                waiting = [source for source in at.all_input_nodes if source not in known]
+                if not waiting:
+                    known[at] = any(known[source] for source in at.all_input_nodes)
+            pending += waiting
+        if at in known:
+            pending.pop()
+    return known[node]
+
+
 def _is_piece(node: Node) -> bool:
     """One of several tensors that a call has made at once, each in memory of its own."""
     return _name(node) == "getitem" and _name(node.all_input_nodes[0]) in _COPIES

@@ -13,6 +13,7 @@ import torch
 import torch.fx
 
 from fxfuse.graph import Guard, Program, Recipe, SizeCheck, TensorGuard
+from fxfuse.guards import order_of
 from fxfuse.private.pytree import tree_flatten
 from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Frame, Ref, Trace
@@ -40,7 +41,9 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
         value = trace.values[leaf.value]
         dynamic = free.get(leaf.value, frozenset())
         shape = tuple(None if dim in dynamic else size for dim, size in enumerate(value.shape))
-        leaves.append(TensorGuard(shape, value.tensor.dtype, value.tensor.device, layout=lifted.layouts.get(index, "")))
+        layout = lifted.layouts.get(index, "")
+        order = order_of(value.tensor) if layout in ("in rows", "in order") else ()
+        leaves.append(TensorGuard(shape, value.tensor.dtype, value.tensor.device, layout=layout, order=order))
         same.append(seen.setdefault(leaf.value, index))
         if same[-1] == index:
             for dims, places in zip(lifted.sizes, one_size, strict=True):

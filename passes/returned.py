@@ -2,8 +2,9 @@
 
 Comes in: what a module call returned, and how each recorded view was made. Goes out: ``Returned``, a layer of the lifter: such a result
 is the very view of the very tensor that it is in the original, so that a caller who writes into one finds it in the other, and so that
-one which skips part of its memory (``h[:, :2]``) has the strides of the original's, whatever the number of rows. The tensor
-that they are views of is made once, by itself; views of it are calls that no lane set takes up. All other results are values.
+one which skips part of its memory (``h[:, :2]``) has the strides of the original's, whatever the number of rows. What is a view at some
+sizes only (``x.transpose(1, 2).reshape(-1, 6)``, of one row) is that very call, too. The tensor that they are views of is made once, by
+itself; views of it are calls that no lane set takes up. All other results are values.
 """
 
 from __future__ import annotations
@@ -31,6 +32,15 @@ def returned(tensor: torch.Tensor) -> torch.Tensor:
 
 RETURNED = op_of(returned)
 _UNTRACKED = op_of(untracked_view)
+
+
+def is_a_view_of_an_input(node: torch.fx.Node) -> bool:
+    """Is this result of a lifted graph an input, or made from one by calls that return views?"""
+    while node.meta.get("alone") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
+
+
 _PIECE = op_of(operator.getitem, "item")
 _COPY = dataclasses.replace(canonical(torch.clone, (torch.empty(0),), {})[0], name="copy of its own", pointwise=False)  # of no lane set
 
@@ -46,9 +56,8 @@ class Returned(Updating):
     def _shared(self, leaves: list[Any]) -> dict[int, torch.fx.Node]:
         """The nodes of those results, by value."""
         values = list(dict.fromkeys(leaf.value for leaf in leaves if isinstance(leaf, Ref)))
-        roots = {value: self._root(value) for value in values}
+        roots = self._roots(values)
         ways = Counter(roots.values())
-        self._note_copies_by_layout(roots)
         made: dict[int, torch.fx.Node] = {}
         for value, root in roots.items():
             held = root in self.inputs or self.trace.values[root].origin in ("attribute", "constant")
@@ -56,11 +65,34 @@ class Returned(Updating):
                 self._view(value, root, held, made)
         return {value: made[value] for value in values if value in made}
 
-    def _note_copies_by_layout(self, roots: dict[int, int]) -> None:
-        """A result that is a copy of an input for how this lies would be the input itself: who writes into it finds out."""
-        for copy, of in self.copied.items():
-            if copy in roots.values() and self._root(of) in self.inputs:
-                self.torn.add(of)
+    def _roots(self, values: list[int]) -> dict[int, int]:
+        """What each result is a view of: an input also where ``reshape`` has copied it, which may view it at another size, or as another
+        input lies; what was computed, where other results are views of it, or copies of another kind."""
+        near = {value: self._root(value) for value in values}
+        far: dict[int, int] = {}
+        for value in values:
+            at, made = value, self._origin(value)
+            while made is not None:
+                if at in self.itself:
+                    self._check_ones(at, "==")
+                at, made = made[0], self._origin(made[0])
+            if at in self.itself:
+                self._check_ones(at, "==")
+            far[value] = at
+        kinds = Counter(root for root, _ in {(far[value], near[value]) for value in values})
+        return {value: far[value] if far[value] in self.inputs or kinds[far[value]] > 1 else near[value] for value in values}
+
+    def _origin(self, value: int) -> tuple[int, Event] | None:
+        """What ``value`` is a view of, or may be at another call, and how it was made; None where it is memory of its own in any case."""
+        if value in self.parent:
+            return self.parent[value]
+        of, event = self.copied.get(value, (-1, None))
+        if event is None or self.version.get(value) or self.version.get(self._root(of)):  # written: it is no longer what it was made of
+            return None
+        root = self._root(of)
+        if self.trace.values[root].origin in ("attribute", "constant") and root not in self.inputs:
+            return None
+        return of, event
 
     def _untracked(self, node: torch.fx.Node, value: int) -> torch.fx.Node:
         """``node``; of a view made under ``no_grad``, the view as torch makes it: without a gradient, and with its base's flag."""
@@ -94,9 +126,11 @@ class Returned(Updating):
             if not held:
                 node = self._alone(RETURNED, (self._another(node, root),), value)
                 with DisableTorchFunction():
-                    node.meta["out_stride"] = self.trace.values[root].tensor.stride()
+                    node.meta["out_stride"] = self.trace.values[root].strides_of_more or self.trace.values[root].tensor.stride()
         else:
-            base, event = self.parent[value]
+            origin = self._origin(value)
+            assert origin is not None
+            base, event = origin
             source = self._view(base, root, held, made)
             if value in self.trace.untracked_views:
                 made[value] = self._alone(_UNTRACKED, (source,), value)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fxfuse.graph import Layout
-from fxfuse.guards import in_order
+from fxfuse.guards import in_order, order_of
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.trace import Event, Frame, Ref, Trace, refs_in
 
@@ -22,7 +22,7 @@ from .ops import canonical, op_name
 # What gives a view of its first argument, and new memory in the order of it.
 _VIEWS = frozenset(
     "select __getitem__ narrow unsqueeze squeeze transpose t mT T permute movedim flatten unflatten view reshape expand view_as reshape_as "
-    "expand_as diagonal unbind ravel split chunk swapaxes detach contiguous unfold".split()
+    "expand_as diagonal unbind ravel split chunk swapaxes detach unfold".split()
 )
 _COPIES = frozenset("clone dropout flip to double float half bfloat16 zeros_like ones_like full_like empty_like".split())
 
@@ -48,10 +48,13 @@ def needs_no_rows(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
 def layouts(trace: Trace, frame: Frame, viewed: Iterable[int], torn: Iterable[int]) -> dict[int, Layout]:
     """What the inputs (by their place among the frame's leaves) have to be like for ``viewed`` to be in the recorded order.
 
-    Only those that lay in rows in the recording: of another layout nobody can say what it has in common with others. The others must not
-    lie in rows where ``torn`` comes from them: values that were copied for not lying so, and of which one was written.
+    Only those that were dense in the recording, in whatever order of dims: of another layout nobody can say what it has in common with
+    others. The others must not lie in rows where ``torn`` comes from them: values that were copied for how they lay, and of which one was
+    written.
     """
-    pending: list[tuple[int, Layout]] = [*((value, "in rows") for value in viewed), *((value, "not in rows") for value in torn)]
+    pending: list[tuple[int, Layout]] = [(value, "in rows") for value in viewed]
+    for value in torn:  # one of the two is what the input that it comes from was like
+        pending += [(value, "in rows"), (value, "not in rows")]
     if not pending:
         return {}
     place: dict[int, int] = {}
@@ -90,14 +93,19 @@ def _sources(event: Event, layout: Layout) -> list[tuple[int, Layout]]:
 
 
 def _allowed(tensor: torch.Tensor) -> tuple[Layout, ...]:
-    """What can be asked of the layouts of an input that was recorded so."""
-    if _in_rows(tensor):
+    """What can be asked of the layouts of an input that was recorded so, in the order of its dims."""
+    if in_rows(tensor):
         return ("in rows", "in order")
     with DisableTorchFunction():
-        return () if tensor.is_contiguous() else ("not in rows",) if in_order(tensor) else ("not in rows", "out of order")
+        if tensor.is_contiguous():
+            return ()
+        order = order_of(tensor)
+        if order and tensor.permute(order).is_contiguous():
+            return ("in rows", "in order")
+        return ("not in rows",) if in_order(tensor) else ("not in rows", "out of order")
 
 
-def _in_rows(tensor: torch.Tensor) -> bool:
+def in_rows(tensor: torch.Tensor) -> bool:
     """Also in dims of size 1, whose strides show what they are cut out of."""
     step = 1
     with DisableTorchFunction():

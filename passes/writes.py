@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx
@@ -20,7 +20,7 @@ from .functional import as_slot, casting, drawn, index_write, op_of
 from .indexing import Indexing
 from .lifted import Refused, SizeDependent, Sizes
 from .ops import canonical, op_name
-from .rows import needs_no_rows
+from .rows import in_rows, needs_no_rows
 
 _SIZE = canonical(torch.Tensor.size, (torch.empty(0), 0), {})[0]
 _WRITE = op_of(index_write)
@@ -50,8 +50,9 @@ class Writes(Indexing):
     def __init__(self, trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> None:
         super().__init__(trace, frame, sizes, opaque)
         self.viewed: set[int] = set()  # values that are read or written as another layout would not let them be
-        self.copied: dict[int, int] = {}  # what ``reshape`` and the like have copied -> of what
-        self.torn: set[int] = set()  # of what a copy was written, or left as it was
+        self.copied: dict[int, tuple[int, Event]] = {}  # what ``reshape`` and the like have copied -> (of what, how)
+        self.itself: set[int] = set()  # what ``contiguous`` handed back, and copies at other sizes
+        self.torn: set[int] = set()  # of what a copy was written
         self.parent: dict[int, tuple[int, Event]] = {}  # view -> (what it is a view of, how it was made)
         self.seen_version: dict[int, int] = {}
         self.version: dict[int, int] = {}  # by root value
@@ -286,8 +287,13 @@ class Writes(Indexing):
             value = base
             chain.append(value)
         self.version[value] = self.version.get(value, 0) + 1
-        self.torn.update(of for copy, of in self.copied.items() if value in (copy, self._root(of)))
+        for copy, (of, _) in self.copied.items():
+            if value in (copy, self._root(of)) and of not in self.torn:
+                self.torn.add(of)
+                self._check_ones(of, "!=")  # of one row it may be a view
         for member in chain:
+            if member in self.itself:
+                self._check_ones(member, "==")
             self.seen_version[member] = self.version[value]
 
     def _note_order(self, event: Event, name: str) -> None:
@@ -300,13 +306,45 @@ class Writes(Indexing):
             self._relies_on_order(name, base, out)
         elif name in ("contiguous", "ravel") and base == out:  # of another layout, one more tensor, and all that follows lies otherwise
             self.viewed.add(base)
+            if not self._in_rows_at_all_sizes(base):
+                self.itself.add(base)
         elif name in _MAY_COPY and self.trace.values[base].storage != self.trace.values[out].storage:
-            self.copied[out] = base
+            self.copied[out] = (base, event)
+
+    def _is_itself(self, name: str, event: Event) -> int | None:
+        """What ``contiguous`` was called of, where it is no copy at any size, and the guard sees to how it lies.
+
+        Of an input it is a call all the same, since that may lie otherwise; so it is where it leaves the region (``returned``).
+        """
+        if name != "contiguous" or len(event.args) != 1 or event.kwargs or not isinstance(event.args[0], Ref):
+            return None
+        base, out = event.args[0].value, event.out.value
+        values = self.trace.values
+        if values[base].storage != values[out].storage or not self._in_rows_at_all_sizes(base) or self._root(base) in self.inputs:
+            return None
+        self.viewed.add(base)
+        return base
+
+    def _in_rows_at_all_sizes(self, value: int) -> bool:
+        """Of one row the strides that it would have of more are known, too."""
+        return not self.dynamic.get(value) or in_rows(self.trace.values[value].tensor)
+
+    def _check_ones(self, value: int, op: Literal["==", "!="]) -> None:
+        """Guard that the free sizes of ``value`` that are 1 stay so (``==``), or that none of the others becomes 1 (``!=``)."""
+        shape = self.trace.values[value].shape
+        for dim in self.dynamic.get(value, ()):
+            if (shape[dim] == 1) == (op == "=="):
+                self._check_value(value, dim, op, 1)
 
     def _relies_on_order(self, name: str, base: int, view: int) -> None:
         """``view`` is one of ``base`` as it lies in memory."""
-        if name == "contiguous" or not needs_no_rows(self.trace.values[base].shape, self.trace.values[view].shape):
+        before, after = (self.trace.values[value].shape for value in (base, view))
+        free = [[dim for dim in self.dynamic.get(value, ()) if self.trace.values[value].shape[dim] == 1] for value in (base, view)]
+        joined = len(free[0]) > len(free[1])  # a free size that is 1 here became part of another dim
+        if name == "contiguous" or joined or not needs_no_rows(before, after):
             self.viewed.add(base)
+        if (name == "contiguous" or joined) and not self._in_rows_at_all_sizes(base):
+            self._check_ones(base, "==")
 
     def _scatter(self, base: int, made: Event, node: Any, event: Event) -> Any:
         """``base`` after its view, made by ``made``, was given the contents ``node``."""

@@ -177,6 +177,107 @@ def test_a_view_by_the_caller(pair: tuple[nn.Module, nn.Module]) -> None:
                 assert_close(got.view(-1), viewed, "viewed")
 
 
+def from_steps(self: Any, x: Tensor) -> tuple[Any, ...]:
+    """A channel-independent forecaster: channels are rows of the batch."""
+    y = x.transpose(1, 2).reshape(-1, 4)
+    return [net(y[:, i : i + 1]) for i, net in enumerate(self.nets)], y, x.transpose(1, 2).contiguous()
+
+
+def from_channels(self: Any, x: Tensor) -> tuple[Any, ...]:
+    parts = x.unbind(1)
+    return [net(part.contiguous()[:, :1]) for net, part in zip(self.nets, parts, strict=True)], [part.contiguous() for part in parts]
+
+
+def from_flat(self: Any, x: Tensor) -> tuple[Any, ...]:
+    y = x.permute(0, 2, 1).flatten(0, 1)
+    return [net(y[:, i : i + 1]) for i, net in enumerate(self.nets)], x[:, 0].reshape(-1), x[:, 1].ravel(), y.reshape_as(y.t())
+
+
+def computed(self: Any, x: Tensor) -> tuple[Any, ...]:
+    h = torch.stack([net(x[:, i]) for i, net in enumerate(self.wide)], 1)
+    return h, h.transpose(1, 2).reshape(-1, 4), h[:, 0].t().contiguous()
+
+
+def computed_and_written(self: Any, x: Tensor) -> tuple[Any, ...]:
+    h = torch.stack([net(x[:, i]) for i, net in enumerate(self.wide)], 1)
+    y = h.transpose(1, 2).reshape(-1, 4)
+    y.mul_(2.0)
+    return h, y
+
+
+def input_written(self: Any, x: Tensor) -> tuple[Any, ...]:
+    y = x.transpose(1, 2).reshape(-1, 4)
+    out = [net(y[:, i : i + 1]) for i, net in enumerate(self.nets)]
+    y[:, 0] = 1.0
+    return out, y
+
+
+class Steps(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+
+
+def steps(rows: int, order: tuple[int, ...] = (0, 1, 2), gaps: bool = False) -> Tensor:
+    """``[rows, 4, 3]``, whose dims lie in memory in this order."""
+    shape = (rows, 4, 3 + gaps)
+    x = randn(*(shape[d] for d in order), seed=rows).permute(*(order.index(d) for d in range(3)))
+    return x[..., :3]
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("rows", [2, 1])
+@pytest.mark.parametrize("forward", [from_steps, from_channels, from_flat, computed, computed_and_written, input_written])
+def test_copies_that_are_views_of_one_row(forward: Any, rows: int, validate: bool) -> None:
+    model = randomized(type("Copies", (Steps,), {"forward": forward})())
+    fused = fxfuse.optimize(model, steps(rows), objective="launches", tune=False, validate=validate)
+    if (forward, rows) == (input_written, 1):
+        assert [r.reason for r in fxfuse.report(fused).refused] == ["writes into its input (__setitem__)"]
+        return
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    turned = [(2, (0, 2, 1)), (1, (0, 2, 1)), (3, (1, 0, 2))]
+    for given in [(2,), (1,), (5,), *turned, (2, (0, 1, 2), True)]:
+        one, other = steps(*given), steps(*given)
+        with torch.no_grad():
+            want, got = model(one), fused(other)
+        for index, (a, b) in enumerate(zip(tree_leaves(got), tree_leaves(want), strict=True)):
+            assert_close(a, b, f"output {index}")
+            if forward is not input_written:
+                assert a.stride() == b.stride() or 1 in a.shape, f"output {index} of {given}: {a.stride()}, the original's {b.stride()}"
+        assert_close(other, one, "the input after the call")
+        assert overlaps(model, other, got) == overlaps(model, one, want), given
+    fallbacks = fxfuse.report(fused).fallbacks
+    if forward in (computed_and_written, input_written):
+        assert any("in dim 0, recorded" in reason for reason in fallbacks), fallbacks
+    if forward in (from_steps, from_channels, from_flat):
+        assert not fallbacks
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.RNN(3, 2, batch_first=True) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        outs = [net(x)[0] for net in self.nets]
+        return outs, torch.stack(outs, 1), outs[0] + x[..., :2].mT.contiguous().mT
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_the_order_of_dims_after_an_example_of_one_row(validate: bool) -> None:
+    model = randomized(Recurrent())
+    fused = fxfuse.optimize(model, randn(1, 4, 3), objective="launches", tune=False, validate=validate)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    for rows in (1, 2, 5):
+        x = randn(rows, 4, 3, seed=rows)
+        with torch.no_grad():
+            want, got = model(x), fused(x)
+        for index, (a, b) in enumerate(zip(tree_leaves(got), tree_leaves(want), strict=True)):
+            assert_close(a, b, f"output {index}")
+            assert a.stride() == b.stride() or rows == 1, f"output {index}: {a.stride()}, the original's {b.stride()}"
+    assert not fxfuse.report(fused).fallbacks
+
+
 class Attending(nn.Module):
     """What follows the layer has no weights: lanes that are frozen, and have no layer of the others' kind, share it with them."""
 

@@ -493,7 +493,7 @@ def test_writes_into_what_was_a_copy_in_the_recording(how: str) -> None:
     assert not fxfuse.report(fused).fallbacks
     for x in (X, randn(9, 9, seed=3)[:5, 1:5]):
         assert_close(fused(x), model(x), "in order")
-    assert "lies in rows, and forward writes into a copy of it" in " ".join(fxfuse.report(fused).fallbacks)
+    assert "in another order than recorded, and forward views it, or writes into what was" in " ".join(fxfuse.report(fused).fallbacks)
 
 
 def test_an_example_that_does_not_lie_in_rows() -> None:

@@ -144,16 +144,18 @@ def test_a_constant_is_the_same_object_or_a_difference():
 
 
 def test_two_tensors_are_never_one():
-    """contiguous() of a transposed row hands its argument back; of two rows it makes another tensor."""
+    """contiguous of a transposed row hands its argument back; of two rows it makes another tensor. Plainly called, it is a call either way."""
 
     def forward(self, x):
         y = x * 2
-        return y.t().contiguous() + 1
+        return y.t().contiguous(memory_format=torch.contiguous_format) + 1
 
     one, two, three = (torch.ones(rows, 3) for rows in (1, 2, 3))
     assert difference(model_of(forward), one, two) is not None
     assert difference(model_of(forward), two, one) is not None
     assert difference(model_of(forward), two, three) is None
+    plain = model_of(lambda self, x: (x * 2).t().contiguous() + 1)
+    assert difference(plain, one, two) is difference(plain, two, one) is None
 
 
 def test_writes_must_agree():

@@ -100,15 +100,9 @@ def _steps(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(step for step, _ in steps)
 
 
-def _in_rows(fact: Any) -> bool:
-    """Are these the strides of a contiguous tensor?"""
-    return list(fact[3]) == sorted(fact[3], reverse=True)
-
-
-def _same_facts(got: Any, want: Any, other_layout: bool) -> bool:
+def _same_facts(got: Any, want: Any) -> bool:
     if isinstance(want, tuple) and isinstance(got, tuple) and len(want) == len(got) == 4:  # what ``look`` notes of a tensor
-        in_rows = other_layout and got[3] is not None and want[3] is not None and not _in_rows(want)
-        return got[:3] == want[:3] and (want[3] is None or got[3] == want[3] or in_rows)
+        return got[:3] == want[:3] and (want[3] is None or got[3] == want[3])
     return type(got) is type(want) and bool(got == want)
 
 
@@ -124,9 +118,8 @@ def _backward(outputs: list[Tensor], scale: float) -> None:
         torch.autograd.backward(ends, starts)
 
 
-def compare(got: Seen, want: Seen, noise: Callable[[], dict[str, float]], narrow: bool, other_layout: bool = False) -> list[str]:
-    """What differs, in words. ``narrow``: the model computes in float32 somewhere inside. ``other_layout``: the inputs are not laid out
-    as the example: a result may be in rows where the original's is not."""
+def compare(got: Seen, want: Seen, noise: Callable[[], dict[str, float]], narrow: bool) -> list[str]:
+    """What differs, in words. ``narrow``: the model computes in float32 somewhere inside."""
     if want.error or got.error:
         if bool(want.error) == bool(got.error) or (want.error and any(words in want.error for words in BENIGN)):
             return []
@@ -134,7 +127,7 @@ def compare(got: Seen, want: Seen, noise: Callable[[], dict[str, float]], narrow
     if got.spec != want.spec:
         return [f"returns {got.spec}, the original {want.spec}"]
     facts = ((name, got.facts.get(name), fact) for name, fact in want.facts.items())
-    found = [f"{name} is {mine}, the original's {fact}" for name, mine, fact in facts if not _same_facts(mine, fact, other_layout)]
+    found = [f"{name} is {mine}, the original's {fact}" for name, mine, fact in facts if not _same_facts(mine, fact)]
     largest = _largest(want)
     apart: dict[str, float] = {}
     for name, value in want.numbers.items():

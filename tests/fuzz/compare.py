@@ -205,7 +205,7 @@ class _Check:
         if self.case["inputs"]["rows"] == 1 or ("without grad" in where and ATTENTION.search(self.made.text)):
             for seen in (got, want):
                 seen.facts = {name: fact[:3] if isinstance(fact, tuple) else fact for name, fact in seen.facts.items()}
-        for said in compare(got, want, noise, self.narrow, "another layout" in where):
+        for said in compare(got, want, noise, self.narrow):
             self._problem(where, said)
         if want.error and not self.problems:  # one of the two may have updated its buffers before it raised
             self._same_state()

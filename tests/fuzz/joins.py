@@ -66,6 +66,9 @@ JOINS = {
     "cat_rows": Join("h = torch.cat(ys)", shape="other"),
     "stack_rows": Join("h = torch.stack(ys)", shape="other"),
     "with_input": Join("h = ({x}, ys, {x}[..., :1])", shape="other"),
+    "rows_of_input": Join("h = ({x}.transpose(1, -1).reshape(-1), ys, {x}[:, 0].contiguous())", shape="other"),
+    "beside_input": Join("h = [y.mean() + {x} for y in ys]", shape="other"),
+    "turned": Join("h = (ys, ys[0].transpose(0, -1).reshape(-1), [y.mT.contiguous() for y in ys])", shape="other"),
     "squared": Join("h = [y.square().mean() for y in ys]", shape="other"),
 }  # fmt: skip
 
