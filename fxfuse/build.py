@@ -206,6 +206,7 @@ class Builder:
         path, _ = way.entry.place(frame.path)
         module = way.entry.region(self.work, frame.path)
         blocked, kinds = unpackable(self.model, path)
+        blocked = {**blocked, **_returned(way, frame.path)}
         packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module))
         _set_training(way.root, way.observations[0].flags)
         given = self._cases(frame, prepared, way)
@@ -376,6 +377,22 @@ def _add(built: _Built, way: Recorded, observation: Observation, prepared: Prepa
         built.graphs.append(_Graph(way, observation, prepared.lifted, each.graph, method, serves))
     if method != FORWARD:
         built.plan.method_ops.setdefault(method, made.ops)
+
+
+def _returned(way: Recorded, path: str) -> dict[str, str]:
+    """The tensors of the region at ``path`` that it, or the model, returns: whoever calls gets that very Parameter, a leaf with a ``grad``.
+
+    By name in the region, with the reason that keeps them out of packs.
+    """
+    found: dict[str, str] = {}
+    for trace in (observation.trace for observation in way.observations):
+        names = {value.storage: value.name.removeprefix(f"{INSIDE}.") for value in trace.values if value.origin == "attribute"}
+        for frame in trace.frames:
+            if frame.index == 0 or frame.path == path:
+                out = (trace.values[leaf.value].storage for leaf in frame.out if isinstance(leaf, Ref))
+                found.update((names[storage], frame.path or "forward") for storage in out if storage in names)
+    prefix = f"{path.removeprefix(INSIDE).removeprefix('.')}."
+    return {name.removeprefix(prefix): f"{by} returns it" for name, by in found.items()}
 
 
 def _is_call(frame: Frame, region: Region) -> bool:

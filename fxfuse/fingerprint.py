@@ -31,7 +31,7 @@ from .workbench import Case
 # What is known of a node that decides what may be written for it.
 _FACTS = (
     *("shape", "dyn", "dtype", "device", "stride", "own_shape", "out_stride"),
-    *("requires_grad", "untracked", "unread", "alone", "distinct", "update"),
+    *("requires_grad", "untracked", "unread", "alone", "distinct", "update", "late"),
 )
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+|object at ")
 

@@ -127,6 +127,7 @@ class Guard:
     generic_device: bool = False
     autocast: tuple[str, torch.dtype] | None = None
     in_rows: bool = False
+    tracking: bool = False  # the caller has to track gradients: forward does so for a part of what it computes, whoever calls
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ class Program:
     placeholders are unused), ``get_attr`` nodes with targets relative to the region (``packed.*`` for packed tensors, others for
     what stayed), ``call_function`` nodes, ``call_module`` nodes for opaque children (target relative to the region), and one output:
     the flat list of output leaves of ``out_spec``, followed by those of each of ``stores``.
+    ``tracked``: it runs with gradient tracking on, as forward itself does; where the caller tracks none, results ``outside`` are detached.
     """
 
     graph: torch.fx.Graph
@@ -153,6 +155,8 @@ class Program:
     in_spec: Any  # pytree.TreeSpec of (args, kwargs)
     out_spec: Any  # pytree.TreeSpec of the result
     stores: tuple[Store, ...] = ()
+    tracked: bool = False
+    outside: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self  # finished programs are never changed, so that copies of a model share them

@@ -146,6 +146,7 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
         "default_dtype": torch.get_default_dtype,
         "same_constant": _same_constant,
         "in_order": in_order,
+        "is_grad_enabled": torch.is_grad_enabled,
         "lies": lies,
         "constant0": guard.default_dtype,
     }
@@ -213,6 +214,8 @@ def compile_guard(guard: Guard, facts: Sequence[Facts] = ()) -> Callable[..., bo
         others.append("len({" + ", ".join(f"id(x{i})" for i in distinct) + f"}}) != {len(distinct)}")
     else:
         others.extend(f"x{i} is x{j}" for n, i in enumerate(distinct) for j in distinct[:n])
+    if guard.tracking:
+        others.append("not is_grad_enabled()")
     others.append("default_dtype() is not constant0")
     if guard.autocast is None:
         kind = f"{devices[0]}.type" if devices else repr(_recorded_device(guard, facts).type)
@@ -326,6 +329,8 @@ def explain_miss(guard: Guard, leaves: Sequence[Any], facts: Sequence[Facts] = (
     crooked = next((i for i in indices if guard.in_rows and (not leaves[i].is_contiguous() or leaves[i].storage_offset())), None)
     if crooked is not None:
         return f"input {crooked} does not lie in rows, and forward reads how it lies in memory"
+    if guard.tracking and not torch.is_grad_enabled():
+        return "the caller tracks no gradients, and forward does for a part of what it computes"
     if torch.get_default_dtype() is not guard.default_dtype:
         return f"the default dtype is {torch.get_default_dtype()}, recorded {guard.default_dtype}"
     where = device[1].type if device is not None else "cpu"

@@ -51,6 +51,8 @@ def _find(module: str, name: str) -> Any:
         return found if isinstance(found, BuiltinFunctionType) else None
     if module == "builtins":
         return getattr(builtins, name) if name in _ARITHMETIC else None
+    if (module, name) == ("torch.autograd", "grad"):
+        return torch.autograd.grad
     if name.startswith(("Tensor.", "TensorBase.")):
         return _method(name.partition(".")[2])
     if module.startswith(_OURS):

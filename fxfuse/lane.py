@@ -405,7 +405,9 @@ class LaneMixin(nn.Module):
         for name, members in own.items():
             lanes = len(packs[name].recipe.members)
             if len(members) < lanes:
-                raise FxfuseError(f"{name} packs {lanes} lanes, and requires_grad_ of {len(members)} of them alone cannot be set")
+                said = f"{name} packs {lanes} lanes, and requires_grad_ of {len(members)} of them alone cannot be set"
+                first = sorted(members)[0]
+                raise FxfuseError(f"{said}: fxfuse.freeze(model, {first!r}) and fxfuse.unfreeze do that, by names in the whole model")
         for slot in packs.values():
             slot.packed().requires_grad_(requires_grad)
         super().requires_grad_(requires_grad)

@@ -31,17 +31,20 @@ from .fast_path import laid_out
 from .graph import Place
 from .internal_files import INTERNAL, is_internal
 from .kept_memory import KeptMemory
+from .loose import Loose
 from .moves import moves_noted
 from .outside import Generators
 from .passes.functional import autocast_to
 from .ran import Ears, code_noted, runs_torch_only
 from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
+from .switches import Switches
 from .torch_calls import ACTIONS, DATA_SHAPED, FROM_DATA, IN_PLACE, MAYBE_IN_PLACE, PLAIN, PROPERTIES
 from .trace import MOST_NUMBERS, Event, Frame, Ref, Touch, Trace, Value
 from .unchecked import UNCHECKED
 
 _UNTRACKED = "runs without gradient tracking (no_grad, or a custom autograd Function)"
+_LASTING = "switches gradient tracking on for whoever called it (set_grad_enabled)"
 _AUTOCAST = "switches autocast"
 _TRANSFORM = "runs inside a transform of torch.func (vmap, grad and their like)"
 _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
@@ -54,6 +57,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, attributes: dict[int, str]) -> None:
         super().__init__()
         self.trace = Trace([], [], [], [])
+        self.loose = Loose(self.trace.values)
         self.attributes = attributes
         self.known: dict[int, Ref] = {}  # by id of the tensor; the trace keeps them alive
         self.stack: list[int] = []
@@ -64,8 +68,7 @@ class Recorder(TorchFunctionMode):
         self.kept: KeptMemory | None = None
         self.generators = Generators([])
         self.ears = Ears()
-        self.untracked = False  # inside of ``no_grad``
-        self.in_function = False  # a custom autograd Function was seen, which switches tracking off unseen
+        self.switches = Switches(self.trace.switched_on)
 
     # -- values -------------------------------------------------------------------------------------------------------------------
 
@@ -82,6 +85,8 @@ class Recorder(TorchFunctionMode):
         except (RuntimeError, NotImplementedError):
             storage = id(tensor)
         values.append(Value(tensor, origin, name, storage, tuple(tensor.shape)))
+        if origin == "attribute":
+            self.loose.attribute(values[-1])
         self.known[id(tensor)] = ref
         return ref
 
@@ -188,7 +193,8 @@ class Recorder(TorchFunctionMode):
             if name == "type" and (len(args) > 1 or kwargs):  # x.type(torch.float32), x.type("torch.FloatTensor")
                 return self.call(Tensor.to, (args[0], func(*args, **kwargs).dtype), {}, "to")
         elif action == "tracking":
-            self._tracking(bool(args[0]))
+            at = self.stack[-1] if self.stack else -1
+            self.switches.thrown(bool(args[0]), sys._getframe(2), at, len(self.trace.events))
         return self.run(func, args, kwargs)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any], name: str) -> Any:
@@ -228,7 +234,7 @@ class Recorder(TorchFunctionMode):
         if kwargs and kwargs.get("out") is not None:
             poison = "writes through out="
         elif not torch.is_grad_enabled():
-            poison = _UNTRACKED if mutated or not self.untracked else ""
+            poison = "" if self.switches.untracked and self.loose.all(mutated) else _UNTRACKED
         else:
             for tensor in tensors:
                 if type(tensor) is nn.Parameter and tensor.grad_fn is not None:
@@ -242,6 +248,8 @@ class Recorder(TorchFunctionMode):
             made = self.outputs(out)
             if not poison and not _only_tensors(out) and name != "__setitem__":
                 poison = f"takes a Python value out of {func.__name__}"
+        if self.switches.untracked or mutated or not tensors:
+            self._note_loose(made, mutated, [known[id(tensor)].value for tensor in tensors])
         if name in FROM_DATA and type(out) is Tensor and not tensors[1:]:
             func, described, described_kwargs, poison = self._spelled_out(func, described, args, described_kwargs, out, poison)
         if name in ("as_strided", "as_strided_"):
@@ -263,8 +271,9 @@ class Recorder(TorchFunctionMode):
                 if target is not None:
                     described = [self._cast(arg, target, place) for arg in args]
                     described_kwargs = {key: self._cast(arg, target, place) for key, arg in kwargs.items()}
-        if not self.untracked or poison or mutated:
-            events.append(Event(func, tuple(described), described_kwargs, made, mutated, place, frame, poison))
+        if not self.switches.untracked or poison or mutated:
+            untracked = self.switches.untracked and not poison
+            events.append(Event(func, tuple(described), described_kwargs, made, mutated, place, frame, poison, untracked))
             return out
         # ``f(x)`` under ``no_grad`` is ``f(x).detach()``: a graph holds that, not the switch.
         results = [made] if isinstance(made, Ref) else made if isinstance(made, list) else []
@@ -273,12 +282,22 @@ class Recorder(TorchFunctionMode):
             with_gradient = self._with_gradient(ref, tensors) if isinstance(ref, Ref) else None
             if with_gradient is not None:
                 results[index] = with_gradient
+                if self.trace.values[with_gradient.value].storage == self.trace.values[ref.value].storage:
+                    self.trace.untracked_views.add(ref.value)
                 detached.append(Event(Tensor.detach, (with_gradient,), {}, ref, (), place, frame))
         if isinstance(made, Ref):
             made = results[0]
         events.append(Event(func, tuple(described), described_kwargs, made, (), place, frame, untracked=True))
         events.extend(detached)
         return out
+
+    def _note_loose(self, made: Any, mutated: tuple[int, ...], arguments: list[int]) -> None:
+        """Keep account of the memory that has no history."""
+        if mutated and not self.switches.untracked:
+            self.loose.written(mutated, arguments)
+        for ref in (made,) if isinstance(made, Ref) else made if isinstance(made, list) else ():
+            if isinstance(ref, Ref) and ref.value not in arguments:
+                self.loose.made(self.trace.values[ref.value], arguments, self.switches.untracked)
 
     def _cast(self, tree: Any, dtype: torch.dtype, place: Place | None) -> Any:
         """``tree``, described, with each of its tensors cast as autocast does: a call of its own."""
@@ -288,7 +307,8 @@ class Recorder(TorchFunctionMode):
             return self.describe(tree)
         made = self._add(tree.to(dtype), "made")
         frame = self.stack[-1] if self.stack else -1
-        self.trace.events.append(Event(autocast_to, (self.number(tree), dtype), {}, made, (), place, frame, untracked=self.untracked))
+        event = Event(autocast_to, (self.number(tree), dtype), {}, made, (), place, frame, untracked=self.switches.untracked)
+        self.trace.events.append(event)
         return made
 
     def _with_gradient(self, ref: Ref, arguments: list[Tensor]) -> Ref | None:
@@ -301,12 +321,6 @@ class Recorder(TorchFunctionMode):
         # Not the storage of its detached self, unless that is a view: a write to the one is none to the other.
         values.append(Value(seen.tensor, seen.origin, seen.name, seen.storage if is_view else -len(values), seen.shape))
         return Ref(len(values) - 1)
-
-    def _tracking(self, on: bool) -> None:
-        """``no_grad`` and its like, about to switch. A switch inside of a custom autograd Function says nothing on what is around it."""
-        if not torch.is_grad_enabled() and not self.untracked:
-            self.in_function = True
-        self.untracked = not on and not self.in_function
 
     def _spelled_out(self, func: Any, described: list[Any], args: Any, kwargs: Any, out: Tensor, poison: str) -> tuple[Any, Any, Any, str]:
         """A tensor made of a numpy array: the same made of its numbers, which a graph can hold."""
@@ -444,8 +458,8 @@ class Recorder(TorchFunctionMode):
             self.note_comparisons()
         frame = Frame(index, parent, path, module, leaves, spec, len(trace.events))
         frame.raw = (args, kwargs)
-        frame.untracked = self.untracked
-        if not torch.is_grad_enabled() and not self.untracked:
+        frame.untracked = self.switches.untracked
+        if not torch.is_grad_enabled() and not self.switches.untracked:
             frame.switched = _UNTRACKED
         elif autocast_on() != self.autocast:
             frame.switched = _AUTOCAST
@@ -465,9 +479,10 @@ class Recorder(TorchFunctionMode):
             frame.sets_own = len(own) != len(before) or not all(map(is_, own.values(), before))
             if given is not None and given.held and (changed := given.changed()):
                 frame.poison = frame.poison or f"changes the {changed} that it was given"
-            if torch.is_grad_enabled() != tracking:  # for whoever called it, too: only the calls themselves do that
+            if torch.is_grad_enabled() != tracking or self.switches.lasting:  # for whoever called it, too: only the calls do that
                 for outer in stack:
-                    trace.frames[outer].poison = trace.frames[outer].poison or _UNTRACKED
+                    trace.frames[outer].poison = trace.frames[outer].poison or (_LASTING if self.switches.lasting else _UNTRACKED)
+                self.switches.lasting = False
         finally:
             if self.sizes:
                 self.note_comparisons()

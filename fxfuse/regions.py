@@ -26,7 +26,7 @@ from .passes.vectorize import Prepared, prepare
 from .private.module_hooks import has_hooks
 from .private.torch_function import DisableTorchFunction
 from .region import STATE
-from .trace import Frame, Ref
+from .trace import Frame, Ref, Trace
 
 RENORMS = "max_norm renormalizes"
 SINGLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -110,9 +110,17 @@ class RegionFinder:
         return best
 
     def _prepared(self, frame: Frame, sizes: Sizes) -> Prepared | Refusal:
-        lifted = lift(self.observation.trace, frame, sizes, self.closed - {frame.index})
+        trace = self.observation.trace
+        lifted = lift(trace, frame, sizes, self.closed - {frame.index})
         if isinstance(lifted, Refusal):
-            return lifted
+            writing = _writing(trace) - {frame.index}
+            again = lift(trace, frame, sizes, (self.closed | writing) - {frame.index}) if writing - self.closed else lifted
+            if isinstance(again, Refusal):
+                return lifted
+            for index in writing - self.closed:
+                trace.frames[index].poison, trace.frames[index].place = lifted.reason, lifted.place
+            self.closed |= writing
+            lifted = again
         fixed = self.observation.fixed.get(frame.index)
         if fixed is not None and not lifted.specialised:
             lifted.specialised, lifted.place = fixed.reason, fixed.place
@@ -233,6 +241,13 @@ class RegionFinder:
             else:
                 pending.extend(self.observation.trace.frames[index].children)
         return found
+
+
+def _writing(trace: Trace) -> frozenset[int]:
+    """The calls that write buffers, or under ``no_grad``, themselves: most such writes have a form as values, but not all."""
+    updates = updates_of(trace)
+    found = (e.frame for i, e in enumerate(trace.events) if (i in updates and updates[i].kind == "write") or (e.untracked and e.mutated))
+    return frozenset(index for index in found if index >= 0)
 
 
 def _nested(path: str, other: str) -> bool:

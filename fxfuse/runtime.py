@@ -151,8 +151,8 @@ def compile_program(
     flat, places, modules = _flat_graph(program.graph, root, override or {}, autocast)
     inputs = [f"x{i}" for i in range(len(program.guard.leaves))]
     names = [node.name for node in flat.nodes if node.op == "placeholder"][len(inputs) : len(inputs) + len(places)]
-    views = hoist(flat, set(names))
-    called = _function(flat)
+    views = None if program.tracked else hoist(flat, set(names))  # views made without gradients have no history
+    called = _tracked(program, _function(flat))
     facts = [(facts_of or {}).get(name) or Facts.of(name, place.fetch()) for name, place in places]
 
     scope: dict[str, Any] = {
@@ -238,7 +238,7 @@ def compile_graph(
 ) -> tuple[Callable[..., Any], list[tuple[str, Source]], list[nn.Module]]:
     """A program's graph without its guard: ``function(None, *leaves, *tensors, *modules)``, the tensors' sources, the modules."""
     flat, places, modules = _flat_graph(program.graph, root, override, program.guard.autocast)
-    return _function(flat), places, modules
+    return _tracked(program, _function(flat)), places, modules
 
 
 def _function(graph: torch.fx.Graph) -> Callable[..., Any]:
@@ -248,6 +248,23 @@ def _function(graph: torch.fx.Graph) -> Callable[..., Any]:
     exec(code.src, space)
     function: Callable[..., Any] = space["forward"]
     return function
+
+
+def _tracked(program: Program, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of the program's graph with gradient tracking on, where the program asks for that."""
+    if not program.tracked:
+        return function
+
+    def run(*args: Any) -> Any:
+        asked = torch.is_grad_enabled()
+        with torch.enable_grad():
+            out = function(*args)
+        if asked:
+            return out
+        cut = {id(out[i]): out[i].detach() for i in program.outside if isinstance(out[i], torch.Tensor)}
+        return [cut[id(leaf)] if i in program.outside and id(leaf) in cut else leaf for i, leaf in enumerate(out)]
+
+    return run
 
 
 def _nothing_to_hold(wanted: bool) -> None:

@@ -35,6 +35,7 @@ _COMPUTED = frozenset(("getattr", "hasattr", "vars", "__dict__", "eval", "exec",
 _MOST = 2000  # objects that are looked into
 _LARGE = 10_000  # items of a container; of a larger one only their number counts
 _BYTES = 4096  # of an array; a larger one is not compared
+_SET_BY_TORCH = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # in the environment, when its compiler is first imported
 _MISSING: Any = object()
 
 
@@ -47,7 +48,7 @@ class Piece:
     names: tuple[str, ...] | None
     values: Any
     attributes: bool = False  # of an object, not the items of a container
-    apart: frozenset[str] = frozenset()  # names that do not count where ``names`` is None
+    apart: frozenset[Any] = frozenset()  # names that do not count where ``names`` is None
 
     def now(self) -> Any:
         """What it holds now, as ``values``."""
@@ -96,7 +97,7 @@ def _attributes(thing: Any) -> Any:
     return vars(thing)
 
 
-def _without(holder: Any, apart: frozenset[str]) -> Any:
+def _without(holder: Any, apart: frozenset[Any]) -> Any:
     return {name: value for name, value in holder.items() if name not in apart} if apart else holder
 
 
@@ -170,7 +171,8 @@ class _Looker:
                 pending.extend((item, said) for item in thing)
             elif isinstance(thing, os._Environ):
                 data: Any = thing._data  # type: ignore[attr-defined]
-                self.pieces.append(Piece(said, data, None, _items(data)))
+                apart = frozenset(thing.encodekey(name) for name in _SET_BY_TORCH)
+                self.pieces.append(Piece(said, data, None, _items(_without(data, apart)), apart=apart))
             elif type(thing).__module__ == "numpy":
                 if hasattr(thing, "tobytes") and getattr(thing, "nbytes", _BYTES + 1) <= _BYTES:
                     self.pieces.append(Piece(said, thing, None, _items(thing)))

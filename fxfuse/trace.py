@@ -120,6 +120,9 @@ class Trace:
     updates: dict[int, Any] | None = None  # passes.updates: which events update buffers, found once
     ran: dict[int, dict[CodeType, dict[str, Any]]] = field(default_factory=dict)  # by frame: the code that ran there, and its globals
     strides: set[int] = field(default_factory=set)  # frames that read how a tensor lies in memory
+    untracked_views: set[int] = field(default_factory=set)  # values: views made under ``no_grad``
+    # Where forward switched gradient tracking on: the call that did, the events from and up to which.
+    switched_on: list[tuple[int, int, int]] = field(default_factory=list)
     ran_known: bool = True  # False: somebody's profiler was on, and ``ran`` is empty
 
 

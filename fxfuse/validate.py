@@ -296,6 +296,9 @@ class _Check:
         proved = exact is not None and self._compare(exact, proved=False) is True and not exact.fused.fallbacks
         if proved:
             self.proofs.add(call.mode)
+        inputs = [tensor for tensor in fresh.tensors_in(call.args, call.kwargs) if _inexact(tensor)]
+        if call.example == 0 and call.gradients and not all(tensor.requires_grad for tensor in inputs):
+            self._compare_as_given(call, wide if exact is not None else None)
         # Rounding is shown on the first example; on the others the own dtype is run only where float64 has proved nothing.
         unseen = exact is not None and not exact.original.usual_strides and call.gradients
         if (own or unseen) and (call.example == 0 or not proved):
@@ -305,6 +308,18 @@ class _Check:
                 self._round(mine, exact)
             if passed and self.all_float64 and not mine.fused.fallbacks:
                 self.proofs.add(call.mode)
+
+    def _compare_as_given(self, call: _Call, wide: tuple[nn.Module, nn.Module] | None) -> None:
+        """Once more with inputs that need gradients only where the caller's do: which results need one shows in no other call."""
+        given = replace(call, requires_grad=None)
+        pair = self._pair_in_float64(given, *wide) if wide is not None else self._pair(given, self.original, self.fused)
+        one, other = pair.original, pair.fused
+        if one.error is not None or other.error is not None:
+            return
+        for name in one.flags.keys() & other.flags.keys():
+            if one.flags[name] != other.flags[name]:
+                gap = Gap.lost(f"requires_grad is {other.flags[name]}, in the original {one.flags[name]}")
+                self.result.differences.append(_difference(given, "output", name, gap, self.rtol))
 
     def _pair_in_float64(self, call: _Call, original: nn.Module, fused: nn.Module) -> _Pair:
         """Both in float64; recorded casts to their own dtype follow it where the fused model computes more narrowly without."""

@@ -93,7 +93,7 @@ class Workbench:
                 if tensor.requires_grad:
                     parameters.append(tensor)
         graph = candidate.graph
-        if not self.train:  # made once, not at every call
+        if not self.train and not candidate.tracked:  # made once, not at every call
             with torch.no_grad():
                 graph = evaluate(graph, root)
         code = graph_module(root, graph)
@@ -106,7 +106,7 @@ class Workbench:
                 said = str(error).strip().splitlines()[:1]
                 raise RaisesError(f"packed, it raises {': '.join([type(error).__name__, *said])}") from error
 
-        return run, parameters
+        return (torch.enable_grad()(run) if candidate.tracked else run), parameters
 
     def _tensor(self, target: str, packs: Packs) -> torch.Tensor:
         if target in packs.constants:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from .forwarding import Place, fitted, place_of, taken
+from .forwarding import Place, fitted, keeps_history, place_of, taken
 from .functional import drop_unused, op_of, pick_along
 from .joins import CAT, STACK, UNSQUEEZE, Node, argument, is_op
 from .ops import canonical
@@ -57,6 +57,8 @@ def _collect(graph: torch.fx.Graph, node: Node) -> None:
             break
     # A single write is a join of its own only where it covers the whole buffer.
     if not pieces or (len(pieces) == 1 and len(covered) < node.meta["shape"][pieces[0][0].dim]):
+        return
+    if len(covered) == node.meta["shape"][pieces[0][0].dim] and keeps_history(at, [value for _, value in pieces]):
         return
     joined = _Assembly(graph, node, at).join(sorted(pieces, key=lambda piece: piece[0].positions.start))
     joined.meta.update({**node.meta, "stride": None if joined.target == FLATTEN else node.meta.get("stride")})

@@ -284,7 +284,8 @@ class Emitter(WeightReader):
     def _units(self, output: Node) -> list[Any]:
         """Bundles (by number) and single nodes in an order that respects the dataflow, close to the program's own.
 
-        What leaves the region in memory of its own (``returned``) comes last, when all that reads the same value is known.
+        What leaves the region in memory of its own (``returned``) comes last, when all that reads the same value is known; only then
+        are buffers written that others read (``late``).
         """
         of = {n: i for n, i in self.bundles.of.items() if i in self.bundles.active}
         position = {node: i for i, node in enumerate(self.lifted.graph.nodes)}
@@ -306,12 +307,12 @@ class Emitter(WeightReader):
                     pending.append(operand)
         self._keep_order([node for node in calls if node.op == "call_module"], dataflow)
 
-        def first(unit: Any) -> tuple[bool, int, int]:
+        def first(unit: Any) -> tuple[int, int, int]:
             """One chunk after the other, whatever the order of the program; within a chunk, as the program has it."""
             if isinstance(unit, int):
                 bundle = self.bundles.classes[unit]
-                return False, bundle.chunk, position[bundle.members[0]]
-            return bool(unit.meta.get("alone")), 0, position[unit]
+                return 2 * bool(bundle.members[0].meta.get("late")), bundle.chunk, position[bundle.members[0]]
+            return 2 if unit.meta.get("late") else int(bool(unit.meta.get("alone"))), 0, position[unit]
 
         return list(nx.lexicographical_topological_sort(dataflow, key=first))
 

@@ -172,7 +172,7 @@ def _write(graph: torch.fx.Graph, node: Node, buffers: dict[Node, _Buffer]) -> N
     if places is None or not isinstance(value, Node) or value.meta.get("shape") is None:
         return
     if not places:  # buffer[:] = value
-        if _blank(base) or len(base.users) > 1:
+        if _blank(base) or (len(base.users) > 1 and has_history(value)):
             _replace(node, fitted(graph, node, value, base))
         return
     if len(places) > 1:
@@ -202,6 +202,24 @@ def _blank(node: Any) -> bool:
     while isinstance(node, Node) and isinstance(node.target, Op) and node.target.name in (*_RESHAPES, "transpose", "select", "slice_along"):
         node = node.args[0]
     return isinstance(node, Node) and (not isinstance(node.target, Op) or node.target.name in _MADE)
+
+
+def keeps_history(base: Any, values: list[Node]) -> bool:
+    """Does a computed ``base`` that ``values`` cover as a whole still give its history to the result? They have none, then."""
+    return not _blank(base) and not any(map(has_history, values))
+
+
+def has_history(node: Node) -> bool:
+    """Can a gradient go through it to a weight or an input?"""
+    pending, seen = [node], {node}
+    while pending:
+        at = pending.pop()
+        if at.op != "call_function":
+            return True
+        if not (isinstance(at.target, Op) and at.target.name == "detach"):
+            pending.extend(each for each in at.all_input_nodes if each not in seen)
+            seen.update(at.all_input_nodes)
+    return False
 
 
 def fitted(graph: torch.fx.Graph, node: Node, value: Node, slot: Node) -> Node:

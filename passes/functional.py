@@ -163,6 +163,36 @@ def as_slot(value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     return value.to(slot.dtype).expand_as(slot)
 
 
+def gradient_in_rows(input: torch.Tensor) -> torch.Tensor:
+    """A gradient in rows: how autograd lays one out hangs on what it was added up from, which packing changes.
+
+    >>> gradient_in_rows(torch.ones(3, 2).t()).stride()
+    (3, 1)
+    """
+    return input.contiguous()
+
+
+def own_leaf(input: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """A leaf of its own over the memory of ``input``: what ``requires_grad_`` makes of a tensor without a history.
+
+    >>> own_leaf(torch.ones(2), True).requires_grad
+    True
+    """
+    return input.detach().requires_grad_(requires_grad)
+
+
+def untracked_view(input: torch.Tensor) -> torch.Tensor:
+    """A view made under ``no_grad``. No gradient goes through it; it says that it needs one where ``input`` does, as torch's views do.
+
+    >>> x = torch.ones(2, requires_grad=True) * 2
+    >>> y = untracked_view(x)
+    >>> y.requires_grad, y.is_leaf, y.data_ptr() == x.data_ptr()
+    (True, True, True)
+    """
+    with torch.no_grad():
+        return input.view_as(input)
+
+
 def cumulative_batch_norm(
     input: torch.Tensor,
     running_mean: torch.Tensor,

@@ -23,15 +23,18 @@ from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.sizes import SizeOf, SizeOp
 from fxfuse.trace import Event, Frame, Key, Ref, Touch, Trace
 
-from .functional import drop_unused, op_of
+from .functional import drop_unused, gradient_in_rows, op_of, own_leaf
 from .lifted import Lifted, Refused, SizeDependent, Sizes
 from .ops import op_name
 from .returned import Returned
 from .rows import layouts
+from .switched_on import switched_on
 from .updates import arguments, writes
 from .updating import mark_unread
 from .writes import RENEWING, SPLITS
 
+_LEAF = op_of(own_leaf)
+_IN_ROWS = op_of(gradient_in_rows)
 _GETITEM = op_of(operator.getitem, "item")
 
 
@@ -83,7 +86,7 @@ class _Lifter(Returned):
             self.path = self.trace.frames[event.frame].path if event.frame >= 0 else ""
             self.untracked = event.untracked
             update = self.updates.get(index)
-            if update is not None:
+            if update is not None and update.kind != "write":
                 self._update(event, update)
             elif event.poison:
                 raise Refused(event.poison, event.place)
@@ -91,6 +94,7 @@ class _Lifter(Returned):
                 self._event(event)
             index += 1
         self._late_counts()
+        self._renew_buffers()
         self._check_order()
         shared = self._shared(frame.out)
         stores, kept = self._stores()
@@ -103,6 +107,7 @@ class _Lifter(Returned):
         return Lifted(
             self.graph, frame, self.constants, self.checks, self.dynamic, place=frame.place, random=self.random, factories=self.factories,
             layouts=needed, shapes={value: self.trace.values[value].shape for value in self.inputs}, sizes=self.sizes, stores=stores,
+            tracking=switched_on(self.trace, frame, self.opaque),
             sets=frozenset((self._inside_path(t.path), t.name) for t in touches_in(self.trace, frame) if t.write),
         )  # fmt: skip
 
@@ -147,15 +152,6 @@ class _Lifter(Returned):
         if path != own and own and not path.startswith(f"{own}."):
             raise Refused(f"sets an attribute of {path or 'the model'}, which is outside", self.place)
         return path[len(own) :].removeprefix(".") if own else path
-
-    def _closed(self, at: int) -> int:
-        """The outermost call that stays closed around the call ``at``; -1 where none does."""
-        outermost = -1
-        while at >= 0 and at != self.frame.index:
-            if at in self.opaque:
-                outermost = at
-            at = self.trace.frames[at].parent
-        return outermost
 
     def _opaque_call(self, event: Event, index: int) -> int | None:
         """Where ``event`` belongs to a frame that stays closed: one module call for all of it, and the index after it."""
@@ -223,9 +219,42 @@ class _Lifter(Returned):
         elif name == "broadcast_tensors":
             raise Refused("broadcast_tensors has no functional form here", event.place)
         else:
+            if name == "grad":  # lanes that share a pack share its history: none may free it
+                kwargs = {**kwargs, "retain_graph": True} if len(args) < 4 else kwargs
+                args = (*args[:3], True, *args[4:]) if len(args) > 3 else args
             out = self._call(event.func, args, kwargs, event.out)
             self._bind(event.out, out)
+            if name == "grad":
+                self._gradients_in_rows(event)
+            elif name == "requires_grad_":
+                self._flag(event.out.value, args[0], bool(kwargs.get("requires_grad", True) if len(args) < 2 else args[1]), out)
         self._note_view(event)
+
+    def _flag(self, value: int, before: torch.fx.Node, given: bool, out: torch.fx.Node) -> None:
+        """``requires_grad_``: what comes after it reads the tensor with the flag, and no other tensor of those numbers has it."""
+        seen = self.trace.values[value]
+        with DisableTorchFunction():
+            is_leaf = seen.tensor.is_leaf
+        if value in self.inputs:
+            self.env[value] = out
+            out.meta["update"] = True
+        elif seen.origin != "made":
+            raise Refused(f"sets whether {seen.name or 'a constant'} needs a gradient", self.place)
+        elif is_leaf:
+            node = self.graph.call_function(_LEAF, (before, given))
+            self._describe(node, value)
+            self.env[value] = node
+            self.flagged[value] = (given,)
+
+    def _gradients_in_rows(self, event: Event) -> None:
+        """Results of ``torch.autograd.grad`` that lie in rows do so here."""
+        for ref in event.out if isinstance(event.out, list) else [event.out]:
+            if isinstance(ref, Ref) and isinstance(self.env.get(ref.value), torch.fx.Node):
+                with DisableTorchFunction():
+                    tensor = self.trace.values[ref.value].tensor
+                    in_rows = tensor.layout is torch.strided and tensor.is_contiguous()
+                if in_rows:
+                    self.env[ref.value] = self._node(_IN_ROWS, (self.env[ref.value],), ref.value)
 
     def _bind(self, out: Any, node: Any) -> None:
         if isinstance(out, Ref):
@@ -245,7 +274,7 @@ class _Lifter(Returned):
             values, own = self.trace.values, node.meta.get("value")
             if node.op in ("placeholder", "get_attr") and own is not None and values[own].storage != values[leaf.value].storage:
                 node = self._call(torch.clone, (node,), {}, leaf)  # ``x * 1``: a tensor of its own, which the caller may write to
-            node = self._another(node, leaf.value)
+            node = self._untracked(self._another(node, leaf.value), leaf.value)
             self._stride(node, leaf.value)
             return node
         if isinstance(leaf, (SizeOf, SizeOp)):

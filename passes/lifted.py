@@ -13,6 +13,8 @@ import torch.fx
 from fxfuse.graph import Layout, Place, Refusal, SizeCheck, Store
 from fxfuse.trace import Frame
 
+from .switched_on import Tracking
+
 Sizes = list[dict[int, frozenset[int]]]
 
 
@@ -49,4 +51,5 @@ class Lifted:
     stores: list[Store] = field(default_factory=list)  # attributes to set; their leaves follow the result's among the outputs
     sets: frozenset[tuple[str, str]] = frozenset()  # all attributes that the frame sets, closed calls in it too
     layouts: dict[int, Layout] = field(default_factory=dict)  # how inputs have to lie in memory, by their place among the leaves
+    tracking: Tracking = field(default_factory=Tracking)  # where forward switches gradient tracking on
     sizes: Sizes = field(default_factory=list)  # the free sizes, each with the dims that have it

@@ -19,7 +19,7 @@ import torch
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.trace import Event, Frame, Ref, Trace
 
-from .functional import op_of
+from .functional import op_of, untracked_view
 from .lifted import Sizes
 from .ops import Op, canonical, op_name
 from .updating import Updating
@@ -31,6 +31,7 @@ def returned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 RETURNED = op_of(returned)
+_UNTRACKED = op_of(untracked_view)
 
 
 def is_a_view_of_an_input(node: torch.fx.Node) -> bool:
@@ -49,6 +50,7 @@ class Returned(Updating):
 
     def __init__(self, trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> None:
         super().__init__(trace, frame, sizes, opaque)
+        self.flagged: dict[int, tuple[Any, ...]] = {}  # values whose ``requires_grad_`` was called, and with what
         self.given: dict[torch.fx.Node, int] = {}  # results, and the first value that each is
 
     def _shared(self, leaves: list[Any]) -> dict[int, torch.fx.Node]:
@@ -92,6 +94,12 @@ class Returned(Updating):
             return None
         return of, event
 
+    def _untracked(self, node: torch.fx.Node, value: int) -> torch.fx.Node:
+        """``node``; of a view made under ``no_grad``, the view as torch makes it: without a gradient, and with its base's flag."""
+        if value not in self.trace.untracked_views or value not in self.parent:
+            return node
+        return self._alone(_UNTRACKED, (self._read(self.parent[value][0]),), value)
+
     def _has_gaps(self, value: int) -> bool:
         """Do the strides of ``value`` step over memory of the tensor that it is a view of? Then no copy of its own has them.
 
@@ -124,11 +132,17 @@ class Returned(Updating):
             assert origin is not None
             base, event = origin
             source = self._view(base, root, held, made)
+            if value in self.trace.untracked_views:
+                made[value] = self._alone(_UNTRACKED, (source,), value)
+                return made[value]
             op, args = self._call_of(event, base, source)
             if isinstance(event.out, list):
                 whole = self._alone(op, args, None)
                 node = self._alone(_PIECE, (whole, event.out.index(Ref(value))), value)
             else:
+                node = self._alone(op, args, value)
+            if value in self.flagged:
+                op, args = canonical(torch.Tensor.requires_grad_, (node, *self.flagged[value]), {})
                 node = self._alone(op, args, value)
         made[value] = node
         return node

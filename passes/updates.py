@@ -1,9 +1,10 @@
-"""Buffers that forward updates in a way that a graph can repeat: the running statistics and counters of normalization layers.
+"""Buffers that forward updates in a way that a graph can repeat: running statistics and counters, averages, codebooks.
 
 Comes in: a ``Trace``. Goes out: which of its events are such updates (``updates_of``), and which values any event writes (``writes``):
 ``F.batch_norm`` writes its running statistics without telling autograd, so that no version counter shows it.
 
-An update is repeated in place, once per call. A buffer that is also read by anything else is left to a call of the module that updates it.
+The statistics of a normalization, and counters, are updated in place as they were, once per call. Any other buffer that is written is a
+value in the graph, which forward may read as often as it likes; its last one is written into the buffer when all else has run.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxfuse.trace import Event, Frame, Ref, Trace
 
 from .ops import canonical, op_name
+from .writes import DRAWING, DRAWS, RENEWING
 
 # Normalization that writes the running statistics it is given, where the argument named here is true.
 _TRAINING = {
     "batch_norm": "training", "native_batch_norm": "training", "cudnn_batch_norm": "training", "instance_norm": "use_input_stats",
 }  # fmt: skip
+# Writes that have no form as values: the tensor has another shape, or random numbers, afterwards.
+_NOT_WRITTEN = RENEWING | DRAWING | {f"{name}_" for name in DRAWS}
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -32,12 +36,23 @@ class Update:
 
     ``count``: a counter goes up. ``statistics``: a normalization updates its running statistics. ``cumulative``: one whose momentum is one
     over ``counter``, which forward reads as a number. ``part``: that reading; nothing to repeat. ``discarded``: a normalization
-    whose statistics nobody can see afterwards.
+    whose statistics nobody can see afterwards. ``write``: a write into a buffer that gets its last value at the end.
     """
 
-    kind: Literal["count", "statistics", "cumulative", "part", "discarded"]
+    kind: Literal["count", "statistics", "cumulative", "part", "discarded", "write"]
     touches: tuple[int, ...] = ()
     counter: int = -1  # value
+
+
+def _plain_buffer(tensor: torch.Tensor) -> bool:
+    """May its contents be copied into it, from a tensor without a history?"""
+    plain = tensor.layout is torch.strided and 0 not in tensor.stride() and type(tensor) in (torch.Tensor, nn.Buffer)
+    return plain and not isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+
+
+def _writes_its_first(event: Event) -> bool:
+    """Does it write its first argument?"""
+    return bool(event.args) and isinstance(event.args[0], Ref) and event.args[0].value in event.mutated
 
 
 def arguments(event: Event) -> dict[str, Any]:
@@ -73,6 +88,7 @@ class _Finder:
                 self._look(index, event, name)
         if self.found:
             self._drop_what_others_touch()
+        self._look_for_writes()
 
     def _look(self, index: int, event: Event, name: str) -> None:
         written = writes(event)
@@ -94,6 +110,38 @@ class _Finder:
             self._find_counter(index, event, touches)
         elif origins == {"made"}:
             self.found[index] = Update("discarded", touches)
+
+    def _look_for_writes(self) -> None:
+        """Writes into buffers that a graph can repeat as values. All those of one buffer, or none."""
+        held = {seen.storage for seen in self.values if seen.origin == "attribute"}
+        writers: dict[int, list[int]] = {}
+        for index, event in enumerate(self.trace.events):
+            if index not in self.found:
+                for storage in dict.fromkeys(self._storage(value) for value in writes(event)):
+                    if storage in held:
+                        writers.setdefault(storage, []).append(index)
+        if not writers or not self.trace.frames:
+            return
+        unfit = {storage for update in self.found.values() for storage in update.touches}
+        names: dict[int, set[int]] = {}
+        for value, seen in enumerate(self.values):
+            if seen.origin == "attribute":
+                names.setdefault(seen.storage, set()).add(value)
+        # Only what is registered: plain attributes are nobody's state, and are not put back where a model is run for its figures.
+        registered = {id(buffer) for module in self.trace.frames[0].module.modules() for buffer in module._buffers.values()}
+        for storage, values in names.items():
+            tensors = [self.values[value].tensor for value in values]
+            if len(values) > 1 or not all(id(tensor) in registered and _plain_buffer(tensor) for tensor in tensors):
+                unfit.add(storage)
+        for event in self.trace.events:
+            written = writes(event)
+            name = op_name(event.func)
+            if event.poison or written != event.mutated or (written and (name in _NOT_WRITTEN or not _writes_its_first(event))):
+                unfit.update(self._storages((event.args, event.kwargs)))
+        for frame in self.trace.frames:  # its very memory is passed on
+            unfit.update(self._storages((frame.leaves, frame.out)))
+        for storage in writers.keys() - unfit:
+            self.found.update((index, Update("write", (storage,))) for index in writers[storage])
 
     def _counts(self, event: Event) -> bool:
         """``buffer += 1`` for a whole number that a module holds."""

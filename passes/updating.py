@@ -1,7 +1,8 @@
-"""Updates of running statistics, repeated in place.
+"""Updates of buffers: running statistics repeated in place, other buffers written when all else has run.
 
 Comes in: the updates that ``passes.updates`` found in a trace. Goes out: ``Updating``, a layer of the lifter that writes each as a node
-with ``meta["update"]``; ``kwargs["after"]`` of such a node names what has to run before it. Also ``mark_unread``.
+with ``meta["update"]``; ``kwargs["after"]`` of such a node names what has to run before it; with ``meta["late"]``, all other nodes do. Also
+``mark_unread``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .functional import cumulative_batch_norm, op_of
 from .lifted import Refused, Sizes
 from .ops import Op, canonical
 from .updates import Update, arguments, updates_of
-from .writes import Writes
+from .writes import DETACH, Writes
 
 _CUMULATIVE = op_of(cumulative_batch_norm)
 
@@ -31,6 +32,7 @@ class Updating(Writes):
         super().__init__(trace, frame, sizes, opaque)
         self.updates = updates_of(trace)
         self.read_counters = {s for update in self.updates.values() if update.kind == "cumulative" for s in update.touches}
+        self.renewable = {s for update in self.updates.values() if update.kind == "write" for s in update.touches}
         self.counts: dict[int, list[tuple[Event, Update]]] = {}  # by frame: counters that go up with the frame's statistics
         self.last_update: dict[int, torch.fx.Node] = {}  # by storage
         self.changed_inside: dict[int, str] = {}  # storages that closed modules write -> the module
@@ -67,6 +69,34 @@ class Updating(Writes):
         """Counters of frames without statistics in the graph."""
         for event, update in [each for counts in self.counts.values() for each in counts]:
             self._repeat(event, update, canonical(torch.Tensor.add_, event.args, {}), ())
+
+    def _closed(self, at: int) -> int:
+        """The outermost call that stays closed around the call ``at``; -1 where none does."""
+        outermost = -1
+        while at >= 0 and at != self.frame.index:
+            if at in self.opaque:
+                outermost = at
+            at = self.trace.frames[at].parent
+        return outermost
+
+    def _renew_buffers(self) -> None:
+        """Write the last values of buffers that were written into them, when all that reads them has run."""
+        if not self.renewed:
+            return
+        names = {self.trace.values[value].storage: self.trace.values[value].name for value in self.renewed}
+        for event in self.trace.events[self.frame.start : self.frame.end]:
+            if self._closed(event.frame) >= 0:
+                for value in (*refs_in(event.args), *refs_in(event.kwargs)):
+                    if self.trace.values[value].storage in names:
+                        name, path = names[self.trace.values[value].storage], self.trace.frames[event.frame].path
+                        raise Refused(f"changes {name} in forward, which {path} reads, a call that stays as it is", event.place)
+        for value, held in self.renewed.items():
+            last = self._read(value)
+            if last is not held:
+                op, args = canonical(torch.Tensor.copy_, (held, last), {})
+                node = self.graph.call_function(op, args)
+                self._describe(node, value)
+                node.meta.update(update=True, late=True)
 
     def _repeat(self, event: Event, update: Update, call: tuple[Op, tuple[Any, ...]], after: tuple[torch.fx.Node, ...]) -> torch.fx.Node:
         """The call as a node, after those that touch the same buffers before it."""
@@ -117,6 +147,11 @@ def reached_storages(trace: Trace) -> set[int] | None:
     return reached
 
 
+def _cuts(node: torch.fx.Node) -> bool:
+    """Does no gradient go through it?"""
+    return node.target == DETACH or (isinstance(node.target, Op) and node.target.name == "returned untracked_view")
+
+
 def mark_unread(graph: torch.fx.Graph, trace: Trace) -> None:
     """Mark what no gradient reaches, so that it does not share a pack with what has one: it would get zeros instead of none.
 
@@ -140,7 +175,7 @@ def mark_unread(graph: torch.fx.Graph, trace: Trace) -> None:
                 known = given.meta.get("value")
                 if used is None or known is None or values[known].storage in used:
                     reached.add(given)
-        elif node in reached and tracked is not False and not size:
+        elif node in reached and tracked is not False and not size and not _cuts(node):
             reached.update(node.all_input_nodes)
         if node.op == "call_function" and (node not in read or (tracked and node not in reached)):
             node.meta["unread"] = True

@@ -152,6 +152,7 @@ class Vectorized:
     ops: list[FusedOp]
     choices: dict[Any, tuple[str, ...]]
     notes: list[str] = field(default_factory=list)
+    tracked: bool = False  # forward switches gradient tracking on, whoever calls
 
 
 def _mostly(lanes: LaneSet, other: LaneSet) -> bool:
@@ -193,7 +194,8 @@ def vectorize(prepared: Prepared, packs: Packs, lowering: dict[Any, str], prefer
             prepared.find()
             continue
         factored = [FusedOp(op, count, "one map of the summed input", place) for op, count, place in prepared.factored]
-        return Vectorized(graph, attempt, factored + emitter.ops, emitter.choices, list(dict.fromkeys(emitter.notes)))
+        tracked = prepared.lifted.tracking.kind != ""
+        return Vectorized(graph, attempt, factored + emitter.ops, emitter.choices, list(dict.fromkeys(emitter.notes)), tracked)
     return None
 
 

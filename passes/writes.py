@@ -25,9 +25,10 @@ from .rows import in_rows, needs_no_rows
 _SIZE = canonical(torch.Tensor.size, (torch.empty(0), 0), {})[0]
 _WRITE = op_of(index_write)
 _SLOT = op_of(as_slot)
+DETACH = canonical(torch.Tensor.detach, (torch.empty(0),), {})[0]
 _DRAWN = replace(op_of(drawn), random=True)
 # Methods that fill a tensor with random numbers: their arguments, and what these are where they are left out.
-_DRAWS: dict[str, dict[str, Any]] = {
+DRAWS: dict[str, dict[str, Any]] = {
     "normal": {"mean": 0.0, "std": 1.0}, "uniform": {"from": 0.0, "to": 1.0}, "exponential": {"lambd": 1.0}, "bernoulli": {"p": 0.5},
     "cauchy": {"median": 0.0, "sigma": 1.0}, "log_normal": {"mean": 1.0, "std": 2.0},
 }  # fmt: skip
@@ -38,7 +39,7 @@ _LEAVES = (Ref, SizeOf, SizeOp, type(None), bool, int, float, complex, str, byte
 # What is recorded of a tensor is its shape, and where its gradient goes, as it was first seen.
 RENEWING = frozenset("squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ as_strided_ resize_ resize_as_ set_ detach_".split())
 _COMPARING = frozenset("eq_ ne_ lt_ le_ gt_ ge_ logical_not_ logical_and_ logical_or_ logical_xor_".split())
-_DRAWING = frozenset("random_ geometric_".split())  # into a tensor, and without a rule
+DRAWING = frozenset("random_ geometric_".split())  # into a tensor, and without a rule
 SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
 _MAY_COPY = frozenset({"reshape", "flatten", "contiguous", "ravel", "reshape_as"})  # views, of some layouts
 
@@ -57,6 +58,9 @@ class Writes(Indexing):
         self.version: dict[int, int] = {}  # by root value
         self.inputs: set[int] = set()
         self.constants: dict[str, torch.Tensor] = {}
+        self.cut: set[torch.fx.Node] = set()  # written under ``no_grad``: without a history
+        self.renewable: set[int] = set()  # storages of buffers whose new contents are written when all is over
+        self.renewed: dict[int, torch.fx.Node] = {}  # those that were given some: by value, as the region holds them
 
     def _argument(self, tree: Any) -> Any:
         """A recorded argument as FX wants it: nodes for tensors and free sizes, numbers for fixed sizes."""
@@ -173,21 +177,45 @@ class Writes(Indexing):
         target = event.args[0].value if event.args and isinstance(event.args[0], Ref) else None
         if target is None or target not in event.mutated:
             raise Refused(f"{name} changes a tensor in a way that has no functional form here", event.place)
-        if name in _DRAWING:
+        if name in DRAWING:
             raise Refused(f"{name} fills a tensor with random numbers", event.place)
         if name in _COMPARING and self.trace.values[target].tensor.dtype is not torch.bool:
             raise Refused(f"{name} writes truth values as numbers", event.place)
         root = self._root(target)
         if root in self.inputs:
             raise Refused(f"writes into its input ({name})", event.place)
-        if root not in self.env and self.trace.values[root].origin in ("attribute", "constant"):
-            raise Refused(f"changes {self.trace.values[root].name or 'a constant'} in forward ({name})", event.place)
-        if self.trace.values[root].origin in ("attribute", "constant"):
-            raise Refused(f"changes {self.trace.values[root].name or 'a constant'} in forward ({name})", event.place)
+        seen = self.trace.values[root]
+        if seen.origin == "attribute" and seen.storage in self.renewable:
+            self.renewed.setdefault(root, self._read(root))
+        elif seen.origin in ("attribute", "constant"):
+            raise Refused(f"changes {seen.name or 'a constant'} in forward ({name})", event.place)
         args, kwargs = self._argument(event.args), self._argument(event.kwargs)
+        if event.untracked:  # into what has no history, and gets none
+            args, kwargs = (args[0], *map(self._detached, args[1:])), self._detached(kwargs)
         self._write(target, self._functional(event, name, args, kwargs, target), event)
+        if event.untracked:
+            self._note_cut(target)
         if isinstance(event.out, Ref) and event.out.value != target:
             self.env[event.out.value] = self.env[target]
+
+    def _note_cut(self, value: int) -> None:
+        self.cut.add(self.env[value])
+        while value in self.parent:
+            value = self.parent[value][0]
+            self.cut.add(self.env[value])
+
+    def _detached(self, tree: Any) -> Any:
+        """Arguments, each tensor of which is cut off its history."""
+
+        def cut(node: torch.fx.Node) -> torch.fx.Node:
+            dtype = node.meta.get("dtype")
+            inexact = dtype is not None and (dtype.is_floating_point or dtype.is_complex)
+            if not inexact or node in self.cut or node.target == DETACH or node.meta.get("value") is None:
+                return node
+            made: torch.fx.Node = self._call(torch.Tensor.detach, (node,), {}, Ref(node.meta["value"]))
+            return made
+
+        return torch.fx.node.map_arg(tree, cut)
 
     def _functional(self, event: Event, name: str, args: Any, kwargs: Any, target: int) -> Any:
         """What ``target`` holds after the in-place call ``name``."""
@@ -197,7 +225,8 @@ class Writes(Indexing):
                 return last  # the second half of ``x[i] += y``: what the first wrote into the view is there already
             return self._node(_WRITE, (args[0], args[1], args[2]), target)
         if name == "copy_" or (name == "fill_" and isinstance(args[1], torch.fx.Node)):
-            return self._node(_SLOT, (args[1], args[0]), target)
+            given = self._node(_SLOT, (args[1], args[0]), target)
+            return given if self._no_history(event, args[0]) else self._over(given, args[0], target)
         if name in ("zero_", "fill_"):
             # Of what was computed: a fill whose gradient is zero, as it is there; a new buffer has none.
             fill: Any = torch.full_like if _new(args[0]) else torch.fill
@@ -205,7 +234,7 @@ class Writes(Indexing):
             return self._node(filled[0], filled[1], target)
         base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
         func: Any
-        if base in _DRAWS and base != name:
+        if base in DRAWS and base != name:
             return self._draw(event, base, args, kwargs, target)
         if base == name:  # F.relu(x, inplace=True)
             func = event.func
@@ -225,9 +254,24 @@ class Writes(Indexing):
             node = self._node(to, to_args, target)
         return node
 
+    def _no_history(self, event: Event, slot: torch.fx.Node) -> bool:
+        """Has what ``copy_`` overwrites no history that its new contents lack?"""
+        source = event.args[1] if len(event.args) > 1 else event.kwargs.get("src", event.kwargs.get("value"))
+        if event.untracked or _new(slot) or self._root(event.args[0].value) in self.renewed or not isinstance(source, Ref):
+            return True
+        return self.trace.values[source.value].tensor.requires_grad
+
+    def _over(self, given: Any, slot: torch.fx.Node, target: int) -> Any:
+        """``given`` with the history of ``slot``, whose gradient is zero: as after ``h.copy_(h.detach())``."""
+        flags, flags_args = canonical(torch.ones_like, (slot,), {"dtype": torch.bool})
+        everywhere = self._node(flags, flags_args, None)
+        everywhere.meta.update({**slot.meta, "value": None, "dtype": torch.bool, "stride": None})
+        where, where_args = canonical(torch.where, (everywhere, given, slot), {})
+        return self._node(where, where_args, target)
+
     def _draw(self, event: Event, name: str, args: Any, kwargs: Any, target: int) -> Any:
         """Random numbers drawn into a new tensor."""
-        signature = _DRAWS[name]
+        signature = DRAWS[name]
         given = dict(zip(signature, args[1:], strict=False)) | kwargs
         numbers = tuple(given.get(argument, default) for argument, default in signature.items())
         if not _new(args[0]) or not set(given) <= set(signature) or any(isinstance(number, torch.fx.Node) for number in numbers):
@@ -319,7 +363,11 @@ class Writes(Indexing):
             if name in _MAY_COPY:
                 self._relies_on_order(name, base, made.out.value)
             if name == "detach":
-                raise Refused("writes into a detached tensor", event.place)
+                if event.untracked:  # what is written has no history
+                    return node
+                if self._root(base) not in self.renewed:
+                    raise Refused("writes into a detached tensor", event.place)
+                return self._call(torch.Tensor.detach, (node,), {}, Ref(base))  # ``buffer.data.add_(h)``
             sizes = tuple(self._argument(SizeOf(base, dim)) for dim in range(len(self.trace.values[base].shape)))
             return self._call(torch.Tensor.reshape, (node, sizes), {}, Ref(base))
         if name in ("transpose", "t", "swapaxes"):

@@ -180,8 +180,9 @@ def _pool(kind: str, d: int) -> list[Sample]:
     return [call(lambda x: function(x, *rest), (2, 3, *((4,) * d))), call(lambda x: function(x, *rest), (3, *((4,) * d)))]
 
 
-# Ops that only stand between others: sizes, which are numbers where they are fixed, and spellings that no recording shows.
-BETWEEN = frozenset("size size_add size_sub size_mul get_real get_imag threshold".split())
+# Ops that only stand between others: sizes, which are numbers where they are fixed, spellings that no recording shows, and last writes
+# into buffers (tests/test_written_buffers.py).
+BETWEEN = frozenset("size size_add size_sub size_mul get_real get_imag threshold copy_".split())
 
 SAMPLES: dict[str, list[Sample]] = {
     # layers

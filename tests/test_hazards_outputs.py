@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fxfuse
-from checks import assert_close, own_gradients, randn, randomized
+from checks import assert_close, assert_equal_models, model_of, own_gradients, randn, randomized
 from fxfuse import packing
 from fxfuse.private.pytree import tree_leaves
 
@@ -342,3 +342,35 @@ def test_a_frozen_lane_s_result_has_its_gradients() -> None:
     for each in (model, fused):
         each([randn(3, 4, seed=i) for i in range(4)])[1].square().sum().backward()
     assert_close(packing.original_gradients(fused)["nets.1.weight"], model.nets[1].weight.grad, "gradient")
+
+
+RETURNED = {
+    "one": lambda self: self.nets[1].weight, "all": lambda self: [net.weight for net in self.nets],
+    "detached": lambda self: self.nets[0].weight.detach(), "rows": lambda self: self.nets[2].weight[:2],
+    "bias": lambda self: {"bias": self.nets[3].bias},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_a_weight_that_forward_returns_is_the_parameter_itself(name):
+    """Whoever gets it finds a leaf, with its gradient, and may write into it."""
+    def forward(self, x):
+        return torch.cat([net(x) for net in self.nets], 1), RETURNED[name](self)
+
+    model = randomized(model_of(forward, nets=nn.ModuleList(nn.Linear(4, 5) for _ in range(4))))
+    fused = fuse(model, X)
+    assert fxfuse.report(fused).fused
+    assert_equal_models(model, fused, [(X, {})])
+    seen = []
+    for each in (model, fused):
+        out, returned = each(X)
+        leaves = tree_leaves(returned)
+        each.zero_grad()
+        out.square().sum().backward()
+        with torch.no_grad():
+            leaves[0].mul_(0.5)
+        flags = [(leaf.is_leaf, leaf.requires_grad, type(leaf), leaf.stride()) for leaf in leaves]
+        seen.append((flags, leaves[0].grad if leaves[0].is_leaf else None))
+    assert seen[0][0] == seen[1][0]
+    assert_close(seen[1][1], seen[0][1], "gradient of what was returned")
+    assert_close(fused(X)[0], model(X)[0], "after a write into it")

@@ -22,7 +22,7 @@ from settings_elsewhere import scaled
 from torch import Tensor, nn
 
 import fxfuse
-from checks import assert_close, assert_equal_models, mlp, model_of, randn, randomized
+from checks import QUICK, assert_close, assert_equal_models, mlp, model_of, randn, randomized
 
 SCALE = 2.0
 ACT = torch.tanh
@@ -656,3 +656,19 @@ def test_modes_of_torch_that_forward_asks_for(kind: type[nn.Module], validate: b
     for switch in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with switch():
             assert torch.equal(fused(x), model(x)), switch
+
+
+def test_what_torch_itself_sets_in_the_environment_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiler notes where its cache is, when it is first imported: in a forward that it takes a derivative in, for one."""
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        scale = float(os.environ.get("FXFUSE_TEST_SCALE", "2"))
+        return torch.cat([net(x) for net in self.nets], 1) * scale
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    model = randomized(model_of(forward, nets=nn.ModuleList(nn.Linear(4, 3) for _ in range(3))))
+    fused = fxfuse.optimize(model, randn(5, 4), objective="launches", **QUICK)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    fused(randn(5, 4))
+    assert not fxfuse.report(fused).fallbacks
+    monkeypatch.setenv("FXFUSE_TEST_SCALE", "7")
+    assert_close(fused(randn(5, 4)), model(randn(5, 4)), "another environment")

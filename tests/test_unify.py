@@ -144,7 +144,7 @@ def test_a_constant_is_the_same_object_or_a_difference():
 
 
 def test_two_tensors_are_never_one():
-    """contiguous of a transposed row hands its argument back; of two rows it makes another. Plainly called, it is a call either way."""
+    """contiguous of a transposed row hands its argument back; of two rows it makes another tensor. Plainly called, it is a call."""
 
     def forward(self, x):
         y = x * 2

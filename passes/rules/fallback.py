@@ -25,13 +25,14 @@ from .base import Rule
 
 LOWERING = "vmap"
 _WRONG = frozenset({"select_scatter"})  # gradients over lanes that torch 2.13 gets wrong
+_OF_AUTOGRAD = frozenset({"grad", "requires_grad_"})  # they speak of one tensor's history, which lanes of a pack have together
 _OURS = frozenset({"index_write"})  # of the functions in passes/functional.py, those that are all torch inside
 
 
 def applies(bundle: Bundle) -> bool:
     """Is it worth trying: a function of tensors that draws no random numbers?"""
     op = bundle.op
-    if op is None or op.random or op.name in POSITIONS or (op.overload == "fxfuse" and op.name not in _OURS):
+    if op is None or op.random or op.name in POSITIONS or op.name in _OF_AUTOGRAD or (op.overload == "fxfuse" and op.name not in _OURS):
         return False
     if any(member.meta.get("update") for member in bundle.members):  # changes a buffer
         return False

@@ -215,6 +215,29 @@ def untracked(scope: Scope, shape: Shape, steps: list[Any]) -> Shape:
 
 
 @step
+def tracked(scope: Scope, shape: Shape, steps: list[Any]) -> Shape:
+    """The steps with tracking on, whoever calls."""
+    scope.write("with torch.enable_grad():")
+    scope.indent += 1
+    scope.write("pass")
+    shape = write(scope, shape, steps)
+    scope.indent -= 1
+    return shape
+
+
+@step
+def energy(scope: Scope, shape: Shape, text: str) -> Shape:
+    """A derivative inside of forward, scaled by a weight."""
+    scope.write("with torch.enable_grad():")
+    scope.indent += 1
+    scope.write("z = h.detach().requires_grad_()")
+    scope.write(text)
+    scope.indent -= 1
+    scope.write(f"h = h * {scope.parameter('torch.randn(())')}")
+    return shape
+
+
+@step
 def state(scope: Scope, shape: Shape, text: str, whole: bool) -> Shape:
     """A buffer that forward updates."""
     buffer = scope.buffer("torch.tensor(0)" if whole else "torch.tensor(0.5)")
@@ -281,11 +304,12 @@ def bodies(depth: int = 1) -> st.SearchStrategy[list[Any]]:
         of("encoder", st.booleans()),
         of("embedding", width, st.booleans()),
         of("state", lines.STATES, st.booleans()),
+        of("energy", lines.ENERGIES),
         of("line", lines.ODD),
         of("dropout", [0.2, 0.5]),
     )
     few = st.lists(plain, min_size=1, max_size=2)
-    compound = [of("residual", few, lines.RESIDUALS), of("untracked", few)]
+    compound = [of("residual", few, lines.RESIDUALS), of("untracked", few), of("tracked", few)]
     if depth:
         from .loops import loops
 

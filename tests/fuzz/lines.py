@@ -256,4 +256,13 @@ STATES = _table("""
     {b}.copy_(h.detach().sum())
     {b} += 1
     h = h + {b}
+    torch.no_grad()(lambda: {b}.mul_(0.9).add_(h.sum(), alpha=0.1))()
+    {b}.data.copy_({b} * 0.5 + h.mean())
+    torch.no_grad()(lambda: {b}.fill_(1).div_(h.abs().sum() + 1))()
+""")
+# Derivatives inside of forward, of what follows from ``h`` alone.
+ENERGIES = _table("""
+    h = torch.autograd.grad((z * z.tanh()).sum(), z, create_graph=True)[0]
+    h = z - 0.1 * torch.autograd.grad(z.softmax(-1).square().sum(), z, create_graph=True)[0]
+    h = torch.autograd.grad(z.exp().sum(), z)[0] * z
 """)
