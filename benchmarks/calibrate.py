@@ -1,4 +1,4 @@
-"""The constants of ``fxfuse/cost.py``, measured here: run it on an idle machine, and put what it prints in the place of ``CPU`` there.
+"""The constants of ``fxfuse/planning/cost.py``, measured here: run it on an idle machine, and put what it prints in the place of ``CPU``.
 
     python benchmarks/calibrate.py [--threads 1] [--seconds 2] [--device cuda]
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fxfuse.fingerprint import device_name
+from fxfuse.planning.fingerprint import device_name
 
 
 def median(function: Callable[[], object], seconds: float, device: torch.device) -> float:

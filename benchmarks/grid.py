@@ -32,9 +32,9 @@ import fxfuse
 from benchmarks.grid_cases import FAMILIES, Case, Loop, cases, example, sample, short
 from benchmarks.grid_goals import goals, passes_seconds, printed, table
 from benchmarks.grid_peers import made
-from fxfuse.fingerprint import device_name
-from fxfuse.memory import peak_bytes
-from fxfuse.timing import medians
+from fxfuse.planning.fingerprint import device_name
+from fxfuse.planning.memory import peak_bytes
+from fxfuse.planning.timing import medians
 
 MEASURES = {"inference": "infer", "forward + backward": "train", "step with Adam": "train"}
 SLOWER = 0.97  # below it three times, a case counts as slower

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.fused import regions
-from fxfuse.runtime import Compiled
+from fxfuse.running.runtime import Compiled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.feature_networks import FeatureNetworks

@@ -20,7 +20,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.launches import count
-from fxfuse.memory import peak_bytes
+from fxfuse.planning.memory import peak_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))

@@ -29,7 +29,7 @@ from fxfuse import dynamo
 from fxfuse.dynamo.compiled import SHARED_BYTES, SHARED_MEMBERS
 from fxfuse.dynamo.shared import SharedPack
 from fxfuse.graph import Recipe
-from fxfuse.timing import medians
+from fxfuse.planning.timing import medians
 
 
 def both(count: int, numbers: int, train: bool) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fxfuse
 from benchmarks.grid import environment, step
 from benchmarks.grid_cases import FAMILIES, Case, Loop, example, sample
-from fxfuse.timing import medians
+from fxfuse.planning.timing import medians
 
 GOAL = 1 / 1.15
 MEASURES = {"infer": "inference", "train": "forward + backward"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fxfuse import timing
+from fxfuse.planning import timing
 
 
 def medians(candidates: Mapping[str, Callable[[], object]], *, seconds: float = 6.0, calls: int = 1) -> dict[str, float]:

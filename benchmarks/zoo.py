@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fxfuse
-from fxfuse import timing
+from fxfuse.planning import timing
 from zoo.check import Outcome, check
 from zoo.registry import Subject, subjects
 

@@ -14,22 +14,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .averages import migrate_average
     from .backend import backend, inductor_pass
+    from .checking.validate import Validation, verify
     from .checkpoint_format import checkpoint_format
-    from .distributed.clipping import clip_grad_norm_
-    from .distributed.shard_lanes import shard_lanes
     from .errors import ArgumentError, FallbackError, FxfuseError, OptimizerError, StateDictError, ValidationError
     from .freeze import freeze, unfreeze
     from .fused import graphs as graph
     from .fused import unfuse
-    from .migrate import migrate_optimizer
+    from .lane_parallel.clipping import clip_grad_norm_
+    from .lane_parallel.shard_lanes import shard_lanes
     from .optimize import explain, optimize
-    from .optimizer_state import load_original_optimizer_state_dict, original_optimizer_state_dict
-    from .packing import load_original_state_dict, named_original_parameters, original_named_parameters, original_state_dict
+    from .optimizers.averages import migrate_average
+    from .optimizers.migrate import migrate_optimizer
+    from .optimizers.optimizer_state import load_original_optimizer_state_dict, original_optimizer_state_dict
     from .report import Report
     from .store import get_report as report
-    from .validate import Validation, verify
+    from .weights.packing import load_original_state_dict, named_original_parameters, original_named_parameters, original_state_dict
 
 __version__ = "0.1.0"
 
@@ -70,20 +70,20 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("backend", "inductor_pass"), "backend"),
     "checkpoint_format": "checkpoint_format",
-    "clip_grad_norm_": "distributed.clipping",
+    "clip_grad_norm_": "lane_parallel.clipping",
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors"),
     **dict.fromkeys(("freeze", "unfreeze"), "freeze"),
     **dict.fromkeys(("graph", "unfuse"), "fused"),
-    "migrate_average": "averages",
-    "migrate_optimizer": "migrate",
+    "migrate_average": "optimizers.averages",
+    "migrate_optimizer": "optimizers.migrate",
     **dict.fromkeys(("explain", "optimize"), "optimize"),
-    **dict.fromkeys(("load_original_optimizer_state_dict", "original_optimizer_state_dict"), "optimizer_state"),
-    **dict.fromkeys(("load_original_state_dict", "original_state_dict"), "packing"),
-    **dict.fromkeys(("named_original_parameters", "original_named_parameters"), "packing"),
+    **dict.fromkeys(("load_original_optimizer_state_dict", "original_optimizer_state_dict"), "optimizers.optimizer_state"),
+    **dict.fromkeys(("load_original_state_dict", "original_state_dict"), "weights.packing"),
+    **dict.fromkeys(("named_original_parameters", "original_named_parameters"), "weights.packing"),
     "Report": "report",
     "report": "store",
-    "shard_lanes": "distributed.shard_lanes",
-    **dict.fromkeys(("Validation", "verify"), "validate"),
+    "shard_lanes": "lane_parallel.shard_lanes",
+    **dict.fromkeys(("Validation", "verify"), "checking.validate"),
 }
 _OTHERWISE_CALLED = {"graph": "graphs", "report": "get_report"}
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from fxfuse.errors import ArgumentError
 from fxfuse.fused import regions
-from fxfuse.live_optimizers import unwrapped
-from fxfuse.migrate import check_optimizer
-from fxfuse.optimizer_state import Written
-from fxfuse.region import RegionState
+
+from .models.live_optimizers import unwrapped
+from .optimizers.migrate import check_optimizer
+from .optimizers.optimizer_state import Written
+from .running.region import RegionState
 
 
 class checkpoint_format:

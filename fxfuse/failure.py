@@ -9,11 +9,11 @@ import traceback
 
 from torch import nn
 
-from .copies import independent_copy
 from .graph import Refusal
+from .models.copies import independent_copy
 from .report import Report
 from .store import set_report
-from .weights import carry_over
+from .weights.weights import carry_over
 
 
 def failed(model: nn.Module, error: Exception, report: Report, inplace: bool) -> nn.Module:

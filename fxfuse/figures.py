@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from . import fused as fused_modules
-from . import plan_cache
-from .attributes import attributes_kept
-from .determinism import preserved_state
-from .entries import Entry
-from .fingerprint import combined, sizes_of
 from .launches import count
+from .models.determinism import preserved_state
+from .models.silent_hooks import hooks_silent
 from .options import Options
+from .planning import plan_cache
+from .planning.fingerprint import combined, sizes_of
+from .planning.timing import medians
+from .recording.attributes import attributes_kept
 from .report import Report
-from .silent_hooks import hooks_silent
-from .timing import medians
+from .running.entries import Entry
 
 
 def measure(work: nn.Module, result: nn.Module, entries: list[Entry], options: Options, report: Report) -> None:

@@ -1,8 +1,8 @@
 """Freeze lanes by the original's names.
 
 Comes in: a model, fused or not, and patterns of names. Goes out: the model, in place, with those parameters out of training: bit-equal from
-then on, also under weight decay and momentum. A frozen lane of a pack is a part of its own (``fxfuse.cut``) with ``requires_grad=False``;
-optimizers that hold the pack go on with its parts.
+then on, also under weight decay and momentum. A frozen lane of a pack is a part of its own (``fxfuse.optimizers.cut``) with
+``requires_grad=False``; optimizers that hold the pack go on with its parts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from fxfuse.cut import cut
 from fxfuse.errors import ArgumentError
-from fxfuse.live_optimizers import holding
-from fxfuse.migrate import collect, place
-from fxfuse.places import Place, places
-from fxfuse.region import RegionState
+
+from .models.live_optimizers import holding
+from .optimizers.cut import cut
+from .optimizers.migrate import collect, place
+from .optimizers.places import Place, places
+from .running.region import RegionState
 
 
 def freeze(model: nn.Module, *patterns: str) -> list[str]:

@@ -14,16 +14,16 @@ import torch
 import torch.fx
 from torch import nn
 
-from fxfuse.all_or_nothing import loads_as_before
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Program
-from fxfuse.lane import divided, restore
-from fxfuse.module_tree import named_modules
-from fxfuse.runtime import graph_module, source, walk
-from fxfuse.sharded import is_sharded
-from fxfuse.widen import widened
 
-from .region import STATE, RegionState
+from .models.module_tree import named_modules
+from .models.sharded import is_sharded
+from .running.region import STATE, RegionState
+from .running.runtime import graph_module, source, walk
+from .running.widen import widened
+from .weights.all_or_nothing import loads_as_before
+from .weights.lane import divided, restore
 
 
 def regions(model: nn.Module) -> dict[str, RegionState]:

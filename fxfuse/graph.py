@@ -162,7 +162,7 @@ class Program:
         return self  # finished programs are never changed, so that copies of a model share them
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        from .serialize import program_from_data, program_to_data  # only pickling needs it
+        from .running.serialize import program_from_data, program_to_data  # only pickling needs it
 
         return program_from_data, (program_to_data(self),)
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from fxfuse.private.pytree import tree_map_only
 
-from .exclusive import alone_now
+from .models.exclusive import alone_now
 from .options import Options
 from .report import Report
 from .store import set_report

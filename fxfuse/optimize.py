@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .entries import make_entries
 from .errors import ArgumentError, OptimizerError
 from .failure import failed
-from .live_optimizers import holding, parameter_ids, unwrapped
-from .migrate import collect, place
+from .models.live_optimizers import holding, parameter_ids, unwrapped
+from .models.quiet import quiet
+from .optimizers.migrate import collect, place
 from .options import make_inputs, make_options
 from .pipeline import run_entries
-from .quiet import quiet
 from .report import Report
+from .running.entries import make_entries
 from .store import get_report
 
 

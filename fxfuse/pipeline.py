@@ -21,38 +21,38 @@ from fxfuse.private.module_hooks import hooks_for_all
 from fxfuse.private.pytree import tree_map_only
 
 from . import fused as fused_modules
-from . import install as installer
-from . import large
-from .build import Builder, Recorded, refuse
-from .casts import without_autocast
-from .collector import collecting, paused
-from .contents import Contents
-from .copies import sharing_copy
-from .depth import deeper
-from .determinism import preserved_state
-from .difference import Validation
-from .entries import FORWARD, Entry
+from .building.build import Builder, Recorded, refuse
+from .building.regions import Region, RegionFinder
+from .checking.difference import Validation
+from .checking.validate import other_examples
+from .checking.validate import validate as compare
 from .errors import ArgumentError, FxfuseError, HeldElsewhereError
-from .exclusive import alone
 from .failure import failed, spare
 from .figures import measure
 from .graph import Refusal, RegionPlan
-from .inputs import resample
-from .large import Moved, sample, twin, weight_bytes, without_history
-from .lengths import tracked_len
-from .observe import observe_modes, reads_offsets
+from .models.collector import collecting, paused
+from .models.contents import Contents
+from .models.copies import sharing_copy
+from .models.depth import deeper
+from .models.determinism import preserved_state
+from .models.exclusive import alone
+from .models.inputs import resample
+from .models.quiet import quiet
+from .models.undo import Undo
 from .options import Options
 from .passes.vectorize import LaneSet, Prepared
-from .plan import LEAST_GAIN
-from .quiet import quiet
-from .regions import Region, RegionFinder
+from .planning.plan import LEAST_GAIN
+from .planning.staying import times_faster
+from .planning.timing import medians
+from .recording.casts import without_autocast
+from .recording.lengths import tracked_len
+from .recording.observe import observe_modes, reads_offsets
 from .report import Report
-from .staying import times_faster
+from .running import install as installer
+from .running.entries import FORWARD, Entry
 from .store import get_report, set_report
-from .timing import medians
-from .undo import Undo
-from .validate import other_examples
-from .validate import validate as compare
+from .weights import large
+from .weights.large import Moved, sample, twin, weight_bytes, without_history
 
 _WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"})
 LONG = 20_000  # torch calls of one forward

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxfuse.difference import Histogram, Rounding, Validation
 from fxfuse.graph import FusedOp, Refusal, RegionPlan
+
+from .checking.difference import Histogram, Rounding, Validation
 
 WIDTH = 98
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.fx
 
+from fxfuse.functional import drop_unused, op_of, pick_along
+from fxfuse.ops import canonical
+
 from .forwarding import Place, fitted, keeps_history, place_of, taken
-from .functional import drop_unused, op_of, pick_along
 from .joins import CAT, STACK, UNSQUEEZE, Node, argument, is_op
-from .ops import canonical
 
 FLATTEN = canonical(torch.flatten, (torch.empty(0), 0, 1), {})[0]
 PICK = op_of(pick_along)

@@ -19,8 +19,9 @@ import networkx as nx
 import torch
 import torch.fx
 
+from fxfuse.ops import Op
+
 from .numbers import loosened, numbers_of
-from .ops import Op
 from .unequal import Group, blurred_numbers, unequal_groups
 
 Node = torch.fx.Node

@@ -18,12 +18,12 @@ import networkx as nx
 import torch
 import torch.fx
 
+from fxfuse.functional import drop_unused, in_rows_without_grad, numbers_like, slice_along, tracked_as
 from fxfuse.graph import FusedOp
+from fxfuse.ops import Op
 
 from .bundle import Bundle, Bundles
-from .functional import drop_unused, in_rows_without_grad, numbers_like, slice_along, tracked_as
 from .lifted import Lifted
-from .ops import Op
 from .outputs import copies_by_size, is_part_of_a_pack, strides_unknown, treatment
 from .packs import Packs
 from .tidy import tidy

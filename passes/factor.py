@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.fx
 
-from .functional import drop_unused
+from fxfuse.functional import drop_unused
+from fxfuse.ops import Op, canonical
+
 from .joins import SUM_OF, Node, argument, is_op, is_plain_add
-from .ops import Op, canonical
 
 # op -> the arguments that are part of the map; everything but the input
 LINEAR_MAPS = frozenset("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.fx
 
-from .functional import as_slot, casting, drop_unused, index_write, op_of, slice_along
-from .ops import Op, canonical
+from fxfuse.functional import as_slot, casting, drop_unused, index_write, op_of, slice_along
+from fxfuse.ops import Op, canonical
 
 Node = torch.fx.Node
 

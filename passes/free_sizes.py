@@ -13,8 +13,8 @@ import torch
 import torch.fx
 
 from fxfuse.graph import Place, SizeCheck
-from fxfuse.sizes import SizeOf, SizeOp
-from fxfuse.trace import Frame, Ref, Trace
+from fxfuse.recording.sizes import SizeOf, SizeOp
+from fxfuse.recording.trace import Frame, Ref, Trace
 
 from .lifted import SizeDependent, Sizes
 from .size_source import SizeSources

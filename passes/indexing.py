@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.fx
 
-from fxfuse.trace import Event, Frame, Trace
+from fxfuse.functional import op_of, pick_along, slice_along
+from fxfuse.ops import Op, canonical
+from fxfuse.recording.trace import Event, Frame, Trace
 
-from .functional import op_of, pick_along, slice_along
 from .lifted import SizeDependent, Sizes
 from .nodes import Nodes
-from .ops import Op, canonical
 
 _SELECT = canonical(torch.select, (torch.empty(0), 0, 0), {})[0]
 _UNSQUEEZE = canonical(torch.unsqueeze, (torch.empty(0), 0), {})[0]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.fx
 
-from .functional import drop_unused, max_of, min_of, op_of, prod_of, sum_of
-from .ops import Op, canonical
+from fxfuse.functional import drop_unused, max_of, min_of, op_of, prod_of, sum_of
+from fxfuse.ops import Op, canonical
 
 CAT = canonical(torch.cat, ([torch.empty(0)], 0), {})[0]
 STACK = canonical(torch.stack, ([torch.empty(0)], 0), {})[0]

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 import torch.fx
 
-from fxfuse.attributes import touches_in
+from fxfuse.functional import drop_unused, gradient_in_rows, op_of, own_leaf
 from fxfuse.graph import Refusal, Store
+from fxfuse.ops import op_name
 from fxfuse.private.pytree import tree_unflatten
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.sizes import SizeOf, SizeOp
-from fxfuse.trace import Event, Frame, Key, Ref, Touch, Trace
+from fxfuse.recording.attributes import touches_in
+from fxfuse.recording.sizes import SizeOf, SizeOp
+from fxfuse.recording.trace import Event, Frame, Key, Ref, Touch, Trace
 
-from .functional import drop_unused, gradient_in_rows, op_of, own_leaf
 from .lifted import Lifted, Refused, SizeDependent, Sizes
-from .ops import op_name
 from .returned import Returned
 from .rows import layouts
 from .switched_on import switched_on

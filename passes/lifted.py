@@ -11,7 +11,7 @@ import torch
 import torch.fx
 
 from fxfuse.graph import Layout, Place, Refusal, SizeCheck, Store
-from fxfuse.trace import Frame
+from fxfuse.recording.trace import Frame
 
 from .switched_on import Tracking
 

@@ -13,10 +13,10 @@ from typing import Any, cast
 import networkx as nx
 
 from fxfuse.graph import Place, Refusal
+from fxfuse.ops import Op
 
 from .bundle import POSITIONS, Bundle, Bundles, Node, dataflow_of
 from .numbers import TENSOR_TOO
-from .ops import Op
 from .rules import has_rule
 
 # Ops whose numbers are a lane's place or, of one loop, become a tensor: others are calls that only look alike.

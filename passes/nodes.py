@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.fx
 
+from fxfuse.ops import Op, canonical
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.trace import Frame, Ref, Trace
+from fxfuse.recording.trace import Frame, Ref, Trace
 
 from .free_sizes import FreeSizes
 from .lifted import Sizes
-from .ops import Op, canonical
 
 # Ops whose dims count those of their first argument, and ops whose dims count those of their result: there -1 and 1 can be one spelling.
 _DIMS_OF_INPUT = frozenset(

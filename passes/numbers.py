@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from .ops import Op
+from fxfuse.ops import Op
 
 Node = torch.fx.Node
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.fx
 
-from .ops import Op
+from fxfuse.ops import Op
 
 Node = torch.fx.Node
 

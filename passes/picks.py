@@ -11,7 +11,8 @@ from typing import Any
 
 import torch.fx
 
-from .functional import drop_unused, op_of, pick_along
+from fxfuse.functional import drop_unused, op_of, pick_along
+
 from .joins import Node, argument, is_op
 
 PICK = op_of(pick_along)

@@ -14,9 +14,10 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 
-from .functional import drop_unused
+from fxfuse.functional import drop_unused
+from fxfuse.ops import Op, canonical
+
 from .joins import Node, argument, is_op
-from .ops import Op, canonical
 
 LINEAR = canonical(F.linear, (torch.empty(0), torch.empty(0), None), {})[0]
 PERMUTE = canonical(torch.permute, (torch.empty(0), (0,)), {})[0]

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import torch.fx
 
+from fxfuse.functional import slice_along
 from fxfuse.graph import Guard, Program, Recipe, SizeCheck, TensorGuard
-from fxfuse.guards import order_of
 from fxfuse.private.pytree import tree_flatten
-from fxfuse.sizes import SizeOf, SizeOp
-from fxfuse.trace import Frame, Ref, Trace
+from fxfuse.recording.sizes import SizeOf, SizeOp
+from fxfuse.recording.trace import Frame, Ref, Trace
+from fxfuse.running.guards import order_of
 
 from .free_sizes import recorded_number
-from .functional import slice_along
 from .lifted import Lifted
 from .packs import Packs
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from fxfuse.functional import op_of, untracked_view
+from fxfuse.ops import Op, canonical, op_name
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.trace import Event, Frame, Ref, Trace
+from fxfuse.recording.trace import Event, Frame, Ref, Trace
 
-from .functional import op_of, untracked_view
 from .lifted import Sizes
-from .ops import Op, canonical, op_name
 from .updating import Updating
 
 

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from fxfuse.graph import Layout
-from fxfuse.guards import in_order, order_of
+from fxfuse.ops import canonical, op_name
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.trace import Event, Frame, Ref, Trace, refs_in
-
-from .ops import canonical, op_name
+from fxfuse.recording.trace import Event, Frame, Ref, Trace, refs_in
+from fxfuse.running.guards import in_order, order_of
 
 # What gives a view of its first argument, and new memory in the order of it.
 _VIEWS = frozenset(

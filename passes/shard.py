@@ -21,9 +21,9 @@ import torch
 import torch.fx
 
 from fxfuse.distributed.collectives import Apart, common_seed, enter, gather, reduce, share_along
-from fxfuse.weight_views import VIEWS
+from fxfuse.functional import drop_unused
+from fxfuse.running.weight_views import VIEWS
 
-from .functional import drop_unused
 from .split import Node, Split, Step, Trial, part_arguments
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxfuse.sizes import SizeOf, SizeOp
-from fxfuse.trace import Event, Ref, Trace
-
-from .ops import op_name
+from fxfuse.ops import op_name
+from fxfuse.recording.sizes import SizeOf, SizeOp
+from fxfuse.recording.trace import Event, Ref, Trace
 
 
 class SizeSources:

@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fxfuse.ops import op_name
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.trace import Event, Frame, Ref, Trace, refs_in
-
-from .ops import op_name
+from fxfuse.recording.trace import Event, Frame, Ref, Trace, refs_in
 
 
 @dataclass(frozen=True)

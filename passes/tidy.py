@@ -12,7 +12,8 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 
-from .functional import drop_unused, index_write, index_write_
+from fxfuse.functional import drop_unused, index_write, index_write_
+
 from .views import shorten_views
 
 # What these return is new memory, and not needed for their backward.

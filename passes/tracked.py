@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.fx
 
+from fxfuse.ops import Op
+
 from .lifted import Lifted
-from .ops import Op
 from .packs import Packs
 
 Node = torch.fx.Node

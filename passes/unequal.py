@@ -24,7 +24,7 @@ from typing import Any
 
 import torch.fx
 
-from .ops import Op
+from fxfuse.ops import Op
 
 Node = torch.fx.Node
 

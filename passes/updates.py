@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxfuse.trace import Event, Frame, Ref, Trace
+from fxfuse.ops import canonical, op_name
+from fxfuse.recording.trace import Event, Frame, Ref, Trace
 
-from .ops import canonical, op_name
 from .writes import DRAWING, DRAWS, RENEWING
 
 # Normalization that writes the running statistics it is given, where the argument named here is true.

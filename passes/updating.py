@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.fx
 
+from fxfuse.functional import cumulative_batch_norm, op_of
 from fxfuse.graph import SizeCheck
-from fxfuse.trace import Event, Frame, Ref, Trace, refs_in
+from fxfuse.ops import Op, canonical
+from fxfuse.recording.trace import Event, Frame, Ref, Trace, refs_in
 
-from .functional import cumulative_batch_norm, op_of
 from .lifted import Refused, Sizes
-from .ops import Op, canonical
 from .updates import Update, arguments, updates_of
 from .writes import DETACH, Writes
 

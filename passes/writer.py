@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx
 
+from fxfuse.functional import slice_along
+from fxfuse.ops import Op
+
 from .bundle import Bundle
-from .functional import slice_along
 from .lifted import Lifted
-from .ops import Op
 from .packs import Packs
 
 Node = torch.fx.Node

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 import torch.fx
 
-from fxfuse.sizes import SizeOf, SizeOp
-from fxfuse.trace import Event, Frame, Ref, Trace
+from fxfuse.functional import as_slot, casting, drawn, index_write, op_of
+from fxfuse.ops import canonical, op_name
+from fxfuse.recording.sizes import SizeOf, SizeOp
+from fxfuse.recording.trace import Event, Frame, Ref, Trace
 
-from .functional import as_slot, casting, drawn, index_write, op_of
 from .indexing import Indexing
 from .lifted import Refused, SizeDependent, Sizes
-from .ops import canonical, op_name
 from .rows import in_rows, needs_no_rows
 
 _SIZE = canonical(torch.Tensor.size, (torch.empty(0), 0), {})[0]

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 
 import fxfuse
-from fxfuse import launches, packing
+from fxfuse import launches
+from fxfuse.weights import packing
 
 RTOL = 1e-10
 # For tests that are many: the planner's measurements and fxfuse's own validation are left out; the comparison here is not.

@@ -24,13 +24,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fxfuse
-from fxfuse.determinism import preserved_state
-from fxfuse.distributed import dividing, placing, rehearsal
-from fxfuse.distributed import shard_lanes as shard_module
 from fxfuse.distributed.traffic import traffic
 from fxfuse.fused import regions
-from fxfuse.packing import original_gradients
+from fxfuse.lane_parallel import dividing, placing, rehearsal
+from fxfuse.lane_parallel import shard_lanes as shard_module
+from fxfuse.models.determinism import preserved_state
 from fxfuse.passes.shard import PartWriter
+from fxfuse.weights.packing import original_gradients
 
 ROWS = 8
 

@@ -82,7 +82,7 @@ def assert_keeps(model, x, *names, heavy, batches=(1, 3, 8), **options):
                 tensors = [t for t in found if isinstance(t, torch.Tensor)]
                 total = sum((t * t).sum() for t in (out, *tensors) if t.requires_grad)
                 total.backward()
-                results.append((found, leaf.grad, fxfuse.packing.original_gradients(each)))
+                results.append((found, leaf.grad, fxfuse.weights.packing.original_gradients(each)))
             (want, want_x, want_p), (got, got_x, got_p) = results
             assert len(want) == len(got)
             for a, b in zip(want, got, strict=True):

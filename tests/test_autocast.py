@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import QUICK, mlp, model_of, randn, randomized
-from fxfuse import adapt, packing
+from fxfuse.building import adapt
 from fxfuse.errors import FallbackError
+from fxfuse.functional import autocast_to
 from fxfuse.fused import regions
 from fxfuse.launches import count
-from fxfuse.passes.functional import autocast_to
 from fxfuse.private.pytree import tree_leaves, tree_map_only
+from fxfuse.weights import packing
 
 BF16 = torch.bfloat16
 

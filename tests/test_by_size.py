@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import assert_equal_models, assert_trained_alike, randn, randomized
-from fxfuse import timing
-from fxfuse.choice import Choice
 from fxfuse.fused import regions
-from fxfuse.plan_by_size import PlannerBySize
-from fxfuse.runtime import MISS
+from fxfuse.planning import timing
+from fxfuse.planning.choice import Choice
+from fxfuse.planning.plan_by_size import PlannerBySize
+from fxfuse.running.runtime import MISS
 
 SIZES = [1, 2, 3, 5, 6, 9, 17, 18, 33, 70]  # in, between and outside of what the plans are made for
 Made = tuple[dict[Any, str] | None, int]
@@ -212,7 +212,7 @@ def test_compiled_it_is_the_original_at_every_size(plans: list[int], dynamic: bo
         compiled(x).square().sum().backward()
         model(y).square().sum().backward()
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-10, atol=1e-12)
-    for name, gradient in fxfuse.packing.original_gradients(fused).items():
+    for name, gradient in fxfuse.weights.packing.original_gradients(fused).items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-10, atol=1e-12)
 
 
@@ -282,7 +282,7 @@ def test_the_cache_keeps_them(settled: Any, tmp_path: Any, monkeypatch: pytest.M
 
 
 def test_a_plan_that_is_wrong_is_found_at_its_own_sizes(settled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    by_size = import_module("fxfuse.by_size")
+    by_size = import_module("fxfuse.building.by_size")
     right = by_size.the_loop
 
     def wrong(*given: Any) -> Any:
@@ -300,7 +300,7 @@ def test_a_plan_that_is_wrong_is_found_at_its_own_sizes(settled: Any, monkeypatc
 
 
 def test_views_of_weights_are_no_part_of_what_is_timed_in_inference() -> None:
-    from fxfuse.weight_views import evaluate
+    from fxfuse.running.weight_views import evaluate
 
     graph = torch.fx.Graph()
     x, packed, bias = graph.placeholder("x"), graph.create_node("get_attr", "weight"), graph.create_node("get_attr", "bias")
@@ -333,15 +333,15 @@ def test_the_loop_reads_all_lanes_of_a_pack_at_once(settled: Any) -> None:
 
 def measured(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, str], float]) -> None:
     """Times by size and by what is timed: "written", "common", "own", "loop"."""
-    from fxfuse.workbench import Workbench
+    from fxfuse.planning.workbench import Workbench
 
     monkeypatch.setattr(Workbench, "trains", lambda self: True)
-    monkeypatch.setattr("fxfuse.plan.as_usual", lambda planner, choice: choice)
+    monkeypatch.setattr("fxfuse.planning.plan.as_usual", lambda planner, choice: choice)
     monkeypatch.setattr(Workbench, "loop", lambda self: (self.batch, "written"))
     monkeypatch.setattr(Workbench, "step", lambda self, made: (self.batch, "loop" if not made.ops else "packed"))
-    plan = import_module("fxfuse.plan")
+    plan = import_module("fxfuse.planning.plan")
     monkeypatch.setattr(plan, "ratio", lambda one, other, budget: (1.0, 1.0))
-    for module in (plan, import_module("fxfuse.plan_by_size")):
+    for module in (plan, import_module("fxfuse.planning.plan_by_size")):
         monkeypatch.setattr(module, "medians", lambda calls, budget: [seconds(*call) for call in calls])
 
 
@@ -368,7 +368,7 @@ def test_the_loop_where_it_is_faster_and_nothing_where_all_is_slower(monkeypatch
 
 
 def test_divided_among_processes_one_program_is_left(settled: Any) -> None:
-    from fxfuse.distributed.one_size import for_any_size
+    from fxfuse.lane_parallel.one_size import for_any_size
 
     settled({3: the_loop, 9: as_common, 33: in_chunks})
     fused = fused_for(randomized(Nets()), randn(4, 6), [3, 9, 33])

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import checks
 import fxfuse
-from fxfuse.memory import peak_bytes
 from fxfuse.passes.bundle import find_bundles
 from fxfuse.passes.chunk import fitting_chunks, in_chunks
+from fxfuse.planning.memory import peak_bytes
 
 
 class FeatureNets(nn.Module):
@@ -143,9 +143,9 @@ def test_memory_that_no_number_of_chunks_keeps_leaves_the_loop() -> None:
 
 
 def test_chunks_keep_members_and_order() -> None:
-    from fxfuse.passes.functional import sum_of
+    from fxfuse.functional import sum_of
+    from fxfuse.ops import canonical
     from fxfuse.passes.joins import SUM_OF
-    from fxfuse.passes.ops import canonical
 
     graph = torch.fx.Graph()
     x = graph.placeholder("x")

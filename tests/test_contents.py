@@ -8,7 +8,7 @@ from torch import nn
 
 import checks
 import fxfuse
-from fxfuse.contents import Contents
+from fxfuse.models.contents import Contents
 
 
 class Cache:
@@ -66,7 +66,7 @@ def test_what_a_call_fills_is_filled(name):
     assert any("that it was given" in str(each) for each in report.refused), str(report)
     for data in (x, checks.randn(2, 4, seed=5)):
         checks.assert_same_results(
-            checks.run(fused, data, {}, fxfuse.packing.original_gradients), checks.run(model, data, {}, checks.own_gradients), name
+            checks.run(fused, data, {}, fxfuse.weights.packing.original_gradients), checks.run(model, data, {}, checks.own_gradients), name
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from fxfuse.copies import independent_copy, sharing_copy
+from fxfuse.models.copies import independent_copy, sharing_copy
 
 BOTH = pytest.mark.parametrize("copied", [sharing_copy, independent_copy])
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import assert_fused_equals, randn, randomized
-from fxfuse import cost, timing
+from fxfuse.planning import cost, timing
 
 
 class Nets(nn.Module):
@@ -126,7 +126,7 @@ def test_chunks_where_all_at_once_leaves_the_cache():
 
 
 def test_the_loop_where_the_model_calls_it_faster(monkeypatch):
-    monkeypatch.setattr(import_module("fxfuse.estimate"), "loop_seconds", lambda *_: 1e-9)
+    monkeypatch.setattr(import_module("fxfuse.planning.estimate"), "loop_seconds", lambda *_: 1e-9)
     model, x = Nets(4), torch.randn(8, 4)
     report = fxfuse.report(fxfuse.optimize(model, x, tune=False, validate=False))
     assert not report.fused
@@ -144,7 +144,7 @@ def test_large_wide_lanes_are_hardly_a_gain(monkeypatch):
         return lambda *given: estimates.setdefault(name, original(*given))
 
     for name in ("loop_seconds", "emitted_seconds"):
-        monkeypatch.setattr(import_module("fxfuse.estimate"), name, keeping(name))
+        monkeypatch.setattr(import_module("fxfuse.planning.estimate"), name, keeping(name))
     for model, x, gain in ((Nets(2, 1024, 1024, 1024), torch.randn(1024, 2048), (0.8, 1.25)), (Nets(64), torch.randn(4, 64), (5, 100))):
         estimates.clear()
         fxfuse.optimize(model, x, tune=False, validate=False)
@@ -152,7 +152,7 @@ def test_large_wide_lanes_are_hardly_a_gain(monkeypatch):
 
 
 def test_hopeless_candidates_are_not_timed(monkeypatch):
-    plan = import_module("fxfuse.plan")
+    plan = import_module("fxfuse.planning.plan")
     samples = timing._samples
     monkeypatch.setattr(timing, "_samples", lambda functions, *_: samples(functions, 0.0, 3, 3))
     model, x = Nets(), torch.randn(8, 8)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxfuse import determinism
-from fxfuse.determinism import DefaultFloat64, Derandomized, preserved_state, same_bits
+from fxfuse.models import determinism
+from fxfuse.models.determinism import DefaultFloat64, Derandomized, preserved_state, same_bits
 
 # -- preserved_state --------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxfuse
 from checks import assert_close
-from fxfuse.packing import original_gradients
+from fxfuse.weights.packing import original_gradients
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here")
 

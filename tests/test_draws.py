@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import randn
-from fxfuse.draws import FollowedDraws
+from fxfuse.recording.draws import FollowedDraws
 
 
 class Masks(nn.Module):

@@ -72,7 +72,7 @@ def functions() -> dict[str, list[tuple[dict[str, Any] | type, str, FunctionType
 
 
 # The way back itself, what only describes, and the functions that users call: these may say what is wrong by raising.
-LEFT_OUT = ("fxfuse.undo.", "fxfuse.optimize.optimize", "fxfuse.optimize.explain", "fxfuse.failure.failed", "fxfuse.pipeline.run")
+LEFT_OUT = ("fxfuse.models.undo.", "fxfuse.optimize.optimize", "fxfuse.optimize.explain", "fxfuse.failure.failed", "fxfuse.pipeline.run")
 FUNCTIONS = {name: places for name, places in functions().items() if not name.startswith(LEFT_OUT)}
 
 
@@ -152,7 +152,7 @@ def assert_works(model: nn.Module, expected: nn.Module, where: str) -> None:
         expected.train(training)
         for rows in (5, 3):
             results = []
-            for each, gradients in ((model, fxfuse.packing.original_gradients), (expected, own_gradients)):
+            for each, gradients in ((model, fxfuse.weights.packing.original_gradients), (expected, own_gradients)):
                 each.zero_grad()
                 x = X[:rows].clone().requires_grad_()
                 out = each(x)
@@ -211,7 +211,8 @@ def test_a_failure_anywhere_leaves_a_working_model(way: str) -> None:
 @pytest.mark.parametrize("way", ["inplace", "first call"])
 def test_a_late_failure_in_place_leaves_nothing_behind(way: str) -> None:
     """The last call of what runs while the model is rewritten."""
-    places = ("fxfuse.fused.", "fxfuse.region.", "fxfuse.install.", "fxfuse.lane.", "fxfuse.alias.", "fxfuse.runtime.")
+    running = tuple(f"fxfuse.running.{name}." for name in ("region", "install", "runtime"))
+    places = ("fxfuse.fused.", *running, "fxfuse.weights.lane.", "fxfuse.weights.alias.")
     late = [(name, count) for name, count in called(way) if name.startswith(places)]
     assert len(late) > 20
     assert sum([fail_in(name, count, way, Injected) for name, count in late[::24]]) > 1
@@ -243,7 +244,7 @@ def test_the_interrupted_first_call_is_tried_again() -> None:
     model = new()
     expected = copy.deepcopy(model)
     fused = fxfuse.optimize(model, objective="launches", tune=False, inplace=True)
-    with watching("fxfuse.install._operate", interrupt):
+    with watching("fxfuse.running.install._operate", interrupt):
         with pytest.raises(KeyboardInterrupt):
             fused(X)
         fused(X)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import QUICK, assert_close, mlp, own_gradients, randn, randomized
-from fxfuse import tracer
 from fxfuse.errors import FallbackError
+from fxfuse.recording import tracer
 
 
 class Model(nn.Module):
@@ -104,7 +104,7 @@ def answered(model: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[Any, d
         return type(error), {}
     (out.as_subclass(Tensor) * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
     fused = hasattr(type(model), "_fxfuse_forward")
-    return out.detach(), fxfuse.packing.original_gradients(model) if fused else own_gradients(model)
+    return out.detach(), fxfuse.weights.packing.original_gradients(model) if fused else own_gradients(model)
 
 
 @pytest.mark.parametrize("name", CALLS)

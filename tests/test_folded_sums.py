@@ -56,7 +56,7 @@ def preferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def prefer(monkeypatch: pytest.MonkeyPatch, name: str) -> str:
-    monkeypatch.setattr(import_module("fxfuse.plan"), "_preferred", lambda options: name)
+    monkeypatch.setattr(import_module("fxfuse.planning.plan"), "_preferred", lambda options: name)
     return name
 
 
@@ -117,7 +117,7 @@ def test_weights_that_are_computed(monkeypatch):
 def test_in_chunks(monkeypatch):
     prefer(monkeypatch, "folded")
     model = randomized(model_of(lambda self, x: torch.stack(columns(self, x)).mean(0), nets=nets(13, 2, 8, 3)))
-    plan = import_module("fxfuse.plan")
+    plan = import_module("fxfuse.planning.plan")
     emit = plan.Planner.emit
     monkeypatch.setattr(plan.Planner, "emit", lambda self, lowering, chunks=1, skipped=frozenset(): emit(self, lowering, 3, skipped))
     fused = assert_fused_equals(model, randn(6, 26), tune=False)
@@ -153,10 +153,10 @@ def test_not_where_it_is_no_such_sum(monkeypatch, forward):
 
 
 def test_the_planner_tries_forms_behind_the_batch_together(monkeypatch):
-    timing = import_module("fxfuse.timing")
+    timing = import_module("fxfuse.planning.timing")
     samples = timing._samples
     monkeypatch.setattr(timing, "_samples", lambda functions, *_: samples(functions, 0.0, 3, 3))
-    plan = import_module("fxfuse.plan")
+    plan = import_module("fxfuse.planning.plan")
     monkeypatch.setattr(plan, "HOPELESS", 1e9)
     monkeypatch.setattr(plan, "LEAST_GAIN", 0.0)
     model = model_of(lambda self, x: sum(columns(self, x)), nets=nets(5))

@@ -15,10 +15,12 @@ import torch
 from hand_built import FeatureNets, Model, feature_plan, randomize, specs
 from torch import Tensor, nn
 
-from fxfuse import fused, install, packing
+from fxfuse import fused
 from fxfuse.errors import ArgumentError, FallbackError, FxfuseError
 from fxfuse.graph import Guard, Program, Recipe, RegionPlan, TensorGuard
-from fxfuse.surroundings import Spelled
+from fxfuse.running import install
+from fxfuse.running.surroundings import Spelled
+from fxfuse.weights import packing
 
 F64 = torch.float64
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fxfuse.graph import Guard, SizeCheck, TensorGuard
-from fxfuse.guards import Facts, compile_guard, explain_miss
+from fxfuse.running.guards import Facts, compile_guard, explain_miss
 
 CPU = torch.device("cpu")
 

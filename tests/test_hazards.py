@@ -109,7 +109,7 @@ def test_parameter_hooks_run_in_the_result_and_not_while_fusing():
     assert sorted(calls) == ["accumulated", "gradient"]
     model(X).sum().backward()
     for name, grad in own_gradients(model).items():
-        assert_close(fxfuse.packing.original_gradients(fused)[name], grad, name)
+        assert_close(fxfuse.weights.packing.original_gradients(fused)[name], grad, name)
 
 
 def test_parameter_subclass():
@@ -286,7 +286,7 @@ def test_what_a_module_returns_and_nobody_uses_has_no_gradient():
     assert expected.parameters["layers.1.nets.2.weight"] is None
     fused = fxfuse.optimize(model, x, objective="launches", tune=False)
     assert len(fxfuse.report(fused).fused) == 2
-    checks.assert_same_results(checks.run(fused, x, {}, fxfuse.packing.original_gradients), expected, "two")
+    checks.assert_same_results(checks.run(fused, x, {}, fxfuse.weights.packing.original_gradients), expected, "two")
 
 
 def test_branch_on_data():
@@ -490,7 +490,7 @@ def test_a_caller_writes_into_the_lanes_it_got():
         lanes[1].zero_()
         sum(lane.sum() for lane in lanes).backward()
     for name, grad in own_gradients(model).items():
-        assert_close(fxfuse.packing.original_gradients(fused)[name], grad, name)
+        assert_close(fxfuse.weights.packing.original_gradients(fused)[name], grad, name)
 
 
 def test_returned_lanes_have_the_strides_and_memory_of_their_own():

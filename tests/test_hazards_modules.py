@@ -89,7 +89,7 @@ def test_a_fused_model_under_ddp(process_group: Any) -> None:
     assert_close(wrapped(X), model(X), "wrapped after fusing")
     wrapped(X).sum().backward()
     model(X).sum().backward()
-    gradients = fxfuse.packing.original_gradients(wrapped.module)
+    gradients = fxfuse.weights.packing.original_gradients(wrapped.module)
     for name, parameter in model.named_parameters():
         assert_close(gradients[name], parameter.grad, name)
 

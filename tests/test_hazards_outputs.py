@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 
 import fxfuse
 from checks import assert_close, assert_equal_models, model_of, own_gradients, randn, randomized
-from fxfuse import packing
 from fxfuse.private.pytree import tree_leaves
+from fxfuse.weights import packing
 
 
 def addresses(tensor: Tensor) -> set[int]:
@@ -148,7 +148,7 @@ def test_a_write_into_a_result(pair: tuple[nn.Module, nn.Module], which: int) ->
             loss.backward()
         except RuntimeError as error:  # "a view of a leaf Variable that requires grad is being used in an in-place operation"
             said = type(error).__name__
-        gradients = own_gradients(model) if model is pair[0] else fxfuse.packing.original_gradients(model)
+        gradients = own_gradients(model) if model is pair[0] else fxfuse.weights.packing.original_gradients(model)
         gradients = {name: None if grad is None else grad.clone() for name, grad in gradients.items()}
         state = {name: tensor.clone() for name, tensor in fxfuse.original_state_dict(model).items()}
         seen.append((said, x, [out.detach().clone() for out in outs], gradients, state))

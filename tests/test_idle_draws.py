@@ -10,7 +10,7 @@ from torch import nn
 
 import fxfuse
 from checks import assert_fused_equals, mlp, model_of, randn, randomized
-from fxfuse.idle_draws import Drawn, idle_draws_unseen
+from fxfuse.recording.idle_draws import Drawn, idle_draws_unseen
 
 
 def layers(draw, rate, compare):

@@ -8,7 +8,7 @@ from torch import nn
 
 import fxfuse
 from checks import QUICK, assert_close, model_of, randn, randomized
-from fxfuse import packing
+from fxfuse.weights import packing
 
 WRITES = {
     "unsqueeze_": lambda y, p: y.unsqueeze_(-1), "squeeze_": lambda y, p: y[:, :1].clone().squeeze_(), "t_": lambda y, p: y.t_(),

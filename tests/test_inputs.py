@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 
-from fxfuse.inputs import batch_size, clone_inputs, resample, shaken, tensors_in, to_dtype
+from fxfuse.models.inputs import batch_size, clone_inputs, resample, shaken, tensors_in, to_dtype
 
 
 @pytest.fixture

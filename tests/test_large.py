@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import assert_equal_models, assert_same_state, mlp, model_of, randn, randomized
-from fxfuse import large
 from fxfuse.passes.rules import RULES
 from fxfuse.passes.writer import Packed
+from fxfuse.weights import large
 
 STRESS = Path(__file__).resolve().parents[1] / "benchmarks" / "stress.py"
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fxfuse
 from checks import QUICK, randn, randomized, relative_error
 from fxfuse import launches
-from fxfuse.memory import peak_bytes
+from fxfuse.planning.memory import peak_bytes
 from fxfuse.private.pytree import tree_leaves
 
 

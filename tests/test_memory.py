@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxfuse import memory
 from fxfuse.errors import FxfuseError
-from fxfuse.memory import peak_bytes
+from fxfuse.planning import memory
+from fxfuse.planning.memory import peak_bytes
 
 MB = 1_000_000
 SMALL = 4096  # scalars that PyTorch makes on the way

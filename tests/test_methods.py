@@ -26,7 +26,7 @@ def gradients(model: nn.Module, output: Any) -> dict[str, Tensor | None]:
     generator = torch.Generator().manual_seed(5)
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     sum((leaf * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)).sum() for leaf in leaves).backward()
-    found = fxfuse.packing.original_gradients(model)
+    found = fxfuse.weights.packing.original_gradients(model)
     return {name: None if gradient is None else gradient.clone() for name, gradient in found.items()}
 
 

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from fxfuse.module_tree import all_modules, named_modules
+from fxfuse.models.module_tree import all_modules, named_modules
 
 
 class Counted(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 
 import fxfuse
 from checks import assert_fused_equals
-from fxfuse.tracer import record
+from fxfuse.recording.tracer import record
 
 
 class Experts(nn.Module):

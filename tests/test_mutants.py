@@ -79,7 +79,7 @@ def test_a_bug_where_lanes_are_joined() -> None:
 
 SOURCES = [
     ("passes/rules/base.py", "physical", "dim + 1", "softmax"),
-    ("fxfuse/recipes.py", "lane_view", "index * rows", "linear"),
+    ("fxfuse/weights/recipes.py", "lane_view", "index * rows", "linear"),
     ("passes/writer.py", "Writer.pick", "positions[-1] + 1", "select"),
 ]
 

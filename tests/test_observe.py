@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from checks import model_of
-from fxfuse import observe as module_under_test
-from fxfuse.collector import paused
-from fxfuse.observe import observe, observe_modes, second_batch
-from fxfuse.tracer import record
+from fxfuse.models.collector import paused
+from fxfuse.recording import observe as module_under_test
+from fxfuse.recording.observe import observe, observe_modes, second_batch
+from fxfuse.recording.tracer import record
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import fxfuse
 from checks import QUICK, assert_close, assert_same_state, model_of, randn, randomized
 from fxfuse.errors import FxfuseError, StateDictError
-from fxfuse.known_functions import known_function
-from fxfuse.serialize import NodeRef, Target, program_from_data, program_to_data
+from fxfuse.running.known_functions import known_function
+from fxfuse.running.serialize import NodeRef, Target, program_from_data, program_to_data
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -369,7 +369,7 @@ FORBIDDEN = [
     ("torch", "os.system"), ("torch", "load"), ("torch", "hub.load"), ("torch", "import_ir_module"), ("torch", "save"), ("nt", "system"),
     ("torch", "compile"), ("torch", "sys"), ("torch.serialization", "load"), ("subprocess", "run"), ("operator", "call"),
     ("operator", "methodcaller"), ("operator", "attrgetter"), ("importlib", "import_module"), ("pickle", "loads"), ("this", "s"),
-    ("fxfuse.lane", "rebuild"), ("fxfuse.passes.emit", "Emitter"), ("fxfuse.passes.ops", "torch.load"), ("torch", "Tensor.__class__"),
+    ("fxfuse.weights.lane", "rebuild"), ("fxfuse.passes.emit", "Emitter"), ("fxfuse.ops", "torch.load"), ("torch", "Tensor.__class__"),
     ("torch", "Tensor.numpy.__self__"), ("torch.ops", "load_library"), ("torch.ops", "load_library::__func__"), ("math", "__loader__"),
     ("torch.ops", "aten::__class__"), ("torch.ops", "__class__::mro"), ("torch.nn.functional", "torch"), ("torch.functional", "F"),
     ("torch.utils.cpp_extension", "load"), ("antigravity", "webbrowser"), ("torch", "Tensor.shape.__get__.__self__"), (None, None),
@@ -453,14 +453,14 @@ def test_a_program_that_calls_what_is_no_module_is_not_compiled() -> None:
     node = _node(data, "get_attr")
     node.update(op="call_module", target="forward.__func__.__globals__.torch.os.getcwd", args=(), kwargs={})
     made = program_from_data(data)
-    from fxfuse.runtime import compile_program
+    from fxfuse.running.runtime import compile_program
 
     with pytest.raises((FxfuseError, AttributeError)):
         compile_program(made, KINDS["experts"]()[0])
 
 
 def test_functions_of_others_are_not_saved() -> None:
-    from fxfuse.serialize import target_to_data
+    from fxfuse.running.serialize import target_to_data
 
     for function in (known_function, pickle.dumps, lambda x: x):
         with pytest.raises(FxfuseError, match="cannot be saved: it is none of torch's operations"):

@@ -423,7 +423,7 @@ def test_lazy_with_an_input_in_somebody_s_graph():
         grads.append(x.grad)
     assert_close(grads[1], grads[0], "gradient through the first call")
     for name, grad in own_gradients(model).items():
-        assert_close(fxfuse.packing.original_gradients(fused)[name], grad, name)
+        assert_close(fxfuse.weights.packing.original_gradients(fused)[name], grad, name)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])

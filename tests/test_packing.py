@@ -11,10 +11,12 @@ import torch
 from hand_built import Model, feature_plan, randomize
 from torch import nn
 
-from fxfuse import fused, install, packing
+from fxfuse import fused
 from fxfuse.errors import FxfuseError, StateDictError
 from fxfuse.graph import Recipe
-from fxfuse.recipes import lane_views
+from fxfuse.running import install
+from fxfuse.weights import packing
+from fxfuse.weights.recipes import lane_views
 
 
 def pair(cat: bool = False, seed: int = 0) -> tuple[nn.Module, nn.Module]:

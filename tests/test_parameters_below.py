@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import QUICK, assert_close, mlp, model_of, randn, randomized
-from fxfuse.packing import original_gradients
+from fxfuse.weights.packing import original_gradients
 
 O = torch.optim  # noqa: E741
 

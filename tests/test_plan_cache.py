@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import QUICK, assert_fused_equals, randn, randomized
-from fxfuse import plan_cache, timing
-from fxfuse.fingerprint import device_name
+from fxfuse.planning import plan_cache, timing
+from fxfuse.planning.fingerprint import device_name
 
 
 class Nets(nn.Module):
@@ -59,7 +59,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def certain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The packed form counts as faster, whatever the machine is doing."""
-    monkeypatch.setattr(import_module("fxfuse.plan"), "LEAST_GAIN", 0.0)
+    monkeypatch.setattr(import_module("fxfuse.planning.plan"), "LEAST_GAIN", 0.0)
 
 
 def files() -> list[Path]:
@@ -107,7 +107,7 @@ def test_a_cached_plan_is_compared_with_the_original(timed):
 
 
 def test_a_loop_that_is_faster_is_remembered_as_such(timed, monkeypatch):
-    monkeypatch.setattr(import_module("fxfuse.plan"), "LEAST_GAIN", 1e9)
+    monkeypatch.setattr(import_module("fxfuse.planning.plan"), "LEAST_GAIN", 1e9)
     first = fuse()
     assert not first.fused
     del timed[:]
@@ -148,7 +148,7 @@ def test_dtype_threads_and_versions_count(timed, monkeypatch):
             elif change == "version":
                 patch.setattr(fxfuse, "__version__", "99")
             else:
-                patch.setattr(import_module("fxfuse.fingerprint"), "_processor", lambda: "another")
+                patch.setattr(import_module("fxfuse.planning.fingerprint"), "_processor", lambda: "another")
             fuse(model, x)
         assert timed, change
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse import plan_memory
-from fxfuse.choice import Choice
-from fxfuse.memory import peak_bytes
-from fxfuse.plan import Planner
+from fxfuse.planning import plan_memory
+from fxfuse.planning.choice import Choice
+from fxfuse.planning.memory import peak_bytes
+from fxfuse.planning.plan import Planner
 
 
 class Networks(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse import progress
+from fxfuse.planning import progress
 
 
 class Terminal(io.StringIO):

@@ -6,7 +6,7 @@ import pytest
 
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
-from fxfuse.recipe_data import recipe_from_data, recipe_to_data
+from fxfuse.weights.recipe_data import recipe_from_data, recipe_to_data
 
 RECIPES = [
     Recipe("packed.w", ("0.w", "1.w"), (3, 5), (1, 0), "cat"),

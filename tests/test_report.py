@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from fxfuse.checking.validate import verify
 from fxfuse.graph import FusedOp, Place, Recipe, Refusal, RegionPlan
 from fxfuse.report import Report, _bars, _bytes, _ratio, _seconds, _table
-from fxfuse.validate import verify
 
 PLACE = Place("/home/me/model.py", 41)
 

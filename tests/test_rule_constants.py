@@ -347,7 +347,7 @@ def test_complex_lanes(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
             each.zero_grad()
             out = torch.view_as_real(each(*args)) if kind is Spectral else each(*args)
             (out * checks.randn(*out.shape, seed=9)).sum().backward()
-            grads = fxfuse.packing.original_gradients(each)
+            grads = fxfuse.weights.packing.original_gradients(each)
             results.append([out.detach(), *(args[k].grad for k in range(2)), *(torch.view_as_real(grads[n]) for n in grads)])
             for arg in args:
                 arg.grad = None

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import checks
 import fxfuse
-from fxfuse import recipes
 from fxfuse.graph import Recipe
-from fxfuse.memory import peak_bytes
+from fxfuse.planning.memory import peak_bytes
+from fxfuse.weights import recipes
 
 ROWS = (7, 3, 11, 5, 4, 9, 2, 6)  # unequal tables
 
@@ -220,7 +220,7 @@ def test_a_padding_row_per_table(pads: tuple[int | None, ...]) -> None:
     fused(x).sum().backward()
     for name, pad in zip(model.names, pads, strict=True):
         if pad is not None:
-            assert not fxfuse.packing.original_gradients(fused)[f"embedding_dict.{name}.weight"][pad].any()
+            assert not fxfuse.weights.packing.original_gradients(fused)[f"embedding_dict.{name}.weight"][pad].any()
 
 
 @pytest.mark.parametrize("kind", [Fields, Bags, DLRM])
@@ -275,7 +275,7 @@ def test_gradient_options(options: dict[str, object], sizes: tuple[int, ...]) ->
     for each in (model, fused):
         each.zero_grad()
         each(x).square().sum().backward()
-    got = fxfuse.packing.original_gradients(fused)
+    got = fxfuse.weights.packing.original_gradients(fused)
     for name, parameter in model.named_parameters():
         assert got[name].is_sparse is parameter.grad.is_sparse
         checks.assert_close(got[name].to_dense(), parameter.grad.to_dense(), name)

@@ -67,7 +67,7 @@ def test_two_forwards_before_one_backward() -> None:
         for each in (model, fused):
             a, b = each.train()(randn(6, 5)), each.eval()(randn(6, 5))
             (a.square().sum() + (b * each.train()(randn(6, 5, seed=2))).sum()).backward()
-            grads.append(fxfuse.packing.original_gradients(each))
+            grads.append(fxfuse.weights.packing.original_gradients(each))
         for name, grad in grads[0].items():
             checks.assert_close(grads[1][name], grad, name, floor=1e-12)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import checks
 import fxfuse
 from checks import QUICK, randn, randomized
-from fxfuse.memory import peak_bytes
+from fxfuse.planning.memory import peak_bytes
 
 
 @pytest.mark.parametrize("kind", BATCH_NORMS)
@@ -142,7 +142,7 @@ def _scaled_and_shifted() -> tuple[set[Any], int]:
 def test_scale_and_shift_in_one_launch_or_in_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """``addcmul`` for launches; a product and a sum where time counts, whose backward holds one tensor of all lanes less."""
     few, more = _scaled_and_shifted()
-    monkeypatch.setattr("fxfuse.plan._preferred", lambda options: "")
+    monkeypatch.setattr("fxfuse.planning.plan._preferred", lambda options: "")
     many, less = _scaled_and_shifted()
     assert torch.addcmul in few
     assert {torch.mul, torch.add} <= many - {torch.addcmul} == many

@@ -138,8 +138,8 @@ def test_rates_of_functional_dropouts() -> None:
 
 def test_a_rate_that_is_wrong_for_a_lane_is_noticed() -> None:
     """fxfuse's own comparison sees the rate by the scale of what is kept."""
-    from fxfuse.determinism import Derandomized
-    from fxfuse.passes.functional import dropout_each
+    from fxfuse.functional import dropout_each
+    from fxfuse.models.determinism import Derandomized
 
     x, keep = checks.randn(3, 4), torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
     with Derandomized():

@@ -56,7 +56,7 @@ def test_one_input_for_all(kind: str, options: str) -> None:
     ("kind", "options"), [("lstm", {}), ("lstm", {"batch_first": True}), ("gru", OPTIONS["everything"]), ("tanh", OPTIONS["two layers"])]
 )
 def test_one_wide_product_for_one_input(kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxfuse.plan._preferred", lambda options: "")  # the rule's first choice
+    monkeypatch.setattr("fxfuse.planning.plan._preferred", lambda options: "")  # the rule's first choice
     model = checks.randomized(Causality(kind, **options))
     fused = checks.assert_fused_equals(model, checks.randn(3, 4, 2), batches=(1,), **checks.QUICK)
     assert "wide_linear, one recurrence" in [op.lowering for op in fxfuse.report(fused).fused[0].ops]
@@ -81,9 +81,9 @@ def test_calls_that_stay_calls_between_packed_neighbours(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_lane_by_lane(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxfuse.plan._preferred", lambda options: "lane by lane")
-    monkeypatch.setattr("fxfuse.estimate.Estimator.loop", lambda *_: 2.0)  # no better than the loop, by launches or by time
-    monkeypatch.setattr("fxfuse.estimate.Estimator.program", lambda *_: 1.0)
+    monkeypatch.setattr("fxfuse.planning.plan._preferred", lambda options: "lane by lane")
+    monkeypatch.setattr("fxfuse.planning.estimate.Estimator.loop", lambda *_: 2.0)  # no better than the loop, by launches or by time
+    monkeypatch.setattr("fxfuse.planning.estimate.Estimator.program", lambda *_: 1.0)
     for model, x in ((Causality(kind, **OPTIONS["everything"]), checks.randn(3, 4, 2)), (OwnInputs(kind), checks.randn(3, 4, 6))):
         fused = checks.assert_fused_equals(checks.randomized(model), x, batches=(1,), objective="time", **checks.QUICK)
         assert "lane by lane" in [op.lowering for op in fxfuse.report(fused).fused[0].ops]
@@ -295,7 +295,7 @@ class GivenCells(nn.Module):
     ],
 )  # fmt: skip
 def test_cells_with_states(cell: Any, shared_input: bool, shared_cell: bool, prefer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxfuse.plan._preferred", lambda options: prefer)
+    monkeypatch.setattr("fxfuse.planning.plan._preferred", lambda options: prefer)
     model = checks.randomized(GivenCells(cell, shared_input, shared_cell))
     x = checks.randn(4, 3, 3), checks.randn(4, 3, 4, seed=2)
     checks.assert_fused_equals(model, x, batches=(1,), **checks.QUICK)
@@ -387,7 +387,7 @@ def test_fallback_reads_the_pack() -> None:
         each.zero_grad()
         each(unbatched).sum().backward()
     assert fxfuse.report(fused).fallbacks
-    gradients = fxfuse.packing.original_gradients(fused)
+    gradients = fxfuse.weights.packing.original_gradients(fused)
     for name, parameter in model.named_parameters():
         checks.assert_close(gradients[name], parameter.grad, name)
     with torch.no_grad():

@@ -18,9 +18,7 @@ import torch
 from rule_samples import BETWEEN, SAMPLES, Numbers, Sample
 from torch import Tensor, nn
 
-from fxfuse import install, packing
 from fxfuse.graph import RegionPlan
-from fxfuse.observe import observe
 from fxfuse.passes.bundle import find_bundles
 from fxfuse.passes.emit import Emitter
 from fxfuse.passes.lift import lift
@@ -31,8 +29,11 @@ from fxfuse.passes.rules.base import RULES
 from fxfuse.passes.vectorize import prepare
 from fxfuse.passes.writer import CannotVectorize
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.tracer import record
-from fxfuse.weights import unpackable
+from fxfuse.recording.observe import observe
+from fxfuse.recording.tracer import record
+from fxfuse.running import install
+from fxfuse.weights import packing
+from fxfuse.weights.weights import unpackable
 
 LANES = (2, 3, 5)
 

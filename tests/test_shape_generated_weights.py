@@ -173,7 +173,7 @@ def test_gradients_reach_the_generator():
     assert_equal_models(model, fused, [(inputs, {})])
     fused.zero_grad()
     fused(*inputs).sum().backward()
-    for name, gradient in fxfuse.packing.original_gradients(fused).items():
+    for name, gradient in fxfuse.weights.packing.original_gradients(fused).items():
         assert gradient is not None, f"no gradient reaches {name}"
         assert gradient.abs().max() > 0, f"only zeros reach {name}"
 
@@ -213,7 +213,7 @@ def test_a_replaced_parameter_keeps_its_meaning():
         fused = fxfuse.optimize(model, inputs, objective="launches")
     assert isinstance(fused, ParameterReplaced)
     assert fxfuse.report(fused).refused, "a region that replaces its Parameters must be left alone, with the reason"
-    expected, actual = run(model, inputs, {}, own_gradients), run(fused, inputs, {}, fxfuse.packing.original_gradients)
+    expected, actual = run(model, inputs, {}, own_gradients), run(fused, inputs, {}, fxfuse.weights.packing.original_gradients)
     torch.testing.assert_close(actual.outputs, expected.outputs, rtol=1e-12, atol=0)
     assert all(gradient is None for name, gradient in expected.parameters.items() if name.startswith("input_layers"))
     assert all(gradient is None for name, gradient in actual.parameters.items() if name.startswith("input_layers"))

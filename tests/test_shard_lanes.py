@@ -11,8 +11,8 @@ from test_distributed import torchrun
 from torch import nn
 
 import fxfuse
-from fxfuse.distributed.dividing import divided
 from fxfuse.fused import regions
+from fxfuse.lane_parallel.dividing import divided
 from fxfuse.passes.split import Split, Step, Trial, alike
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here")

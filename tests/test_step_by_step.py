@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxfuse.step_by_step import step_by_step
-from fxfuse.tracer import record
+from fxfuse.recording.step_by_step import step_by_step
+from fxfuse.recording.tracer import record
 
 X = torch.randn(3, 5, 8)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import QUICK, assert_fused_equals, randn, randomized, relative_error, run
-from fxfuse import packing
+from fxfuse.weights import packing
 
 
 def mlp(n_in: int, n_out: int, hidden: int = 6) -> nn.Sequential:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import checks
 import fxfuse
 from checks import QUICK, randn, randomized
-from fxfuse.packing import original_gradients
+from fxfuse.weights.packing import original_gradients
 
 X = randn(5, 6)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import QUICK, assert_close, own_gradients, randn
-from fxfuse.quiet import quiet
+from fxfuse.models.quiet import quiet
 
 LAUNCHES: dict[str, Any] = {"objective": "launches", **QUICK}
 

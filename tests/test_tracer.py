@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fxfuse import tracer
-from fxfuse.sizes import SizeOf, SizeOp
-from fxfuse.trace import Ref
-from fxfuse.tracer import record
+from fxfuse.recording import tracer
+from fxfuse.recording.sizes import SizeOf, SizeOp
+from fxfuse.recording.trace import Ref
+from fxfuse.recording.tracer import record
 
 
 def model_of(forward, **attributes):

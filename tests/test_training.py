@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import QUICK, assert_close, mlp, model_of, randomized
-from fxfuse.memory import peak_bytes
+from fxfuse.planning.memory import peak_bytes
 
 RTOL = 1e-9
 STEPS = 50

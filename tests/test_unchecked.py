@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxfuse
 from checks import assert_equal_models, model_of, randn
-from fxfuse.unchecked import UNCHECKED
+from fxfuse.recording.unchecked import UNCHECKED
 
 
 class Sizes(TorchDispatchMode):

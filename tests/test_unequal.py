@@ -14,7 +14,7 @@ from fxfuse import launches
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
 from fxfuse.passes.unequal import MOST_WASTE
-from fxfuse.recipes import check, lane_views, pack, packed_shape, unpack
+from fxfuse.weights.recipes import check, lane_views, pack, packed_shape, unpack
 
 CASES = Cases()
 case = CASES.case
@@ -229,7 +229,7 @@ def test_gradients_may_be_written_into_an_output():
         outs = each(x)
         outs[1].mul_(2)
         sum(out.square().sum() for out in outs).backward()
-        grads.append(own_gradients(each) if each is model else fxfuse.packing.original_gradients(each))
+        grads.append(own_gradients(each) if each is model else fxfuse.weights.packing.original_gradients(each))
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-10, atol=1e-12)
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import QUICK, Cases, assert_case, assert_equal_models, assert_fused_equals, own_gradients, randn, randomized
-from fxfuse import launches, recipes
+from fxfuse import launches
 from fxfuse.graph import Recipe
+from fxfuse.weights import recipes
 
 SIZES, WIDTHS = (5, 9, 13, 40, 7, 21), (2, 3, 5, 8, 3, 6)
 CASES = Cases()

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from checks import model_of
-from fxfuse.sizes import SizeOf
-from fxfuse.trace import Ref
-from fxfuse.tracer import record
-from fxfuse.unify import Unifier, _Different, interchangeable
+from fxfuse.recording.sizes import SizeOf
+from fxfuse.recording.trace import Ref
+from fxfuse.recording.tracer import record
+from fxfuse.recording.unify import Unifier, _Different, interchangeable
 
 
 def runs(model, *inputs):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import fxfuse
 from checks import QUICK, assert_close, assert_heavy, mlp, randn, randomized
-from fxfuse import launches, plan
+from fxfuse import launches
+from fxfuse.planning import plan
 
 
 def net() -> nn.Module:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxfuse
-from fxfuse.difference import Spread, distance, distances
+from fxfuse.checking.difference import Spread, distance, distances
+from fxfuse.checking.validate import validate, verify
 from fxfuse.errors import ArgumentError, ValidationError
-from fxfuse.validate import validate, verify
 
 LANES = 4
 
@@ -654,7 +654,7 @@ class State:
 
 def test_answers_through_the_original_are_recorded(original, monkeypatch):
     """A fused model that answers with its loop is equal to the loop; that proves nothing of the rewrite."""
-    from fxfuse import runs
+    from fxfuse.checking import runs
 
     class FallsBack(Packed):
         def forward(self, x):
@@ -772,7 +772,7 @@ def test_many_distances_are_those_of_each(monkeypatch):
         assert gap.max_abs == (delta.max() if a.numel() else 0)
         assert math.isclose(gap.total, float(delta.sum()), rel_tol=1e-12)
         assert all((delta >= 10**e).sum() - (delta >= 10 ** (e + 1)).sum() == n for e, n in gap.histogram if e > -math.inf)
-    monkeypatch.setattr("fxfuse.difference._LARGE", 4)
+    monkeypatch.setattr("fxfuse.checking.difference._LARGE", 4)
     assert distances(pairs) == together, "in portions"
 
 

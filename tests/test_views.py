@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxfuse.passes.functional import drop_unused
+from fxfuse.functional import drop_unused
 from fxfuse.passes.views import shorten_views
 
 Step = Callable[[torch.Tensor], tuple[Callable[..., Any], tuple[Any, ...]]]

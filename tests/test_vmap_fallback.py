@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import checks
 import fxfuse
-from fxfuse.batching_rules import MissingRule, batched_or_raise
-from fxfuse.over_lanes import OverLanes
-from fxfuse.serialize import target_from_data, target_to_data
+from fxfuse.recording.batching_rules import MissingRule, batched_or_raise
+from fxfuse.running.over_lanes import OverLanes
+from fxfuse.running.serialize import target_from_data, target_to_data
 
 
 class Lanes(nn.Module):
@@ -260,7 +260,7 @@ def test_compiles_in_one_graph(how: str) -> None:
     checks.assert_close(compiled(x), model(x), "compiled")
     compiled(x).square().sum().backward()
     model(x).square().sum().backward()
-    for name, gradient in fxfuse.packing.original_gradients(fused).items():
+    for name, gradient in fxfuse.weights.packing.original_gradients(fused).items():
         checks.assert_close(gradient, dict(model.named_parameters())[name].grad, name)
 
 

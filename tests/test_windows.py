@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 @pytest.fixture(autouse=True)
 def _preferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("fxfuse.plan"), "_preferred", lambda options: "unfold")
+    monkeypatch.setattr(import_module("fxfuse.planning.plan"), "_preferred", lambda options: "unfold")
 
 
 def lowerings(fused: nn.Module) -> set[str]:

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_flatten
 import checks
 import fxfuse
 from census.subject import Inputs, Subject, Tell
-from fxfuse import packing
 from fxfuse.launches import count
+from fxfuse.weights import packing
 from zoo.check import FLOOR, RTOL, SINGLE, compare, differences
 
 ROWS, LENGTH = 3, 7

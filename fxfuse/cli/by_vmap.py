@@ -20,11 +20,11 @@ import torch.fx
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from fxfuse.copies import independent_copy
+from fxfuse.models.copies import independent_copy
 from fxfuse.private.pytree import tree_flatten
-from fxfuse.sizes import SizeOf, SizeOp
-from fxfuse.trace import Event, Frame, Ref, Trace
-from fxfuse.tracer import record
+from fxfuse.recording.sizes import SizeOf, SizeOp
+from fxfuse.recording.trace import Event, Frame, Ref, Trace
+from fxfuse.recording.tracer import record
 
 from .specs import Call
 

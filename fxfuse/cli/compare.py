@@ -14,12 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fxfuse import inputs as fresh
-from fxfuse.determinism import Derandomized, preserved_state
-from fxfuse.difference import distance
-from fxfuse.packing import original_gradients
+from fxfuse.checking.difference import distance
+from fxfuse.checking.runs import coarsest, named_leaves
+from fxfuse.models import inputs as fresh
+from fxfuse.models.determinism import Derandomized, preserved_state
 from fxfuse.private.pytree import tree_map_only
-from fxfuse.runs import coarsest, named_leaves
+from fxfuse.weights.packing import original_gradients
 
 from .failure import CommandError, said
 from .prepare import described

@@ -14,14 +14,14 @@ from torch import nn
 
 import fxfuse
 from fxfuse import convert as files
-from fxfuse import inputs as fresh
 from fxfuse.convert import Written
 from fxfuse.convert.folder import WEIGHTS
 from fxfuse.convert.manifest import original_of
 from fxfuse.convert.packed import TensorFile, read_manifest
-from fxfuse.determinism import same_bits
-from fxfuse.lane import by_original_name
-from fxfuse.large import LARGE, weight_bytes
+from fxfuse.models import inputs as fresh
+from fxfuse.models.determinism import same_bits
+from fxfuse.weights.lane import by_original_name
+from fxfuse.weights.large import LARGE, weight_bytes
 
 from . import codes
 from .compare import Expected, compare, expected, fresh_calls

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse.checking.runs import named_leaves
 from fxfuse.errors import FxfuseError
-from fxfuse.inputs import clone_inputs
 from fxfuse.launches import count
-from fxfuse.memory import peak_bytes
-from fxfuse.runs import named_leaves
-from fxfuse.timing import medians
+from fxfuse.models.inputs import clone_inputs
+from fxfuse.planning.memory import peak_bytes
+from fxfuse.planning.timing import medians
 
 from .by_vmap import NotPossible, by_vmap, flat_call
 from .compare import compare, expected

@@ -12,8 +12,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fxfuse.determinism import preserved_state
-from fxfuse.inputs import to_dtype
+from fxfuse.models.determinism import preserved_state
+from fxfuse.models.inputs import to_dtype
 from fxfuse.private.pytree import tree_map_only
 
 from . import codes

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxfuse.errors import ConvertError, StateDictError
 from fxfuse.private.state_dicts import set_versions, versions_of
-from fxfuse.saved_recipes import noted, unpacked
+from fxfuse.weights.saved_recipes import noted, unpacked
 
 from .archives import TRUST, check_zip
 from .packed import read_tensors, save_tensors

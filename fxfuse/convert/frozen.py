@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse import fused as fused_models
-from fxfuse.copies import copy_with
 from fxfuse.graph import Program, TensorGuard
+from fxfuse.models.copies import copy_with
 from fxfuse.private.pytree import tree_flatten, tree_unflatten
-from fxfuse.region import RegionState
-from fxfuse.runtime import compile_graph, walk
+from fxfuse.running.region import RegionState
+from fxfuse.running.runtime import compile_graph, walk
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from fxfuse.errors import ConvertError, FxfuseError
 from fxfuse.fused import regions
-from fxfuse.lane import Pack, by_original_name, lane_info
 from fxfuse.private.state_dicts import set_versions, versions_of
-from fxfuse.recipe_data import recipe_from_data, recipe_to_data
-from fxfuse.recipes import lane_view, packed_shape
+from fxfuse.weights.lane import Pack, by_original_name, lane_info
+from fxfuse.weights.recipe_data import recipe_from_data, recipe_to_data
+from fxfuse.weights.recipes import lane_view, packed_shape
 
 VERSION = 1
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfuse import inputs as fresh
 from fxfuse.errors import ConvertError
+from fxfuse.models import inputs as fresh
+from fxfuse.models.quiet import quiet
 from fxfuse.private.pytree import tree_leaves
-from fxfuse.quiet import quiet
 
 from .containers import in_plain_containers
 from .frozen import frozen

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import torch
 
 from fxfuse.errors import ConvertError, FxfuseError
-from fxfuse.known_functions import known_function
 from fxfuse.private.schemas import HigherOrderOperator
+from fxfuse.running.known_functions import known_function
 
 from .archives import TRUST
 from .specs import strings

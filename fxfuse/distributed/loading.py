@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fxfuse.sharded import is_sharded, shared_as
+from fxfuse.models.sharded import is_sharded, shared_as
 
 if TYPE_CHECKING:
-    from fxfuse.region import RegionState
+    from fxfuse.running.region import RegionState
 
 
 def fit_sharded(state: RegionState, state_dict: dict[str, Any], prefix: str) -> None:

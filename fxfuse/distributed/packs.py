@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fxfuse.sharded import is_sharded, shared_as
+from fxfuse.models.sharded import is_sharded, shared_as
 
 from .in_step import about_to
 from .traffic import moved

@@ -20,10 +20,10 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from fxfuse.internal_files import is_internal
+from fxfuse.models.internal_files import is_internal
 from fxfuse.private.dynamo import is_higher_order, is_open, is_wanted_open, is_weight, is_wrapped_number
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.widen import widen
+from fxfuse.running.widen import widen
 
 NUMBERS = "the graph takes Python's numbers as tensors, which dynamo fixes in a second attempt where the inner backend needs them"
 

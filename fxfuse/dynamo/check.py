@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.difference import Validation
-from fxfuse.quiet import quiet
-from fxfuse.validate import Example, validate
+from fxfuse.checking.difference import Validation
+from fxfuse.checking.validate import Example, validate
+from fxfuse.models.quiet import quiet
 
 from .call import without_autocast
 from .captured import Captured, Slot

@@ -16,11 +16,11 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from fxfuse.determinism import preserved_state
-from fxfuse.exclusive import alone
 from fxfuse.graph import Refusal
+from fxfuse.models.determinism import preserved_state
+from fxfuse.models.exclusive import alone
+from fxfuse.models.quiet import quiet
 from fxfuse.private.dynamo import is_open
-from fxfuse.quiet import quiet
 
 from .captured import NUMBERS, Captured, Uncaptured
 from .check import check

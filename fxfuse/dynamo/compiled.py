@@ -122,7 +122,7 @@ def _outside(recipe: Recipe, weights: dict[str, Tensor], frozen: bool) -> Recipe
 
 def _like_pack(recipe: Recipe, weights: dict[str, Tensor]) -> Tensor:
     """A tensor like the pack; its numbers mean nothing."""
-    from fxfuse.recipes import packed_shape
+    from fxfuse.weights.recipes import packed_shape
 
     first = weights[recipe.members[0]]
     made = torch.empty(packed_shape(recipe), dtype=first.dtype, device=first.device)

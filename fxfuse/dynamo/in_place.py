@@ -13,7 +13,7 @@ import torch.fx
 from torch import Tensor
 
 from fxfuse.graph import Refusal
-from fxfuse.trace import MOST_NUMBERS
+from fxfuse.recording.trace import MOST_NUMBERS
 
 from .checked import rewritten_or_refused
 from .rewrite import Rewritten

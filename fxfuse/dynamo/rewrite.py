@@ -19,19 +19,19 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from fxfuse.collector import paused
+from fxfuse.building.regions import RegionFinder
 from fxfuse.graph import FusedOp, Program, Recipe, Refusal
-from fxfuse.inputs import batch_size, resample, vary
-from fxfuse.observe import Observation, second_batch
+from fxfuse.models.collector import paused
+from fxfuse.models.inputs import batch_size, resample, vary
 from fxfuse.options import Options
 from fxfuse.passes.packs import Packs
 from fxfuse.passes.program import make_program, resolve_packed
 from fxfuse.passes.vectorize import Prepared
-from fxfuse.plan import Planner
-from fxfuse.regions import RegionFinder
-from fxfuse.timing import medians
-from fxfuse.tracer import record
-from fxfuse.unify import Unifier
+from fxfuse.planning.plan import Planner
+from fxfuse.planning.timing import medians
+from fxfuse.recording.observe import Observation, second_batch
+from fxfuse.recording.tracer import record
+from fxfuse.recording.unify import Unifier
 
 from .captured import Captured, Symbol
 from .settings import Settings

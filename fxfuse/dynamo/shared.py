@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fxfuse.alias import Alias
 from fxfuse.graph import Recipe
 from fxfuse.private.known_result import joined
 from fxfuse.private.storages import holders, storage_key
 from fxfuse.private.tensor_guards import alike
 from fxfuse.private.versions import version
-from fxfuse.recipes import lane_view, pack
+from fxfuse.weights.alias import Alias
+from fxfuse.weights.recipes import lane_view, pack
 
 _binding = threading.RLock()
 MOST_MODES = 4  # of torch, in which one pack is used in turn, that are known by one call each

@@ -1,6 +1,6 @@
 """``scaled_dot_product_attention``: the lanes are more entries of its batch.
 
-``nn.MultiheadAttention`` needs no rule: recording opens it (``fxfuse/opened.py``) into the products, softmax and views that it is made of.
+``nn.MultiheadAttention`` needs no rule: recording opens it (``recording/step_by_step.py``) into its products, softmax and views.
 """
 
 from __future__ import annotations

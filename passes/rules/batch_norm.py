@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
+from fxfuse.functional import cumulative_batch_norm
+
 from ..bundle import Bundle, Node
 from ..emit import Emitter
-from ..functional import cumulative_batch_norm
 from ..writer import Packed
 from .base import rule
 from .channels import all_shared, merged, parted, per_channel

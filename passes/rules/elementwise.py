@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from fxfuse.functional import autocast_to, casting
+
 from ..bundle import Bundle, Node
 from ..emit import Emitter
-from ..functional import autocast_to, casting
 from ..writer import CannotVectorize, Packed
 from .base import Rule, rank, rule, shared, tensors, unpacked
 

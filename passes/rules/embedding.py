@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxfuse.functional import bag_offsets, ragged_bags
+from fxfuse.ops import Op
+
 from ..bundle import Bundle, Node
 from ..emit import Emitter
-from ..functional import bag_offsets, ragged_bags
-from ..ops import Op
 from ..writer import CannotVectorize, Packed
 from .base import rank, rule
 from .fold import fold, unfold

@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-from fxfuse.batching_rules import MissingRule, batched_or_raise
-from fxfuse.over_lanes import OverLanes
+from fxfuse.ops import Op
 from fxfuse.private.pytree import tree_map_only
 from fxfuse.private.schemas import schema_of
+from fxfuse.recording.batching_rules import MissingRule, batched_or_raise
+from fxfuse.running.over_lanes import OverLanes
 
 from ..bundle import POSITIONS, Bundle, Node
 from ..emit import Emitter
-from ..ops import Op
 from ..writer import CannotVectorize, Packed
 from .base import Rule
 
 LOWERING = "vmap"
 _WRONG = frozenset({"select_scatter"})  # gradients over lanes that torch 2.13 gets wrong
 _OF_AUTOGRAD = frozenset({"grad", "requires_grad_"})  # they speak of one tensor's history, which lanes of a pack have together
-_OURS = frozenset({"index_write"})  # of the functions in passes/functional.py, those that are all torch inside
+_OURS = frozenset({"index_write"})  # of the functions in fxfuse/functional.py, those that are all torch inside
 
 
 def applies(bundle: Bundle) -> bool:

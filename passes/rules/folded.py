@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from fxfuse.ops import Op
+
 from ..bundle import Bundle, Node
 from ..emit import Emitter
-from ..ops import Op
 from .base import rank
 from .linear import bias_of
 

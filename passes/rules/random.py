@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from fxfuse.functional import dropout_each
+
 from ..bundle import Bundle
 from ..emit import Emitter
-from ..functional import dropout_each
 from ..writer import CannotVectorize, Packed
 from .base import rank, rule, tensors, unpacked
 from .elementwise import aligned

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from fxfuse.functional import slice_along
+
 from ..bundle import Bundle, Node
 from ..emit import Emitter
-from ..functional import slice_along
 from ..writer import CannotVectorize, Packed
 from .base import physical, rule
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from fxfuse.functional import slice_along
+
 from ..bundle import Bundle, Node
 from ..emit import Emitter
-from ..functional import slice_along
 from ..writer import CannotVectorize, Packed
 from .base import rule
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fxfuse.functional import autocast_to
+from fxfuse.ops import Op
+
 from ..bundle import Bundle, Node
 from ..emit import Emitter
-from ..functional import autocast_to
-from ..ops import Op
 from ..unequal import CONVOLUTIONS, uncast
 from ..writer import CannotVectorize, Packed
 from .base import Rule, rank

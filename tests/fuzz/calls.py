@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 import fxfuse
 from checks import own_gradients, plain
-from fxfuse import packing
+from fxfuse.weights import packing
 
 RTOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.2}
 FLOOR = 1e-2  # of numbers about 1: what a norm makes of rows that are all alike is pure rounding

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxfuse.ops import Op
 from fxfuse.passes.emit import Emitter
-from fxfuse.passes.ops import Op
 from fxfuse.passes.rules import joins
 from fxfuse.passes.rules.base import Rule
 from fxfuse.passes.writer import Packed

@@ -23,7 +23,7 @@ from mutants.suite import ROOT, source_of
 
 # What puts weights and layouts together; the rules are all files of passes/rules that register one.
 _PASSES = "joins picks views writes writer weights emit unequal bundle buffers".split()
-CORE = (*(f"passes/{name}.py" for name in _PASSES), "fxfuse/recipes.py", "fxfuse/packing.py")
+CORE = (*(f"passes/{name}.py" for name in _PASSES), "fxfuse/weights/recipes.py", "fxfuse/weights/packing.py")
 NOT_RULES = frozenset({"__init__", "table"})
 
 

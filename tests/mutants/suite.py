@@ -153,7 +153,7 @@ def _watched() -> Iterator[tuple[set[str], set[str]]]:
 
 
 def source_of(code: Any) -> str:
-    """The file of a function of fxfuse, ``passes/emit.py`` or ``fxfuse/recipes.py``; "" for any other."""
+    """The file of a function of fxfuse, ``passes/emit.py`` or ``fxfuse/weights/recipes.py``; "" for any other."""
     name = code.co_filename
     for folder in ("fxfuse/passes/", "passes/", "fxfuse/"):
         before, found, rest = name.partition(f"{ROOT}/{folder}")

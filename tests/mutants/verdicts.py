@@ -1,4 +1,4 @@
-"""Is a fused model still the original? An answer that shares no code with ``fxfuse.validate``.
+"""Is a fused model still the original? An answer that shares no code with ``fxfuse.checking.validate``.
 
 Comes in: a model, its fused form, inputs. Goes out: the first difference as a sentence, "" where there is none. Compared are the state
 dict by the original's names, outputs, gradients of inputs and parameters, and buffers afterwards, in train and eval mode, with the
@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import checks
 import fxfuse
-from fxfuse import packing
 from fxfuse.fused import regions
 from fxfuse.passes.emit import Emitter
+from fxfuse.weights import packing
 from mutants.subjects import Subject
 
 RTOL = 1e-9

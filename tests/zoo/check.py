@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_flatten
 
 import checks
 import fxfuse
-from fxfuse import packing
 from fxfuse.launches import Launches, count
+from fxfuse.weights import packing
 from zoo.registry import Subject
 
 RTOL = 1e-10

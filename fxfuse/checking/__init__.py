@@ -1,0 +1,1 @@
+"""Is the fused model equal to the original?"""

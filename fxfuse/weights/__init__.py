@@ -1,0 +1,1 @@
+"""The lanes' weights and their pack: recipes, lanes as modules, the original's names."""
