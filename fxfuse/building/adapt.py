@@ -1,10 +1,11 @@
-"""Further programs of a fused region, made at its first calls under autocast.
+"""Further programs of a fused region, made at its first calls under autocast, and on inputs that lie otherwise (channels_last).
 
-Comes in: a region and a call under ``torch.autocast`` that fits what was recorded but for the dtypes that autocast chose. Goes out: a
-program for such calls, added to the region; or why there is none, and the call runs the loop. The region's own forward is recorded once
-more, under that autocast, whose casts become casts in the graph, so that every packed op computes in the dtypes of the ops it replaces;
-then it is rewritten over the packs that are there. The result, its casts left out, is compared with the loop as any program is, in float64
-too; with its casts, under autocast, dtype by dtype. Programs made so are not saved or copied: a copy makes its own.
+Comes in: a region and a call that fits what was recorded but for the dtypes that ``torch.autocast`` chose, or for the order in memory in
+which inputs lie. Goes out: a program for such calls, added to the region; or why there is none, and the call runs the loop. The region's
+own forward is recorded once more, on such inputs, and under that autocast, whose casts become casts in the graph, so that every packed op
+computes in the dtypes of the ops it replaces; then it is rewritten over the packs that are there. The result, its casts left out, is
+compared with the loop as any program is, in float64 too; then as it is, under autocast, dtype by dtype. Programs made so are not saved or
+copied: a copy makes its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,11 +38,12 @@ from fxfuse.passes.program import make_program, resolve_packed
 from fxfuse.passes.vectorize import vectorize
 from fxfuse.private.autocast import autocast_on
 from fxfuse.private.pytree import tree_flatten, tree_map_only
+from fxfuse.private.transforms import transforming
 from fxfuse.recording.casts import without_autocast
 from fxfuse.recording.lengths import tracked_len
 from fxfuse.recording.observe import observe, reads_offsets
 from fxfuse.running.entries import FORWARD, Entry
-from fxfuse.running.guards import explain_miss
+from fxfuse.running.guards import explain_miss, order_of
 from fxfuse.running.region import STATE, RegionState
 from fxfuse.running.runtime import walk
 from fxfuse.weights.parts import in_parts, whole_recipes
@@ -52,6 +54,8 @@ from .input_orders import held_to_order
 from .regions import RegionFinder
 
 _lock = threading.RLock()
+Casts = tuple[str, torch.dtype]  # the kind of device, and what autocast casts to there
+_MOST_CALLS = 16  # of different dtypes and orders in memory for which a program was tried
 _ROOM = 1.5  # times the root of the narrow dtype's eps: how far results of two orders of rounding may be apart, in norm
 
 
@@ -69,17 +73,19 @@ class _Made:
 
 def adapt(state: RegionState, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Make a program for a call of the method ``name``; None where that came about, else why not (empty: the call fits nothing)."""
-    casts = next(iter(autocast_on()), None)
+    casts: Casts | None = next(iter(autocast_on()), None)
     flags = state.flags()
     recorded = state.plan.programs.get(flags) if name == FORWARD else None
     bases = [*([recorded] if recorded is not None else []), *state.plan.methods.get(name, {}).get(flags, ())]
     leaves, spec = tree_flatten((args, kwargs))
-    if casts is None or state.plan.making is None or not any(p.in_spec == spec and _fits(p.guard, leaves) for p in bases):
+    if transforming() or state.plan.making is None or not any(p.in_spec == spec and _fits(p.guard, leaves, casts) for p in bases):
         return ""
-    key = (name, flags, casts, tuple(leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)))
+    key = (name, flags, casts, tuple((leaf.dtype, order_of(leaf)) for leaf in leaves if isinstance(leaf, Tensor)))
     with _lock:
         if any(explain_miss(c.program.guard, leaves) is None for c in state.adapted.get((name, flags), ())):
             return None  # another thread was first
+        if key not in state.unfit and len(state.unfit) >= _MOST_CALLS:
+            return ""
         tried = state.unfit.setdefault(key, [])
         if len(tried) >= MOST_FORMS or any(tried):
             return next(filter(None, tried), "")
@@ -107,8 +113,16 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-def _fits(guard: Guard, leaves: list[Any]) -> bool:
-    """Does the call fit, whatever its floating dtypes and its autocast?"""
+def _autocast(casts: Casts | None) -> AbstractContextManager[Any]:
+    return nullcontext() if casts is None else torch.autocast(casts[0], dtype=casts[1])
+
+
+def _fits(guard: Guard, leaves: list[Any], casts: Casts | None) -> bool:
+    """Does the call fit, whatever the order in memory of its inputs; under autocast, whatever their floating dtypes?"""
+    anyhow = tuple(replace(leaf, layout="", order=()) if isinstance(leaf, TensorGuard) else leaf for leaf in guard.leaves)
+    if casts is None:
+        asked = replace(guard, leaves=anyhow, in_rows=False)
+        return batch_size(tuple(leaves), {}) != 0 and explain_miss(asked, leaves) is None and explain_miss(guard, leaves) is not None
 
     def given(leaf: Any, value: Any) -> Any:
         floating = isinstance(leaf, TensorGuard) and isinstance(value, Tensor)
@@ -116,13 +130,12 @@ def _fits(guard: Guard, leaves: list[Any]) -> bool:
             return replace(leaf, dtype=value.dtype)
         return leaf
 
-    wanted = tuple(given(leaf, value) for leaf, value in zip(guard.leaves, leaves, strict=True))
-    casts = next(iter(autocast_on()), None)
+    wanted = tuple(given(leaf, value) for leaf, value in zip(anyhow, leaves, strict=True))
     asked = replace(guard, leaves=wanted, generic_dtype=False, autocast=casts)
     return batch_size(tuple(leaves), {}) != 0 and explain_miss(asked, leaves) is None
 
 
-def _best(state: RegionState, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], casts: tuple[str, torch.dtype]) -> _Made:
+def _best(state: RegionState, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], casts: Casts | None) -> _Made:
     """The program that fits most calls: one row says little of strides and free sizes, so that more are tried first."""
     assert state.plan.making is not None
     example = _apart(args, kwargs)
@@ -141,7 +154,7 @@ def _best(state: RegionState, name: str, args: tuple[Any, ...], kwargs: dict[str
     raise AssertionError("the last one raises")
 
 
-def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _Made:
+def _made(state: RegionState, entry: Entry, casts: Casts | None) -> _Made:
     """The region recorded under ``casts`` and rewritten over its packs."""
     plan, making = state.plan, state.plan.making
     assert making is not None
@@ -149,7 +162,7 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     for whole in plan.wholes.values():  # frozen lanes are lanes of their pack still: its parts are joined at every call
         for member in whole.members:
             walk(region, member).requires_grad_(whole.requires_grad)
-    with paused(), tracked_len(region), torch.autocast(casts[0], dtype=casts[1]):
+    with paused(), tracked_len(region), _autocast(casts):
         observation = observe(entry.root(region), entry.args, entry.kwargs)
     if observation.failure:
         raise Unfit(f"the forward raises {observation.failure}")
@@ -170,7 +183,7 @@ def _made(state: RegionState, entry: Entry, casts: tuple[str, torch.dtype]) -> _
     used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
     constants = {name: tensor for name, tensor in made.packs.constants.items() if name in used and name not in plan.constants}
     program = make_program(observation.trace, prepared.lifted, made.graph)
-    with torch.autocast(casts[0], dtype=casts[1]):
+    with _autocast(casts):
         program = held_to_order(program, prepared.lifted, entry.root(region), observation.flags)
     program = in_parts(held_by_caller(program), plan)
     return _Made(program, constants, entry, not reads_offsets(observation.trace))
@@ -201,7 +214,7 @@ def _packs(state: RegionState, region: nn.Module) -> Packs:
     return Packs(recipes, where, constants, blocked, kinds, state.holder or "packed")
 
 
-def _prove(state: RegionState, made: _Made, casts: tuple[str, torch.dtype]) -> None:
+def _prove(state: RegionState, made: _Made, casts: Casts | None) -> None:
     """Raise ``Unfit`` where the program is not the loop: without its casts, as far as the loop runs without autocast; and with them."""
     original, fused = _bare(unfuse(state.region)), _bare(copy.deepcopy(state.region))
     entry, trial = made.entry, fused.__dict__[STATE]
@@ -216,16 +229,16 @@ def _prove(state: RegionState, made: _Made, casts: tuple[str, torch.dtype]) -> N
             raise Unfit(f"the rewritten form differs: {outcome.reason}")
         _try_only(trial, made, made.program, strict=True)  # an answer of the loop would be compared with itself
         for args, kwargs in examples:
-            with torch.autocast(casts[0], dtype=casts[1]):
+            with _autocast(casts):
                 loop, packed = (run(root, args, kwargs, mode="given", requires_grad=None) for root in roots)
             if isinstance(packed.error, FallbackError) and args is not entry.args:
                 continue  # of other sizes
             if loop.error is None and packed.error is not None:
                 raise Unfit(f"the rewritten form raises {type(packed.error).__name__}: {packed.error}")
             for kind in ("outputs", "input_gradients", "parameter_gradients", "buffers") if loop.error is None else ():
-                reason = _difference(getattr(loop, kind), getattr(packed, kind), casts[1])
+                reason = _difference(getattr(loop, kind), getattr(packed, kind), torch.get_default_dtype() if casts is None else casts[1])
                 if reason:
-                    raise Unfit(f"the rewritten form differs under autocast: {reason}")
+                    raise Unfit(f"the rewritten form differs{' under autocast' if casts else ''}: {reason}")
 
 
 def _try_only(trial: RegionState, made: _Made, program: Program, *, strict: bool) -> None:

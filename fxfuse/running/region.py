@@ -80,7 +80,7 @@ class RegionState(Watch):
     current: Compiled | None = None
     methods: dict[str, list[Compiled]] = field(default_factory=dict)  # of the current flags; right while ``ready`` is not None
     others: dict[tuple[str, tuple[bool, ...]], list[Compiled]] = field(default_factory=dict)  # never copied or saved
-    adapted: dict[tuple[str, tuple[bool, ...]], list[Compiled]] = field(default_factory=dict)  # made at calls under autocast; never saved
+    adapted: dict[tuple[str, tuple[bool, ...]], list[Compiled]] = field(default_factory=dict)  # made at calls; never saved
     unfit: dict[Any, list[str]] = field(default_factory=dict)  # of the calls that none was made for, why; never copied or saved
     extra: dict[str, Tensor] = field(default_factory=dict)  # index tensors that those made later read
     inside: list[Piece] = field(default_factory=list)  # what lies in objects that the modules hold, at installation
@@ -320,10 +320,9 @@ class RegionMixin(LaneMixin):
                     if again is not None and (out := run(*again)) is not MISS:
                         return out
                     reason = current.why(*(again or (args, kwargs)))
-                    if any_autocast_enabled():
-                        reason, out = self._fxfuse_adapted(state, FORWARD, reason, *(again or (args, kwargs)))
-                        if out is not MISS:
-                            return out
+                    reason, out = self._fxfuse_adapted(state, FORWARD, reason, *(again or (args, kwargs)))
+                    if out is not MISS:
+                        return out
             except StaleAlias as stale:
                 reason = str(stale)
         return self._fxfuse_fall_back(state, reason, args, kwargs)
@@ -353,7 +352,7 @@ class RegionMixin(LaneMixin):
                         if again is not None and (out := program.run(*again)) is not MISS:
                             return out
                         reason = program.why(*(again or (args, kwargs)))
-                if programs and any_autocast_enabled() and not torch.compiler.is_compiling():
+                if programs and not torch.compiler.is_compiling():
                     reason, out = self._fxfuse_adapted(state, name, reason, *(again or (args, kwargs)))
                     if out is not MISS:
                         return out
@@ -362,11 +361,12 @@ class RegionMixin(LaneMixin):
         return self._fxfuse_fall_back(state, reason, args, kwargs, name)
 
     def _fxfuse_adapted(self, state: RegionState, name: str, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
-        """A call under autocast that no program fits: by one made for it now, or why there is none, and ``MISS``."""
+        """A call that no program fits, under autocast or of inputs that lie otherwise: by one made for it now, or why not, and ``MISS``."""
         from fxfuse.building.adapt import adapt  # imports this file
 
         if state.sharding is not None:  # what is made now would be over all lanes
-            return f"{reason}, and lanes that are divided among processes are not made anew under autocast", MISS
+            late = ", and lanes that are divided among processes are not made anew under autocast" if any_autocast_enabled() else ""
+            return reason + late, MISS
         said = adapt(state, name, args, kwargs)
         if said is None:
             state.prepare()
