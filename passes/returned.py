@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,16 +72,19 @@ class Returned(Updating):
         near = {value: self._root(value) for value in values}
         far: dict[int, int] = {}
         for value in values:
-            at, made = value, self._origin(value)
-            while made is not None:
+            for at in self._way_back(value):
                 if at in self.itself:
                     self._check_ones(at, "==")
-                at, made = made[0], self._origin(made[0])
-            if at in self.itself:
-                self._check_ones(at, "==")
-            far[value] = at
+                far[value] = at
         kinds = Counter(root for root, _ in {(far[value], near[value]) for value in values})
         return {value: far[value] if far[value] in self.inputs or kinds[far[value]] > 1 else near[value] for value in values}
+
+    def _way_back(self, value: int) -> Iterator[int]:
+        """``value``, what it is a view of, and so on."""
+        yield value
+        while (origin := self._origin(value)) is not None:
+            value = origin[0]
+            yield value
 
     def _origin(self, value: int) -> tuple[int, Event] | None:
         """What ``value`` is a view of, or may be at another call, and how it was made; None where it is memory of its own in any case."""
