@@ -341,6 +341,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, str], floa
     monkeypatch.setattr(Workbench, "step", lambda self, made: (self.batch, "loop" if not made.ops else "packed"))
     plan = import_module("fxfuse.planning.plan")
     monkeypatch.setattr(plan, "ratio", lambda one, other, budget: (1.0, 1.0))
+    monkeypatch.setattr(plan, "quickest", lambda calls: [seconds(*call) for call in calls])
     for module in (plan, import_module("fxfuse.planning.plan_by_size")):
         monkeypatch.setattr(module, "medians", lambda calls, budget: [seconds(*call) for call in calls])
 

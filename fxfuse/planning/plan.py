@@ -32,7 +32,7 @@ from .estimate import Estimator
 from .fingerprint import fingerprint
 from .plan_memory import as_usual, within_limit
 from .progress import Progress
-from .timing import medians, ratio
+from .timing import medians, quickest, ratio
 from .workbench import Case, RaisesError, Workbench
 
 # A form must be this much faster than the loop to be worth the change: below, it is noise.
@@ -129,7 +129,7 @@ class Planner:
             self.prepared = before
             return None
         choice.cached = True
-        choice.refusal = None if reason is None else self.refusal(reason)
+        choice.refusal = None if reason is None else self.refusal(f"{reason}, measured in an earlier run")
         return choice
 
     def _searched(self) -> Choice:
@@ -390,9 +390,12 @@ class Planner:
         """The choice with its seconds next to the loop's; refused where the loop is as fast in any case that is timed."""
         single = self.prepared.single
         for bench, step in zip(self.benches, self.steps(choice), strict=True):
-            loop, fused = medians([bench.loop(), step], budget=0.5)
-            if single:
-                fused += GUARD_SECONDS + 0.03 * loop
+            functions = [bench.loop(), step]
+            loop, fused = medians(functions, budget=0.5)
+            own = GUARD_SECONDS + 0.03 * loop if single else 0.0
+            if (fused + own) * LEAST_GAIN > loop:  # looked at again: a refusal is kept, and the machine may have been busy
+                loop, fused = quickest(functions)
+            fused += own
             choice.seconds = choice.seconds or (loop, fused)
             if fused * LEAST_GAIN > loop and choice.refusal is None:
                 batch = f" at batch {bench.batch}" if bench.batch is not None else ""
