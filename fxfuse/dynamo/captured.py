@@ -22,8 +22,11 @@ from torch import Tensor, nn
 
 from fxfuse.models.internal_files import is_internal
 from fxfuse.private.dynamo import is_higher_order, is_open, is_wanted_open, is_weight, is_wrapped_number
+from fxfuse.private.storages import storage_key
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.running.widen import widen
+
+from .writing import writes_first
 
 NUMBERS = "the graph takes Python's numbers as tensors, which dynamo fixes in a second attempt where the inner backend needs them"
 
@@ -84,16 +87,20 @@ class Captured(nn.Module):
                 if slot.place is None and slot.number is None and slot.node.users:
                     raise Uncaptured(f"the graph takes a number ({slot.node.name}) that is the size of no tensor")
         self.hold(_apart(weights))
-        self.take(graph)
+        self.take(graph, frozenset() if torch.is_grad_enabled() else _buffer_writes(self.slots, graph))
 
-    def take(self, graph: torch.fx.Graph) -> None:
-        """The calls to make, as they are and for float64; dtypes that the graph spells out are those of the inputs, as often as not."""
+    def take(self, graph: torch.fx.Graph, untracked: frozenset[torch.fx.Node] = frozenset()) -> None:
+        """The calls to make, as they are and for float64; dtypes that the graph spells out are those of the inputs, as often as not.
+
+        ``untracked``: those to make under ``no_grad``.
+        """
         wide, copies = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
         for node in graph.nodes:
             copies[node] = wide.node_copy(node, copies.__getitem__)
             copies[node].meta = {"val": node.meta.get("val", node.meta.get("example_value")), "stack_trace": node.meta.get("stack_trace")}
         widen(wide)
-        self.steps, self.wide_steps = steps_of(graph), steps_of(wide)
+        self.steps = steps_of(graph, untracked)
+        self.wide_steps = steps_of(wide, frozenset(copies[node] for node in untracked))
         self.wide_slots = [replace(slot, node=copies[slot.node]) for slot in self.slots]
         self.narrow = _is_narrow((*self.given, *self.weights().values()))
 
@@ -167,7 +174,26 @@ def _is_narrow(tensors: Sequence[Tensor]) -> bool:
 _AUTOCAST = frozenset(("_enter_autocast", "_exit_autocast"))
 
 
-def steps_of(graph: torch.fx.Graph) -> list[Step]:
+def _buffer_writes(slots: list[Slot], graph: torch.fx.Graph) -> frozenset[torch.fx.Node]:
+    """The calls that write into buffers, or views of them, where the graph itself does not switch gradient tracking.
+
+    A graph that is compiled where the caller tracks nothing does not say so, nor where forward's own ``no_grad`` began. It is recorded
+    and compared with tracking on, and there a buffer would take on the history of what is written into it.
+    """
+    if any(getattr(node.target, "__name__", "") == "_set_grad_enabled" for node in graph.nodes):
+        return frozenset()
+    held = {key for slot in slots if slot.weight and (key := _memory(slot.node)) is not None}
+    calls = [node for node in graph.nodes if node.op in ("call_function", "call_method") and writes_first(node)]
+    return frozenset(node for node in calls if isinstance(node.args[0], torch.fx.Node) and _memory(node.args[0]) in held)
+
+
+def _memory(node: torch.fx.Node) -> Any:
+    """Whose memory a value lies in, by dynamo's stand-in for it; None where that is not known."""
+    value = node.meta.get("example_value")
+    return storage_key(value.untyped_storage()) if isinstance(value, Tensor) and value.layout is torch.strided else None
+
+
+def steps_of(graph: torch.fx.Graph, untracked: frozenset[torch.fx.Node] = frozenset()) -> list[Step]:
     """The calls of a graph. Raises ``Uncaptured`` for one that holds modules, or graphs of its own."""
     steps: list[Step] = []
     for node in graph.nodes:
@@ -176,6 +202,7 @@ def steps_of(graph: torch.fx.Graph) -> list[Step]:
         target = node.target
         if node.op == "call_method":
             target = _method(node.target)
+            target = _under_no_grad(target) if node in untracked else target
         elif node.op == "output":
             steps.append(Step(None, _nothing, node.args, {}, _call))
             continue
@@ -185,6 +212,8 @@ def steps_of(graph: torch.fx.Graph) -> list[Step]:
             raise Uncaptured(f"the graph holds {node.target}, a module or a tensor that is no input")
         elif getattr(target, "__name__", "") in _AUTOCAST:
             target = _unseen(target)
+        elif node in untracked:
+            target = _under_no_grad(target)
         steps.append(Step(node, target, node.args, node.kwargs, _from_line(node.meta.get("stack_trace") or "")))
     return steps
 
@@ -205,6 +234,14 @@ def _unseen(target: Callable[..., Any]) -> Callable[..., Any]:
             return target(*args, **kwargs)
 
     return switch
+
+
+def _under_no_grad(target: Callable[..., Any]) -> Callable[..., Any]:
+    def write(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return target(*args, **kwargs)
+
+    return write
 
 
 def _method(name: str) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from fxfuse.private.dynamo import is_higher_order, is_weight, keep_origin, keep_
 from .checked import NO_PIECE, tell
 from .in_place import fuse_in_place
 from .settings import Settings
+from .writing import writes_first
 
 log = logging.getLogger(__name__)
 
@@ -222,22 +223,13 @@ def _why_not(piece: torch.fx.Graph, given: dict[Node, Any]) -> str | None:
     Running statistics may be written, where nothing else that the piece is given is a view of them.
     """
     for node in piece.nodes:
-        if node.op in ("call_function", "call_method") and _writes(node):
+        if node.op in ("call_function", "call_method") and writes_first(node):
             written = _root(node.args[0])
             of = given.get(written)
             views = [each for each in given.values() if isinstance(each, Node) and each is not of and _root(each) is of]
             if written.op == "placeholder" and (not is_weight(written) or views):
                 return f"{node.name} writes to memory that comes from outside"
     return None
-
-
-_WRITERS = frozenset(("setitem", *(f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split())))
-
-
-def _writes(node: Node) -> bool:
-    name = str(node.target) if node.op == "call_method" else name_of(node)
-    in_place = name.endswith("_") and not name.endswith("__")
-    return bool(node.args) and (in_place or name in _WRITERS or bool(node.kwargs.get("inplace")) or "out" in node.kwargs)
 
 
 def _root(value: Any) -> Node:
