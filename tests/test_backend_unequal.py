@@ -6,6 +6,7 @@ Between the zeros a member could only lie with other strides than its own, so th
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -133,17 +134,22 @@ def test_frozen(name):
     assert not [name for name in names if "parameters" in name]
 
 
-def test_large_tables_are_not_copied_at_every_call(caplog):
-    model = randomized(tables([40_000] * 8, [8, 6] * 4))
-    call, counting = compiled(model)
-    x = words(8)
-    with caplog.at_level("INFO", logger="fxfuse"):
-        same(call, model, x)
-    assert "left as a loop" in caplog.text
-    assert layers(counting) == 8
-    frozen, counting = compiled(model, freeze=True)
-    same(frozen, model, x)
-    assert layers(counting) == 1
+@pytest.mark.parametrize("freeze", [False, True], ids=["stacked", "frozen"])
+def test_the_copy_of_large_tables_counts(freeze, monkeypatch):
+    """Where they are stacked at every call, as the loop reads a few rows of them; not where the pack is made once."""
+    packed = []
+
+    def slowly(recipe, members):
+        packed.append(recipe.name)
+        time.sleep(0.05)
+
+    monkeypatch.setattr("fxfuse.dynamo.rewrite.pack", slowly)
+    monkeypatch.setattr("fxfuse.dynamo.rewrite.SLOWER", 10.0)
+    model = randomized(tables([2_000] * 8, [8, 6] * 4))
+    call, counting = compiled(model, freeze=freeze)
+    same(call, model, words(8))
+    assert bool(packed) is not freeze
+    assert layers(counting) == (1 if freeze else 8)
 
 
 def test_tables_of_equal_widths_share_memory_still():

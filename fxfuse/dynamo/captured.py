@@ -87,7 +87,8 @@ class Captured(nn.Module):
                 if slot.place is None and slot.number is None and slot.node.users:
                     raise Uncaptured(f"the graph takes a number ({slot.node.name}) that is the size of no tensor")
         self.hold(_apart(weights))
-        self.take(graph, frozenset() if torch.is_grad_enabled() else _buffer_writes(self.slots, graph))
+        self.tracked = torch.is_grad_enabled()  # by the caller: the graph is compiled for this
+        self.take(graph, frozenset() if self.tracked else _buffer_writes(self.slots, graph))
 
     def take(self, graph: torch.fx.Graph, untracked: frozenset[torch.fx.Node] = frozenset()) -> None:
         """The calls to make, as they are and for float64; dtypes that the graph spells out are those of the inputs, as often as not.
@@ -123,7 +124,7 @@ class Captured(nn.Module):
         made = type(self).__new__(type(self))
         nn.Module.__init__(made)
         memo[id(self)] = made
-        kept = ("training", "slots", "wide_slots", "symbols", "steps", "wide_steps", "narrow", "given", *self.more)
+        kept = ("training", "slots", "wide_slots", "symbols", "steps", "wide_steps", "narrow", "given", "tracked", *self.more)
         made.__dict__.update({name: self.__dict__[name] for name in kept})
         made.hold({name: copy.deepcopy(tensor, memo) for name, tensor in self.weights().items()})
         return made
@@ -289,7 +290,7 @@ def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 _PARTS = re.compile(r"_(?:modules|parameters|buffers)_")
 _TAKEN = frozenset(
-    (*dir(nn.Module()), *"slots wide_slots given symbols steps wide_steps narrow owners weights hold take more autocast constants".split())
+    (*dir(nn.Module()), *"slots wide_slots given symbols steps wide_steps narrow tracked owners weights hold take more autocast constants".split())
 )
 
 

@@ -31,7 +31,7 @@ class Rejoined(Captured):
         torch.nn.Module.__init__(self)
         written = write(captured, rewritten, outside=(), every=True)
         nodes = [node for node in written.graph.nodes if node.op == "placeholder"]
-        self.training, self.given, self.symbols = captured.training, captured.given, captured.symbols
+        self.training, self.tracked, self.given, self.symbols = captured.training, captured.tracked, captured.given, captured.symbols
         self.slots = [replace(slot, node=node) for node, slot in zip(nodes, captured.slots, strict=False)]
         self.slots += [Slot(n, f"constants.{name}") for n, name in zip(nodes[len(self.slots) :], written.constants, strict=True)]
         casts = rewritten.program.guard.autocast

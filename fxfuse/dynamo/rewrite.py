@@ -90,7 +90,7 @@ def rewrite(captured: Captured, settings: Settings) -> Rewritten | Refusal:
     if choice.refusal is not None or choice.vectorized is None:
         return choice.refusal or Refusal("nothing is left to fuse")
     if not (settings.tune or asked):
-        slower = _slower(planner, choice.vectorized, captured.weights(), settings)
+        slower = _slower(planner, choice.vectorized, captured, settings.freeze and not captured.tracked)
         if slower is not None:
             return slower
     made = choice.vectorized
@@ -179,13 +179,13 @@ def _held_sizes(captured: Captured, prepared: Prepared) -> list[Symbol]:
     return [s for s in captured.symbols if any(dim not in dynamic.get(values[i], frozenset()) for i, dim in s.places)]
 
 
-def _slower(planner: Planner, made: Any, weights: dict[str, Tensor], settings: Settings) -> Refusal | None:
+def _slower(planner: Planner, made: Any, captured: Captured, frozen: bool) -> Refusal | None:
     """One short comparison, op by op: the loop may be many times faster (a grouped convolution on a CPU).
 
     Large packs that have to be stacked at every call count with the copy: of tables most rows are not even read.
     """
     used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
-    frozen = settings.freeze and not torch.is_grad_enabled()
+    weights = captured.weights()
     stacked = [r for r in made.packs.recipes.values() if r.name in used and not frozen and not members_lie_whole(outside_form(r))]
     large = [(r, [weights[name].detach() for name in r.members]) for r in stacked]
     large = [(r, members) for r, members in large if sum(m.numel() * m.element_size() for m in members) >= LARGE]
