@@ -289,9 +289,8 @@ def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _PARTS = re.compile(r"_(?:modules|parameters|buffers)_")
-_TAKEN = frozenset(
-    (*dir(nn.Module()), *"slots wide_slots given symbols steps wide_steps narrow tracked owners weights hold take more autocast constants".split())
-)
+_OWN = "slots wide_slots given symbols steps wide_steps narrow tracked owners weights hold take more autocast constants".split()
+_TAKEN = frozenset((*dir(nn.Module()), *_OWN))
 
 
 def _name(target: str, known: dict[str, Tensor]) -> str:
