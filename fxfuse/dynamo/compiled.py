@@ -20,11 +20,12 @@ from fxfuse.private.dynamo import Compiler, keep_origin, stand_in
 from .call import Call, Pack, without_autocast
 from .captured import Captured
 from .checked import first_line, rewritten_or_refused, tell
+from .outside import members_lie_whole, outside_form
 from .pieces import holds_graphs, in_pieces, inlined
-from .rewrite import Rewritten
+from .rewrite import LARGE, Rewritten
 from .settings import Settings
 from .shared import FrozenPack, SharedPack, may_share
-from .written import constants_of, outside_form, write
+from .written import constants_of, write
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 # compiled graph each, which Inductor compiles for: no difference at 8 lanes (14 against 15 s cold), 27 against 17 s at 32. Below these
 # bounds nothing is gained, and the user's memory stays where it is.
 SHARED_MEMBERS = 8
-SHARED_BYTES = 1 << 18
+SHARED_BYTES = LARGE
 
 
 def compiled(graph: torch.fx.GraphModule, inputs: list[Any], settings: Settings, inner: Compiler) -> Callable[..., Any]:
@@ -110,11 +111,11 @@ def _call(
 def _outside(recipe: Recipe, weights: dict[str, Tensor], frozen: bool) -> Recipe | None:
     """The form in which a pack is made outside of the graph; None where it is stacked at every call."""
     form = outside_form(recipe)
-    if form is None:
-        return None
     members = [weights[member] for member in recipe.members]
     if frozen:
         return form if recipe.kind == "parameter" else None
+    if not members_lie_whole(form):
+        return None
     size = sum(member.numel() * member.element_size() for member in members)
     worth = len(members) >= SHARED_MEMBERS or size >= SHARED_BYTES
     return form if worth and may_share(form, members) else None

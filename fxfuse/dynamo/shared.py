@@ -149,7 +149,7 @@ def _aliased(buffer: Tensor, recipe: Recipe, members: Sequence[Tensor]) -> Tenso
     """The buffer as a function of the members, which lie in it: no copy forward, slices backward."""
     if recipe.style == "stack" and recipe.own_shapes is None and recipe.order == tuple(range(len(recipe.shape))):
         return joined(torch.stack, members, buffer)
-    if recipe.style == "rows" and all(shape[1:] == recipe.shape[1:] for shape in recipe.own_shapes or ()):
+    if recipe.style == "rows":
         return joined(torch.cat, members, buffer)
     result: Tensor = Alias.apply(buffer, recipe, *members)  # type: ignore[no-untyped-call]
     return result

@@ -10,7 +10,7 @@ that dynamo's guards have seen; the graph reads it in the order that its ops wan
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.fx
@@ -36,13 +36,6 @@ class Written:
     outside: list[Recipe]
     constants: list[str]
     writes: bool = False  # packs of buffers are updated in place: running statistics
-
-
-def outside_form(recipe: Recipe) -> Recipe | None:
-    """The recipe of the same members, each in its own layout; None where a member could not be a view that lies as it did."""
-    if recipe.style == "padded":
-        return None
-    return replace(recipe, order=tuple(range(len(recipe.shape))), style="rows" if recipe.style == "rows" else "stack")
 
 
 def write(captured: Captured, rewritten: Rewritten, outside: Collection[str], every: bool = False) -> Written:
@@ -111,21 +104,21 @@ def _in_order(graph: torch.fx.Graph, made: Node, recipe: Recipe) -> Node:
 
 def _packed(graph: torch.fx.Graph, recipe: Recipe, members: list[Node]) -> Node:
     """What ``recipes.pack`` does, as nodes."""
-    if recipe.style == "rows":
-        return graph.call_function(torch.cat, (members,))
-    if recipe.style == "padded":
+    if recipe.style in ("rows", "padded"):
         members = [_filled(graph, member, recipe, index) for index, member in enumerate(members)]
     elif recipe.own_shapes is not None:
         members = [graph.call_method("reshape", (member, recipe.shape)) for member in members]
-    if recipe.style == "cat" and recipe.order == tuple(range(len(recipe.order))):
+    if recipe.style == "rows" or (recipe.style == "cat" and recipe.order == tuple(range(len(recipe.order)))):
         return graph.call_function(torch.cat, (members,))
     stacked = graph.call_function(torch.stack, (members,))
     return _in_order(graph, stacked, recipe)
 
 
 def _filled(graph: torch.fx.Graph, member: Node, recipe: Recipe, index: int) -> Node:
+    """The member with zeros behind it, up to the shape that all have in the pack; rows keep their own number."""
     own = recipe.member_shape(index)
-    missing = [amount for size, most in zip(own[::-1], recipe.shape[::-1], strict=True) for amount in (0, most - size)]
+    shape = (own[0], *recipe.shape[1:]) if recipe.style == "rows" else recipe.shape
+    missing = [amount for size, most in zip(own[::-1], shape[::-1], strict=True) for amount in (0, most - size)]
     return graph.call_function(F.pad, (member, missing)) if any(missing) else member
 
 
