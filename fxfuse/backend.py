@@ -35,7 +35,7 @@ class Backend:
 
 def backend(
     inner: Any = "inductor",
-    *,
+    *called_with: Any,
     min_lanes: int = 2,
     lowering: Literal["auto", "grouped_conv", "bmm"] = "auto",
     tune: bool = False,
@@ -62,6 +62,10 @@ def backend(
     >>> bool((fast(torch.ones(4, 2)) == model(torch.ones(4, 2))).all())
     True
     """
+    if called_with:
+        from .errors import ArgumentError
+
+        raise ArgumentError("fxfuse.backend makes a backend: torch.compile(model, backend=fxfuse.backend()), with parentheses")
     return Backend(Settings(inner, min_lanes, lowering, tune, validate, freeze, mode))
 
 

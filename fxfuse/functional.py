@@ -180,6 +180,18 @@ def own_leaf(input: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     return input.detach().requires_grad_(requires_grad)
 
 
+def flagged(input: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """``own_leaf`` where the caller's inputs give ``input`` no history; with one, a view of its own, which keeps it.
+
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> flagged(x.detach(), True).is_leaf, flagged(x * 2, True).is_leaf
+    (True, False)
+    """
+    if requires_grad and input.requires_grad:
+        return input.view_as(input)
+    return own_leaf(input, requires_grad)
+
+
 def untracked_view(input: torch.Tensor) -> torch.Tensor:
     """A view made under ``no_grad``. No gradient goes through it; it says that it needs one where ``input`` does, as torch's views do.
 

@@ -5,6 +5,7 @@ Comes in: a model, example inputs, options, as users give them. Goes out: what t
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any, Literal
 
@@ -144,7 +145,10 @@ def explain(model: nn.Module, example_inputs: Any = None, **keywords: Any) -> Re
     >>> explain(nn.Linear(2, 2), torch.randn(3, 2), tune=False).fused
     []
     """
-    keywords.pop("inplace", None)
+    unknown = sorted(keywords.keys() - inspect.signature(optimize).parameters.keys())
+    if unknown:
+        raise TypeError(f"explain() got an unexpected keyword argument {unknown[0]!r}")
+    keywords.pop("inplace", None)  # as where it is not given: nothing is changed
     if example_inputs is None and keywords.get("example_kwargs") is None and not isinstance(keywords.get("methods"), dict):
         from .errors import ArgumentError
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.fx
 
-from fxfuse.functional import drop_unused, gradient_in_rows, op_of, own_leaf
+from fxfuse.functional import drop_unused, flagged, gradient_in_rows, op_of, own_leaf
 from fxfuse.graph import Refusal, Store
 from fxfuse.ops import op_name
 from fxfuse.private.pytree import tree_unflatten
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.recording.attributes import touches_in
 from fxfuse.recording.sizes import SizeOf, SizeOp
-from fxfuse.recording.trace import Event, Frame, Key, Ref, Touch, Trace
+from fxfuse.recording.trace import Event, Frame, Key, Ref, Touch, Trace, refs_in
 
 from .lifted import Lifted, Refused, SizeDependent, Sizes
 from .returned import Returned
@@ -33,7 +33,7 @@ from .updates import arguments, writes
 from .updating import mark_unread
 from .writes import RENEWING, SPLITS
 
-_LEAF = op_of(own_leaf)
+_LEAF, _FLAGGED = op_of(own_leaf), op_of(flagged)
 _IN_ROWS = op_of(gradient_in_rows)
 _GETITEM = op_of(operator.getitem, "item")
 
@@ -240,11 +240,31 @@ class _Lifter(Returned):
             out.meta["update"] = True
         elif seen.origin != "made":
             raise Refused(f"sets whether {seen.name or 'a constant'} needs a gradient", self.place)
-        elif is_leaf:
-            node = self.graph.call_function(_LEAF, (before, given))
+        elif is_leaf or (given and self._of_inputs_alone(value)):
+            on = switched_on(self.trace, self.frame, self.opaque).kind == "on"  # the caller may track nothing: no history to keep then
+            node = self.graph.call_function(_LEAF if on else _FLAGGED, (before, given))
             self._describe(node, value)
             self.env[value] = node
             self.flagged[value] = (given,)
+
+    def _of_inputs_alone(self, value: int) -> bool:
+        """Has it a history only where the caller's inputs have one?"""
+        sources: dict[int, set[int]] = {}
+        for event in self.trace.events:
+            read = {*refs_in(event.args), *refs_in(event.kwargs)}
+            for made in refs_in(event.out):
+                sources.setdefault(made, set()).update(read - {made})
+        pending, seen = [value], {value}
+        while pending:
+            at = pending.pop()
+            if at in self.inputs:
+                continue
+            if self.trace.values[at].origin != "made" and self.trace.values[at].tensor.requires_grad:
+                return False
+            more = sources.get(at, set()) - seen
+            pending.extend(more)
+            seen |= more
+        return True
 
     def _gradients_in_rows(self, event: Event) -> None:
         """Results of ``torch.autograd.grad`` that lie in rows do so here."""

@@ -55,6 +55,19 @@ def tidy(graph: torch.fx.Graph) -> None:
     _activate_before_views(graph)
     _reuse_memory(graph)
     _write_in_place(graph)
+    _write_single_numbers(graph)
+
+
+def _write_single_numbers(graph: torch.fx.Graph) -> None:
+    """``copy_`` into a buffer of no dims goes through a view: AOTAutograd of torch 2.13 loses one that does not, if it is floating."""
+    for node in graph.find_nodes(op="call_method", target="copy_"):
+        held = node.args[0]
+        value = held.meta.get("val") if held.op == "get_attr" else None
+        if value is not None and value.dim() == 0:
+            with graph.inserting_before(node):
+                view = graph.call_method("detach", (held,))
+            view.meta.update(held.meta)
+            node.args = (view, *node.args[1:])
 
 
 def _drop_round_trips(graph: torch.fx.Graph) -> None:

@@ -15,7 +15,7 @@ import torch.fx
 
 from fxfuse.functional import cumulative_batch_norm, op_of
 from fxfuse.graph import SizeCheck
-from fxfuse.ops import Op, canonical
+from fxfuse.ops import Op, canonical, op_name
 from fxfuse.recording.trace import Event, Frame, Ref, Trace, refs_in
 
 from .lifted import Refused, Sizes
@@ -90,6 +90,12 @@ class Updating(Writes):
                     if self.trace.values[value].storage in names:
                         name, path = names[self.trace.values[value].storage], self.trace.frames[event.frame].path
                         raise Refused(f"changes {name} in forward, which {path} reads, a call that stays as it is", event.place)
+        for copy, (of, event) in self.copied.items():
+            node = self.env.get(copy)
+            if not isinstance(node, torch.fx.Node) or op_name(event.func) != "contiguous":
+                continue
+            if self.trace.values[self._root(of)].storage in names:  # its backward may need what the buffer was
+                node.target, node.args = canonical(torch.clone, (node.args[0],), {"memory_format": torch.contiguous_format})
         for value, held in self.renewed.items():
             last = self._read(value)
             if last is not held:

@@ -15,7 +15,7 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxfuse
-from checks import mlp, model_of, randn, randomized
+from checks import assert_close, mlp, model_of, randn, randomized
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 X = randn(5, 10)
@@ -283,3 +283,22 @@ def test_inner_backends_by_name_and_function():
         torch._dynamo.reset()
         model = nam()
         torch.testing.assert_close(torch.compile(model, backend=fxfuse.backend(inner))(X), model(X), rtol=1e-10, atol=1e-12)
+
+
+def test_more_classes_than_dynamo_compiles_one_function_for():
+    """Each fused class has a forward of its own: dynamo gives up on one that it has compiled for eight classes."""
+    torch._dynamo.reset()
+    for number in range(torch._dynamo.config.recompile_limit + 2):
+
+        class Nets(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.nets = nn.ModuleList(mlp(1, outputs=1) for _ in range(4))
+
+            def forward(self, x):
+                return torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+
+        model = randomized(Nets())
+        fused = fxfuse.optimize(model, X, objective="launches", tune=False)
+        assert fxfuse.report(fused).fused
+        assert_close(torch.compile(fused, backend="eager", fullgraph=True)(X), model(X), f"class {number}")

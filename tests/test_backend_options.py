@@ -83,6 +83,7 @@ def test_unknown_options_are_named():
     [
         ({"inner": 3}, "inner must be the name of a backend or a backend, 3 came"),
         ({"inner": "fxfuse"}, "would call itself"),
+        ({"inner": "nope"}, "inner='nope' names no backend of torch.compile; there are .*aot_eager.*inductor"),
         ({"min_lanes": 1}, "min_lanes must be a whole number of at least 2, 1 came"),
         ({"lowering": "conv"}, "lowering must be one of 'auto', 'grouped_conv', 'bmm'; 'conv' came"),
         ({"tune": 1}, "tune must be True or False, 1 came"),
@@ -93,6 +94,11 @@ def test_unknown_options_are_named():
 def test_wrong_arguments_raise_at_once(keywords, said):
     with pytest.raises(fxfuse.ArgumentError, match=said):
         fxfuse.backend(**keywords)
+
+
+def test_a_backend_without_its_parentheses():
+    with pytest.raises(Exception, match=r"backend=fxfuse.backend\(\)\), with parentheses"):
+        torch.compile(nam(), backend=fxfuse.backend)(X)
 
 
 def test_options_reach_fxfuse_and_others_inductor(monkeypatch):

@@ -146,6 +146,11 @@ def test_tuning_leaves_the_original_alone():
     assert_same(model, fused)
 
 
+def test_explain_names_itself():
+    with pytest.raises(TypeError, match=r"explain\(\) got an unexpected keyword argument 'bogus'"):
+        fxfuse.explain(nn.Linear(2, 2), torch.randn(3, 2), bogus=1)
+
+
 def test_explain_changes_nothing():
     model = new()
     with untouched(model):

@@ -137,15 +137,21 @@ class Loop(nn.Module):
         for lane in range(self.lanes):
             operands = self.operands(inputs, lane)
             out = self.sample.function(*([self.nets[lane]] if self.nets is not None else []), *operands)
-            # What is a view of an input leaves as a view, which is no lane set's business.
+            # What is a view of an input, or a copy that may be one at another size, leaves as such, which is no lane set's business.
             found.append(torch.utils._pytree.tree_map_only(Tensor, lambda t, given=operands: _own(t, given), out))
         return found
 
 
 def _own(tensor: Tensor, operands: list[Tensor]) -> Tensor:
     with DisableTorchFunction():  # the test asks, not the model: a recording that sees the question refuses what follows from it
-        view = tensor._is_view()
-    return tensor.clone() if view or any(tensor is operand for operand in operands) else tensor
+        of_input = tensor._is_view() or any(tensor is each or _equal(tensor, each) for each in operands)
+    return tensor.clone() if of_input else tensor
+
+
+def _equal(tensor: Tensor, operand: Tensor) -> bool:
+    """The same numbers, in any order."""
+    alike = tensor.numel() == operand.numel() and tensor.dtype is operand.dtype
+    return alike and set(tensor.flatten().tolist()) == set(operand.flatten().tolist())
 
 
 def _draw(operand: Numbers, wide: bool, generator: torch.Generator) -> Tensor:

@@ -277,3 +277,36 @@ def test_energies_are_timed_and_validated(mode: str) -> None:
     assert report.fused or "left as a loop: packed runs" in str(report).replace("\n    ", " "), report
     for context in CONTEXTS.values():
         assert_same(fused, model, mode, context, False)
+
+
+class ByClone(nn.Module):
+    """Derivatives by the inputs, of copies that keep the caller's history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        x, t = x.clone().requires_grad_(), t.clone().requires_grad_()
+        values = torch.cat([net(torch.cat([x, t], 1)) for net in self.nets], 1)
+        return values, torch.autograd.grad(values.sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("asked", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_copy_keeps_the_history_of_the_callers_input(recorded: bool, asked: tuple[bool, bool]) -> None:
+    model = randomized(ByClone())
+    inputs = [randn(5, 1, seed=seed).requires_grad_(recorded) for seed in (1, 2)]
+    fused = fxfuse.optimize(model, tuple(inputs), objective="launches", tune=False)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    grads = []
+    for each in (model, fused):
+        given = [randn(6, 1, seed=seed).requires_grad_(need) for seed, need in zip((3, 4), asked)]
+        values, slope = each(*given)
+        (values.square().sum() + slope.square().sum()).backward()
+        grads.append([g.grad for g in given] + [p.grad for _, p in fxfuse.named_original_parameters(each)])
+    for got, want in zip(grads[1], grads[0]):
+        assert (got is None) == (want is None)
+        if want is not None:
+            checks.assert_close(got, want, "gradient")
+    assert not fxfuse.report(fused).fallbacks

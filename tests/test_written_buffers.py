@@ -343,3 +343,50 @@ def test_a_module_whose_write_has_no_form_as_a_value_stays_a_call() -> None:
 
     fused = handled(randomized(Model()), 2, X)
     assert "mix stays a call of its own: writes into a view made by unfold" in str(fxfuse.report(fused))
+
+
+def spread(self: Averages, x: Tensor) -> Tensor:
+    """The buffer's rows, copied by ``contiguous``, are needed for a backward that comes after they are written."""
+    outs = []
+    for i, net in enumerate(self.nets):
+        row = self.average[i : i + 1].expand(x.shape[0], -1).contiguous()
+        out = torch.tanh(net(x)) * (1.0 + row)
+        self.average[i] = out.detach().mean(0)
+        outs.append(out)
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_copy_of_a_buffer_that_is_written_afterwards(validate: bool) -> None:
+    model, other = randomized(Averages(spread, average=randn(4, 3))), X + 1.0
+    fused = fxfuse.optimize(model, X, objective="launches", tune=False, validate=validate)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    for each in (model, fused):
+        (each(X) * each(other)).sum().backward()
+    checks.assert_close(fused.average, model.average, "average")
+    wanted = dict(fxfuse.named_original_parameters(model))
+    for name, parameter in fxfuse.named_original_parameters(fused):
+        checks.assert_close(parameter.grad, wanted[name].grad, name)
+    assert not fxfuse.report(fused).fallbacks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.long])
+def test_single_numbers_under_torch_compile(dtype: torch.dtype) -> None:
+    """AOTAutograd loses a ``copy_`` into a floating buffer without dims, which the original does not make."""
+
+    def counting(self: Averages, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.seen += 1
+        return torch.cat([net(x) for net in self.nets], 1) / self.seen
+
+    torch._dynamo.reset()
+    model = randomized(Averages(counting, seen=torch.tensor(0, dtype=dtype)))
+    fused = fxfuse.optimize(model, X, objective="launches", tune=False)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    for number in range(1, 4):
+        x = randn(5, 4, seed=number)
+        got, want = compiled(x), model(x)
+        checks.assert_close(got, want, f"call {number}")
+        got.sum().backward()
+        assert torch.equal(fused.seen, model.seen)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import torch
+
 from fxfuse.errors import ArgumentError
 from fxfuse.private.dynamo import Compiler, backend_named, inductor, is_setting, mode_settings
 
@@ -31,6 +33,10 @@ class Settings:
             raise ArgumentError(f"inner must be the name of a backend or a backend, {self.inner!r} came")
         if self.inner == "fxfuse":
             raise ArgumentError('inner="fxfuse" would call itself: name the backend that is to compile what fxfuse writes')
+        if isinstance(self.inner, str) and self.inner not in ("inductor", "eager", "aot_eager"):
+            names = torch.compiler.list_backends(exclude_tags=())
+            if self.inner not in names:
+                raise ArgumentError(f"inner={self.inner!r} names no backend of torch.compile; there are {', '.join(names)}")
         if self.lowering not in ("auto", "grouped_conv", "bmm"):
             raise ArgumentError(f"lowering must be one of 'auto', 'grouped_conv', 'bmm'; {self.lowering!r} came")
         for name in ("tune", "validate", "freeze"):

@@ -257,7 +257,8 @@ class Planner:
             more, saved = least.total - counted.total, counted.heavy - least.heavy
             if more <= max(saved, 0):
                 continue
-            what = f"left as a loop: packed launches {more} ops more, to save {saved} that carry parameters"
+            to = f"to save {saved} that carry parameters" if saved > 0 else "and saves none that carries parameters"
+            what = f"left as a loop: packed launches {more} ops more, {to}"
             refusal = replace(self.refusal(what), place=place)
             choice.skipped, least = skipped, counted
             if made is None:

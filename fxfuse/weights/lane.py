@@ -498,6 +498,7 @@ def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
                     return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
                 return run(args, kwargs)
 
+            forward.__code__ = forward.__code__.replace()  # dynamo counts recompilations by code objects: each class has its own
             forward.__doc__ = base.forward.__doc__  # type: ignore[attr-defined]
             with suppress(TypeError, ValueError):  # a builtin or a wrapper without one
                 forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
@@ -512,11 +513,11 @@ def generated(base: type, mixin: type, names: tuple[str, ...]) -> type:
 def _method(base: Any, name: str) -> Callable[..., Any]:
     """A method of the base that runs its program."""
 
-    @functools.wraps(getattr(base, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._fxfuse_method(name, args, kwargs)
 
-    return method
+    method.__code__ = method.__code__.replace()  # as that of ``forward``
+    return functools.wraps(getattr(base, name))(method)
 
 
 def rebuild(base: type, mixin: type, names: tuple[str, ...]) -> Any:
