@@ -189,7 +189,9 @@ class Unifier:
             if left != right:
                 found[a] = frozenset([dim for dim in range(len(left)) if left[dim] != right[dim]])
                 if any(left[dim] == 1 for dim in found[a]):
-                    ones[a].strides_of_more = _strides(others[b].tensor)
+                    strides = _strides(others[b].tensor)
+                    if strides is not None and len(strides) == len(ones[a].shape):  # ``squeeze_()`` leaves other dims of one row
+                        ones[a].strides_of_more = strides
         return found
 
 
