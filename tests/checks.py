@@ -98,6 +98,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return difference / scale if scale else difference
 
 
+def assert_same_strides(got: Tensor, want: Tensor, what: str) -> None:
+    """In dims of more than one element: in others no stride can be seen."""
+    seen = [dim for dim in range(want.dim()) if want.shape[dim] > 1]
+    assert [got.stride(dim) for dim in seen] == [want.stride(dim) for dim in seen], what
+
+
 def assert_close(actual: Tensor | None, expected: Tensor | None, what: str, rtol: float = RTOL, floor: float = 0.0) -> None:
     """Same shape, dtype and numbers; None equals nothing but None. Differences up to ``floor`` are rounding."""
     if expected is None or actual is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from checks import assert_close, randn, randomized
+from checks import assert_close, assert_same_strides, randn, randomized
 from fxfuse.passes.program import make_program
 from fxfuse.private.pytree import tree_leaves
 
@@ -62,8 +62,7 @@ def assert_lies_alike(model: nn.Module, fused: nn.Module, x: Tensor) -> None:
         want, got = model(x), fused(x)
     for index, (a, b) in enumerate(zip(tree_leaves(got), tree_leaves(want), strict=True)):
         assert_close(a, b, f"output {index}")
-        seen = [d for d in range(a.dim()) if a.shape[d] > 1]
-        assert [a.stride(d) for d in seen] == [b.stride(d) for d in seen], f"output {index} of strides {x.stride()}"
+        assert_same_strides(a, b, f"output {index} of strides {x.stride()}")
         assert (a is x) == (b is x)
 
 

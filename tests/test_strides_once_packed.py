@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from checks import assert_close, randn, randomized
+from checks import assert_close, assert_same_strides, randn, randomized
 from fxfuse.private.pytree import tree_leaves
 
 
@@ -61,8 +61,7 @@ def assert_alike(model: nn.Module, fused: nn.Module, inputs: list[Tensor]) -> No
             want, got = model(x), fused(x)
         for index, (a, b) in enumerate(zip(tree_leaves(got), tree_leaves(want), strict=True)):
             assert_close(a, b, f"output {index}")
-            seen = [d for d in range(a.dim()) if a.shape[d] > 1]
-            assert [a.stride(d) for d in seen] == [b.stride(d) for d in seen], f"output {index} of {tuple(x.shape)}"
+            assert_same_strides(a, b, f"output {index} of {tuple(x.shape)}")
 
 
 def rotated(q: Tensor) -> Tensor:

@@ -205,11 +205,7 @@ def residual(scope: Scope, shape: Shape, steps: list[Any], text: str) -> Shape:
 @step
 def untracked(scope: Scope, shape: Shape, steps: list[Any]) -> Shape:
     """The steps under ``no_grad``, scaled by a weight that does get a gradient."""
-    scope.write("with torch.no_grad():")
-    scope.indent += 1
-    scope.write("pass")
-    shape = write(scope, shape, steps)
-    scope.indent -= 1
+    shape = _inside("torch.no_grad()", scope, shape, steps)
     scope.write(f"h = h * {scope.parameter('torch.randn(())')}")
     return shape
 
@@ -217,7 +213,11 @@ def untracked(scope: Scope, shape: Shape, steps: list[Any]) -> Shape:
 @step
 def tracked(scope: Scope, shape: Shape, steps: list[Any]) -> Shape:
     """The steps with tracking on, whoever calls."""
-    scope.write("with torch.enable_grad():")
+    return _inside("torch.enable_grad()", scope, shape, steps)
+
+
+def _inside(context: str, scope: Scope, shape: Shape, steps: list[Any]) -> Shape:
+    scope.write(f"with {context}:")
     scope.indent += 1
     scope.write("pass")
     shape = write(scope, shape, steps)
