@@ -20,6 +20,7 @@ from torch import nn
 import fxfuse
 from checks import model_of, randn, randomized
 from fxfuse.backend import fxfuse as by_name
+from fxfuse.dynamo import rewrite
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 X = randn(5, 10)
@@ -254,3 +255,19 @@ def test_guards_are_filtered_as_with_any_backend():
     assert seen
     model.nets[3][0].weight.data = randn(6, 1, seed=9)  # where the weights are is looked at without dynamo's guards
     assert_same_step(model, call, X)
+
+
+@pytest.mark.parametrize(("context", "mode"), [(torch.enable_grad, "train"), (torch.no_grad, "infer"), (torch.inference_mode, "infer")])
+def test_what_a_graph_is_planned_for(monkeypatch, context, mode):
+    modes = []
+
+    class Seen(rewrite.Planner):
+        def __init__(self, prepared, region, packs, options):
+            modes.append(options.mode)
+            super().__init__(prepared, region, packs, options)
+
+    monkeypatch.setattr(rewrite, "Planner", Seen)
+    call = torch.compile(nam(), backend="fxfuse", options={"inner": "eager"})
+    with context():
+        call(X)
+    assert modes == [mode]

@@ -19,6 +19,8 @@ from fxfuse.errors import ValidationError
 
 Kind = Literal["output", "input gradient", "parameter gradient", "buffer"]
 KINDS: tuple[Kind, ...] = ("output", "input gradient", "parameter gradient", "buffer")
+_TINY = 1e-300  # stands for the scale of a tensor of zeros
+_OF_ZEROS = 1e150  # a larger relative difference was divided by it
 Histogram = list[tuple[float, int]]  # (e, n): n elements differ by 10**e up to 10**(e+1); e is -inf for equal elements
 
 
@@ -46,7 +48,8 @@ class Difference:
         where = f"{self.kind} {self.name} ({self.mode}, example {self.example}, {self.dtype})"
         if self.note:
             return f"{where}: {self.note}"
-        return f"{where}: max {self.max_abs:.1e}, relative {self.max_rel:.1e}"
+        relative = "where the original's is all zeros" if self.max_rel > _OF_ZEROS else f"relative {self.max_rel:.1e}"
+        return f"{where}: max {self.max_abs:.1e}, {relative}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as data for ``json.dumps``; inf and nan become strings."""
@@ -219,7 +222,6 @@ class Gap:
         return self.max_abs / max(self.scale, _TINY) if self.max_abs else 0.0
 
 
-_TINY = 1e-300
 _LARGE = 1 << 20  # elements that are measured at a time
 _LOW, _HIGH = -330, 310  # powers of ten that a float64 has
 

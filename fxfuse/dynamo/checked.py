@@ -22,10 +22,11 @@ from fxfuse.models.exclusive import alone
 from fxfuse.models.quiet import quiet
 from fxfuse.private.dynamo import is_open
 
-from .captured import NUMBERS, Captured, Uncaptured
+from .captured import NUMBERS, Captured
 from .check import check
 from .rewrite import NO_LOOP, Rewritten, rewrite
 from .settings import Settings
+from .steps import Uncaptured
 
 log = logging.getLogger(__name__)
 

@@ -116,7 +116,9 @@ def apart(tensors: Sequence[Tensor]) -> Tensors:
 
 
 def _mode(captured: Captured) -> Any:
-    return "train" if torch.is_grad_enabled() and any(weight.requires_grad for weight in captured.weights().values()) else "infer"
+    # Whether gradients are tracked here, while the graph is recorded, says nothing of the caller.
+    wanted = any(tensor.requires_grad for tensor in (*captured.given, *captured.weights().values()))
+    return "train" if captured.tracked and wanted else "infer"
 
 
 def _observed(captured: Captured, given: Tensors) -> tuple[Observation, list[Tensors]] | Refusal:
