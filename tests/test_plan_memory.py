@@ -42,7 +42,7 @@ def packed(monkeypatch: pytest.MonkeyPatch, gain: float, more: int, mode: str = 
         return choice
 
     monkeypatch.setattr(Planner, "decide", decided)
-    monkeypatch.setattr(plan_memory, "MORE", more)
+    monkeypatch.setattr(plan_memory, "MORE_IN_TRAINING" if mode == "train" else "MORE", more)
     monkeypatch.setattr(plan_memory, "TIMES", 0.0)
     return fxfuse.optimize(MODEL, X, mode=mode, cache=False)
 

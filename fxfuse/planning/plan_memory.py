@@ -2,7 +2,7 @@
 
 Comes in: a planner and what it chose. Goes out: the same choice, in more chunks where all lanes at once need more than ``max_memory``, or
 than is usual; or a refusal. What is usual, where nobody said: in inference ``MORE`` bytes above the loop; in training ``TIMES`` what the
-loop needs, which keeps every lane's activations for the backward as well, but never less than ``MORE`` bytes above it.
+loop needs, which keeps every lane's activations for the backward as well, but never less than ``MORE_IN_TRAINING`` bytes above it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .plan import Planner
 
 MORE = 64 << 20
+MORE_IN_TRAINING = 8 << 20
 TIMES = 2.2
 # A form that needs more than is usual, in any number of chunks, must be so much faster than the loop.
 WORTH_MORE = 1.25
@@ -47,7 +48,7 @@ def as_usual(planner: Planner, choice: Choice) -> Choice:
     with preserved_state(planner.region):
         loops = [peak_bytes(bench.loop()) for bench in planner.benches]
     peaks = _peaks(planner, choice)
-    limits = [max(loop + MORE, int(TIMES * loop) if planner.train else 0) for loop in loops]
+    limits = [max(loop + MORE_IN_TRAINING, int(TIMES * loop)) if planner.train else loop + MORE for loop in loops]
     choice.peak = (loops[0], peaks[0])
     if choice.seconds is None or choice.sizes or planner.prepared.single or all(map(int.__le__, peaks, limits)):
         return choice
