@@ -3,7 +3,7 @@
     python benchmarks/share_or_stack.py [--members 2 4 8 16 64] [--kib 0.125 4 64 512] [--seconds 0.4] [--train]
     python benchmarks/share_or_stack.py --compiled 4 8 32 [--inner inductor]
 
-Above the table's line are ``SHARED_MEMBERS`` and ``SHARED_BYTES`` of ``fxfuse/dynamo/compiled.py``, the choice that they lead to is
+Above the table's line are ``SHARED_MEMBERS`` and ``SHARED_BYTES`` of ``fxfuse/dynamo/outside.py``, the choice that they lead to is
 marked with a star. Shared: the members are looked at where they lie (``SharedPack.packed``); stacked: one ``torch.stack``. With
 ``--train`` each is followed by a backward of the pack alone. ``--compiled``: the feature network with so many lanes, compiled both ways:
 seconds to the first training step, and of a call. What is stacked makes every member an input of the compiled graph, which costs
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fxfuse.dynamo.compiled
 from benchmarks.compile_backend import of_its_own, train
 from fxfuse import dynamo
-from fxfuse.dynamo.compiled import SHARED_BYTES, SHARED_MEMBERS
+from fxfuse.dynamo.outside import SHARED_BYTES, SHARED_MEMBERS
 from fxfuse.dynamo.shared import SharedPack
 from fxfuse.graph import Recipe
 from fxfuse.planning.timing import medians
@@ -59,7 +59,7 @@ def compiled(lanes: int, inner: str, seconds: float) -> None:
     steps: list[Callable[[], object]] = []
     cold = []
     for share in (True, False):
-        dynamo.compiled.SHARED_MEMBERS, dynamo.compiled.SHARED_BYTES = (1, 1) if share else (1 << 30, 1 << 60)
+        dynamo.outside.SHARED_MEMBERS, dynamo.outside.SHARED_BYTES = (1, 1) if share else (1 << 30, 1 << 60)
         torch.compiler.reset()
         model, x = of_its_own()(lanes, 32), torch.randn(64, lanes)
         with fresh_cache():

@@ -132,23 +132,26 @@ class Captured(nn.Module):
         """The graph on ``tensors`` and the weights held; in float64, where it was captured in another dtype, with its dtypes widened."""
         wide = self.narrow and not _is_narrow((*tensors, *self.weights().values()))
         slots, steps = (self.wide_slots, self.wide_steps) if wide else (self.slots, self.steps)
-        known: dict[torch.fx.Node, Any] = {}
-        for slot in slots:
-            if slot.weight:
-                store, leaf = self.owners[slot.weight]
-                known[slot.node] = store[leaf]
-            elif slot.input >= 0:
-                known[slot.node] = tensors[slot.input]
-            elif slot.place is not None:
-                known[slot.node] = tensors[slot.place[0]].shape[slot.place[1]]
-            else:
-                known[slot.node] = slot.number
+        known: dict[torch.fx.Node, Any] = dict(zip((slot.node for slot in slots), self.values(tensors), strict=True))
         for step in steps:
             args, kwargs = torch.fx.map_arg((step.args, step.kwargs), known.__getitem__)
             if step.result is None:
                 return args[0]
             known[step.result] = step.call(step.target, args, kwargs)
         raise AssertionError("a graph ends with its output")
+
+    def values(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """What dynamo's graph takes, in its order, for these tensors and the weights held."""
+        found: list[Any] = []
+        for slot in self.slots:
+            if slot.weight:
+                store, leaf = self.owners[slot.weight]
+                found.append(store[leaf])
+            elif slot.input >= 0:
+                found.append(tensors[slot.input])
+            else:
+                found.append(slot.number if slot.place is None else tensors[slot.place[0]].shape[slot.place[1]])
+        return found
 
 
 def _is_narrow(tensors: Sequence[Tensor]) -> bool:
@@ -193,7 +196,7 @@ def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _PARTS = re.compile(r"_(?:modules|parameters|buffers)_")
-_OWN = "slots wide_slots given symbols steps wide_steps narrow tracked owners weights hold take more autocast constants".split()
+_OWN = "values slots wide_slots given symbols steps wide_steps narrow tracked owners weights hold take more autocast constants".split()
 _TAKEN = frozenset((*dir(nn.Module()), *_OWN))
 
 

@@ -20,23 +20,14 @@ from fxfuse.private.dynamo import Compiler, keep_origin, stand_in
 from .call import Call, Pack, without_autocast
 from .captured import Captured
 from .checked import first_line, rewritten_or_refused, tell
-from .outside import members_lie_whole, outside_form
+from .outside import outside_form, worth_sharing
 from .pieces import holds_graphs, in_pieces, inlined
-from .rewrite import LARGE, Rewritten
+from .rewrite import Rewritten
 from .settings import Settings
 from .shared import FrozenPack, SharedPack, may_share
 from .written import constants_of, write
 
 log = logging.getLogger(__name__)
-
-# A pack of so many members, or bytes, is worth sharing memory for. ``benchmarks/share_or_stack.py`` on a CPU: looking at members where
-# they lie is never slower than stacking them in inference (8 of 128 bytes 0.9 of its time, 64 of 4 KiB 0.65, 16 of 64 KiB 0.2); in
-# training its fixed cost of some 15 us outweighs the copy below 256 KiB or so, and is 1 % of a call. Stacked members are inputs of the
-# compiled graph each, which Inductor compiles for: no difference at 8 lanes (14 against 15 s cold), 27 against 17 s at 32. Below these
-# bounds nothing is gained, and the user's memory stays where it is.
-SHARED_MEMBERS = 8
-SHARED_BYTES = LARGE
-
 
 def compiled(graph: torch.fx.GraphModule, inputs: list[Any], settings: Settings, inner: Compiler) -> Callable[..., Any]:
     """A function of the inputs of ``graph`` that gives its results."""
@@ -114,11 +105,7 @@ def _outside(recipe: Recipe, weights: dict[str, Tensor], frozen: bool) -> Recipe
     members = [weights[member] for member in recipe.members]
     if frozen:
         return form if recipe.kind == "parameter" else None
-    if not members_lie_whole(form):
-        return None
-    size = sum(member.numel() * member.element_size() for member in members)
-    worth = len(members) >= SHARED_MEMBERS or size >= SHARED_BYTES
-    return form if worth and may_share(form, members) else None
+    return form if worth_sharing(form, members) and may_share(form, members) else None
 
 
 def _like_pack(recipe: Recipe, weights: dict[str, Tensor]) -> Tensor:

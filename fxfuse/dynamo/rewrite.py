@@ -28,18 +28,14 @@ from fxfuse.passes.packs import Packs
 from fxfuse.passes.program import make_program, resolve_packed
 from fxfuse.passes.vectorize import Prepared
 from fxfuse.planning.plan import Planner
-from fxfuse.planning.timing import medians
 from fxfuse.recording.observe import Observation, second_batch
 from fxfuse.recording.tracer import record
 from fxfuse.recording.unify import Unifier
-from fxfuse.weights.recipes import pack
 
 from .captured import Captured, Symbol
-from .outside import members_lie_whole, outside_form
 from .settings import Settings
+from .worth import not_worth_it
 
-SLOWER = 1.25  # a form this many times slower than the loop, op by op, stays a loop
-LARGE = 1 << 18  # bytes of a pack that are noticed when they are copied at every call
 MOST_SYMBOLS = 6
 
 Tensors = tuple[Tensor, ...]
@@ -84,15 +80,15 @@ def rewrite(captured: Captured, settings: Settings) -> Rewritten | Refusal:
         lowering=settings.lowering, tune=settings.tune, min_lanes=settings.min_lanes, mode=_mode(captured),
         objective="launches" if asked else "time",
     )  # fmt: skip
-    planner = Planner(prepared, captured, Packs(kinds=kinds, holder="packed"), options)
+    planner = Planner(prepared, captured, Packs(kinds=kinds, holder="packed"), options, compiled=settings.inner == "inductor")
     with paused():
         choice = planner.plan()
     if choice.refusal is not None or choice.vectorized is None:
         return choice.refusal or Refusal("nothing is left to fuse")
     if not (settings.tune or asked):
-        slower = _slower(planner, choice.vectorized, captured, settings.freeze and not captured.tracked)
-        if slower is not None:
-            return slower
+        loss = not_worth_it(planner, choice, captured, settings)
+        if loss is not None:
+            return loss
     made = choice.vectorized
     resolve_packed(made.graph, made.packs)
     program = make_program(observation.trace, prepared.lifted, made.graph)
@@ -179,26 +175,3 @@ def _held_sizes(captured: Captured, prepared: Prepared) -> list[Symbol]:
     values = [leaf.value for leaf in lifted.frame.leaves]
     dynamic = {} if lifted.specialised else lifted.dynamic
     return [s for s in captured.symbols if any(dim not in dynamic.get(values[i], frozenset()) for i, dim in s.places)]
-
-
-def _slower(planner: Planner, made: Any, captured: Captured, frozen: bool) -> Refusal | None:
-    """One short comparison, op by op: the loop may be many times faster (a grouped convolution on a CPU).
-
-    Large packs that have to be stacked at every call count with the copy: of tables most rows are not even read.
-    """
-    used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
-    weights = captured.weights()
-    stacked = [r for r in made.packs.recipes.values() if r.name in used and not frozen and not members_lie_whole(outside_form(r))]
-    large = [(r, [weights[name].detach() for name in r.members]) for r in stacked]
-    large = [(r, members) for r, members in large if sum(m.numel() * m.element_size() for m in members) >= LARGE]
-    program = planner.benches[0].program(made)
-
-    def fused() -> None:
-        for recipe, members in large:
-            pack(recipe, members)
-        program()
-
-    loop, packed = medians([planner.benches[0].forward(), fused], budget=0.1)
-    if packed > SLOWER * loop:
-        return Refusal(f"left as a loop: packed runs {loop / packed:.2f}x, op by op", planner.prepared.lifted.place)
-    return None

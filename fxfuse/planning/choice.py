@@ -31,7 +31,8 @@ class SizeChoice:
 
 @dataclass
 class Choice:
-    """The outcome for one region. ``seconds`` are medians (loop, fused), ``peak`` bytes (loop, fused); None where not measured."""
+    """The outcome for one region. ``seconds`` are medians (loop, fused), ``peak`` bytes (loop, fused); None where not measured.
+    ``estimated``: seconds by the static model (loop, fused), where it chose."""
 
     vectorized: Vectorized | None
     lowering: dict[Any, str]
@@ -41,6 +42,7 @@ class Choice:
     refusal: Refusal | None = None
     seconds: tuple[float, float] | None = None
     peak: tuple[int, int] | None = None
+    estimated: tuple[float, float] | None = None
     launches: tuple[Launches, Launches] | None = None  # (loop, fused), of one forward
     tried: list[tuple[str, float]] = field(default_factory=list)
     cached: bool = False  # it was read, and nothing was timed

@@ -3,7 +3,8 @@
 Comes in: an emitted graph, or a loop's prepared one, whose nodes know their shapes, and ``Rates``. Goes out: seconds of one step. Each op
 pays for its dispatch, and then for whichever takes longer: the bytes that it reads and writes, at the bandwidth of the cache or of the
 memory, or its arithmetic, at the rate of its kind (the roofline model of Williams, Waterman and Patterson,
-2009, with a price per launch). A backward costs a launch and the same bytes for each operand that needs a gradient. It ranks forms;
+2009, with a price per launch). A backward costs a launch and the same bytes for each operand that needs a gradient. ``compiled``: the
+graph is to be compiled by Inductor, where what is elementwise costs its bytes alone, and gradients are recorded by nobody. It ranks forms;
 it does not predict times. The constants are measured by ``benchmarks/calibrate.py``, which prints them as they stand here.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +69,8 @@ ACCELERATOR = Rates(
     row_each=0.0, outer=5e11, convolution=1e13,
     grouped=2e12, group=1e-8, scattered=2e11, gathered=5e11,
 )  # fmt: skip
+# What is left of the prices per op in what Inductor compiles: of a fused loop, and of a call of a product from its wrapper.
+_COMPILED_DISPATCH, _COMPILED_PRODUCT = 2e-7, 2.5e-6
 # Work below this is done by one thread, and what each further thread adds.
 PARALLEL_SECONDS = 2e-5
 SPEEDUP = 0.85
@@ -94,9 +97,13 @@ _SUMS = frozenset({"sum", "mean"})
 _CHAINS = frozenset({"sum_of", "prod_of", "min_of", "max_of"})
 
 
-def rates_of(device: str) -> Rates:
+def rates_of(device: str, compiled: bool = False) -> Rates:
     """The constants for a kind of device."""
-    return CPU if device == "cpu" else ACCELERATOR
+    rates = CPU if device == "cpu" else ACCELERATOR
+    if not compiled:
+        return rates
+    rates = replace(rates, view=0.0, module=0.0, autograd=0.0)
+    return replace(rates, dispatch=_COMPILED_DISPATCH, product_dispatch=_COMPILED_PRODUCT) if device == "cpu" else rates
 
 
 def speedup(device: str, rates: Rates) -> float:
@@ -104,15 +111,15 @@ def speedup(device: str, rates: Rates) -> float:
     return 1.0 if device != "cpu" else (max(torch.get_num_threads(), 1) / rates.threads) ** SPEEDUP
 
 
-def emitted_seconds(graph: torch.fx.Graph, device: str, needs_grad: Mapping[Node, bool] | None) -> float:
+def emitted_seconds(graph: torch.fx.Graph, device: str, needs_grad: Mapping[Node, bool] | None, compiled: bool = False) -> float:
     """Of one step of a rewritten program. ``needs_grad``: of its placeholders and ``get_attr`` nodes; None for inference."""
-    return _seconds(graph, device, needs_grad, lambda node: node.meta.get("val"), False)
+    return _seconds(graph, device, needs_grad, lambda node: node.meta.get("val"), False, compiled)
 
 
-def loop_seconds(graph: torch.fx.Graph, device: str, needs_grad: Mapping[Node, bool] | None) -> float:
+def loop_seconds(graph: torch.fx.Graph, device: str, needs_grad: Mapping[Node, bool] | None, compiled: bool = False) -> float:
     """Of one step of the loop that a prepared graph was lifted from: each node an op, and each call of a module."""
     frames = {node.meta.get("frame") for node in graph.nodes if node.op == "call_function"}
-    return _seconds(graph, device, needs_grad, _recorded, True) + rates_of(device).module * len(frames)
+    return _seconds(graph, device, needs_grad, _recorded, True, compiled) + rates_of(device, compiled).module * len(frames)
 
 
 def _recorded(node: Node) -> Any:
@@ -142,9 +149,9 @@ class _Form:
 
 
 def _seconds(
-    graph: torch.fx.Graph, device: str, needs_grad: Mapping[Node, bool] | None, value_of: Callable[[Node], Any], loop: bool
+    graph: torch.fx.Graph, device: str, needs_grad: Mapping[Node, bool] | None, value_of: Callable[[Node], Any], loop: bool, compiled: bool
 ) -> float:
-    rates = rates_of(device)
+    rates = rates_of(device, compiled)
     faster, total = speedup(device, rates), 0.0
     tracked: dict[Node, bool] = {}
     for node in graph.nodes:
@@ -155,11 +162,14 @@ def _seconds(
             continue
         operands = list(node.all_input_nodes)
         tracked[node] = any(tracked.get(operand, False) for operand in operands)
-        total += _op(node, [value_of(operand) for operand in operands], value_of(node), rates, faster, [tracked[o] for o in operands], loop)
+        needed = [tracked[operand] for operand in operands]
+        total += _op(node, [value_of(operand) for operand in operands], value_of(node), rates, faster, needed, loop, compiled)
     return total
 
 
-def _op(node: Node, given: list[Any], made: Any, rates: Rates, faster: float, tracked: list[bool], loop: bool) -> float:
+def _op(
+    node: Node, given: list[Any], made: Any, rates: Rates, faster: float, tracked: list[bool], loop: bool, compiled: bool
+) -> float:
     name = _name(node)
     backwards = sum(tracked)
     if name in _VIEWS or (name in _COPIES_AT_NEED and (loop or not _copies(name, given, made))):
@@ -174,7 +184,9 @@ def _op(node: Node, given: list[Any], made: Any, rates: Rates, faster: float, tr
     seconds = times * dispatch + work
     if heavy and backwards:
         read = zip(node.all_input_nodes, tracked, given, strict=True)
-        again = sum(TURNED * _moved(_bytes([form]), rates) for operand, needed, form in read if needed and _turned(operand, form))
+        turned = [form for operand, needed, form in read if needed and _turned(operand, form, compiled)]
+        # Inductor walks through such a gradient and what it meets element by element.
+        again = sum(form.numel() / rates.scattered if compiled else TURNED * _moved(_bytes([form]), rates) for form in turned)
         slower = GROUPED_BACKWARD if name.startswith("conv") and _groups(node) > 1 else 1.0
         return seconds + rates.autograd + backwards * dispatch + min(backwards, 2) * work * slower + again
     return seconds + (times * (rates.autograd + dispatch) + work if backwards else 0.0)
@@ -186,9 +198,16 @@ def _groups(node: Node) -> int:
     return last if isinstance(last, int) else 1
 
 
-def _turned(operand: Node, form: Any) -> bool:
-    """Is this activation read across its rows? Its gradient is then laid out so, and all before it are computed on mixed strides."""
-    if form is None or not hasattr(form, "stride") or len(form.shape) < 2 or form.stride()[-1] == 1 or form.shape[-1] == 1:
+def _turned(operand: Node, form: Any, compiled: bool) -> bool:
+    """Is this activation read across its rows? Its gradient is then laid out so, and all before it are computed on mixed strides.
+
+    ``compiled``: or in any other order than the one in which it lies; op by op such dims are still walked through in runs.
+    """
+    if form is None or not hasattr(form, "stride") or len(form.shape) < 2:
+        return False
+    strides = [stride for size, stride in zip(form.shape, form.stride(), strict=True) if size != 1]
+    across = form.stride()[-1] != 1 and form.shape[-1] != 1
+    if not across and not (compiled and strides != sorted(strides, reverse=True)):
         return False
     root = operand
     while root.op != "get_attr" and len(root.all_input_nodes) == 1 and _name(root) in _VIEWS:

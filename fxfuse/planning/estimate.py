@@ -16,11 +16,12 @@ from .cost import emitted_seconds, loop_seconds
 
 @dataclass(frozen=True)
 class Estimator:
-    """``inner``: the region's inputs are activations of a model around it, which need gradients."""
+    """``inner``: the region's inputs are activations of a model around it, which need gradients. ``compiled``: by Inductor, later on."""
 
     device: str  # the kind
     train: bool
     inner: bool
+    compiled: bool = False
 
     def program(self, prepared: Prepared, candidate: Vectorized) -> float:
         """Seconds of one step of a rewritten program."""
@@ -34,7 +35,7 @@ class Estimator:
                 needs[node] = self._input(next(given))
             elif node.op == "get_attr":
                 needs[node] = held.get(str(node.target), False)
-        return emitted_seconds(candidate.graph, self.device, needs if self.train else None)
+        return emitted_seconds(candidate.graph, self.device, needs if self.train else None, self.compiled)
 
     def loop(self, prepared: Prepared) -> float:
         """Seconds of one step of the loop."""
@@ -44,7 +45,7 @@ class Estimator:
                 needs[node] = self._input(node)
             elif node.op == "get_attr":
                 needs[node] = bool(node.meta.get("requires_grad"))
-        return loop_seconds(prepared.lifted.graph, self.device, needs if self.train else None)
+        return loop_seconds(prepared.lifted.graph, self.device, needs if self.train else None, self.compiled)
 
     def _input(self, node: torch.fx.Node) -> bool:
         dtype = node.meta.get("dtype")

@@ -69,9 +69,10 @@ class Planner:
 
     def __init__(
         self, prepared: Prepared, region: nn.Module, packs: Packs, options: Options, cases: Sequence[Case] = (),
-        progress: Progress | None = None,
+        progress: Progress | None = None, *, compiled: bool = False,
     ) -> None:  # fmt: skip
         self.prepared, self.region, self.packs, self.options = prepared, region, packs, options
+        self.compiled = compiled  # what is chosen will be: see ``cost``
         frame = prepared.lifted.frame
         self.train = options.mode == "train"
         cases = list(cases) or [frame.raw or ((), {})]
@@ -293,8 +294,9 @@ class Planner:
             return Choice(None, {}, refusal=self.refusal("nothing is left to fuse"))
         seconds, choice = best
         self.prepared = self.prepared.with_widths(choice.together)
-        loop = self._estimator().loop(self.prepared)
-        if seconds * LEAST_ESTIMATED_GAIN > loop and not self.options.large:  # large weights are timed once they have moved
+        choice.estimated = loop, _ = self._estimator().loop(self.prepared), seconds
+        later = self.options.large or self.compiled  # large weights are timed once they have moved, what is to be compiled by its caller
+        if seconds * LEAST_ESTIMATED_GAIN > loop and not later:
             said = f"left as a loop: packed is estimated at {loop / seconds:.2f}x, from its shapes ({self._timed_what()})"
             choice.refusal = self.refusal(f"{said}; tune=True measures it")
         return choice
@@ -304,7 +306,7 @@ class Planner:
         return self._estimator().program(self.prepared, choice.vectorized)
 
     def _estimator(self) -> Estimator:
-        return Estimator(self.benches[0].device, self.train, self.benches[0].inner)
+        return Estimator(self.benches[0].device, self.train, self.benches[0].inner, self.compiled)
 
     def _timed_what(self) -> str:
         return "forward and backward" if self.train else "inference"

@@ -1,0 +1,128 @@
+"""Is the packed form worth it once the inner backend has compiled it?
+
+Comes in: a planner, what it chose, the graph and the settings. Goes out: a ``Refusal``, or None. Op by op a loop pays a price for every
+call, and packing saves most of them. Inductor pays that price for neither: what it compiles to one kernel costs its work alone, and the
+products and convolutions that it calls cost little besides. What is left for packing is better work, and larger calls.
+
+So both forms are timed op by op, forward or forward and backward as the graph is used, and for Inductor the price of each launch is taken
+off. The static model is asked first: where it sees the packed form far ahead, nothing is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from fxfuse.graph import Recipe, Refusal
+from fxfuse.launches import count
+from fxfuse.passes.vectorize import Vectorized
+from fxfuse.planning.choice import Choice
+from fxfuse.planning.plan import Planner
+from fxfuse.planning.timing import medians
+from fxfuse.planning.workbench import Workbench
+from fxfuse.weights.recipes import pack
+
+from .captured import Captured
+from .outside import outside_form, worth_sharing
+from .settings import Settings
+
+# Of the packed form, against the loop: below, the loop stays; above, by the static model, nothing is timed.
+LEAST_GAIN = 1.0
+FAR_AHEAD = 2.5
+# The same where the inner backend runs op by op what it is given, as far as fxfuse knows.
+SLOWER = 1.25
+# What Inductor calls, rather than writes.
+_CALLED = frozenset(
+    "mm addmm bmm baddbmm mv addmv convolution convolution_backward lstm gru mkldnn_rnn_layer _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention".split()
+)
+# The least part of a form's time that is its work, however many launches it has.
+_WORK = 0.1
+
+
+def not_worth_it(planner: Planner, choice: Choice, captured: Captured, settings: Settings) -> Refusal | None:
+    """Why the loop stays, or None."""
+    assert choice.vectorized is not None
+    inductor = planner.compiled
+    stacked = _stacked(choice.vectorized, captured, settings.freeze and not captured.tracked)
+    if inductor and choice.estimated is not None:
+        loop, packed = choice.estimated
+        if loop > FAR_AHEAD * packed:
+            return None
+    functions = [_loop(planner, captured), _packed(planner, choice.vectorized, stacked)]
+    times = medians(functions, budget=0.1, least=3)
+    if not inductor:
+        return _left(planner, times, "op by op") if times[1] > SLOWER * times[0] else None
+    times = [_compiled(seconds, function) for seconds, function in zip(times, functions, strict=True)]
+    return _left(planner, times, "compiled") if times[1] * LEAST_GAIN > times[0] else None
+
+
+def _left(planner: Planner, times: Sequence[float], how: str) -> Refusal:
+    loop, packed = times
+    return Refusal(f"left as a loop: packed runs {loop / packed:.2f}x, {how}", planner.prepared.lifted.place)
+
+
+def _compiled(seconds: float, function: Callable[[], object]) -> float:
+    """What Inductor leaves of it: seconds less the price of launches that it does not make."""
+    launches = count(function, bound=False)
+    called = sum(number for name, number in launches.heavy_by_op.items() if name in _CALLED)
+    return max(seconds - (launches.total - called) * _price(), seconds * _WORK)
+
+
+@lru_cache(maxsize=1)
+def _price() -> float:
+    """Seconds that a launch costs by itself here, forward or backward: those of ops on a few numbers."""
+    x, ops = torch.ones(4, requires_grad=True), 20
+
+    def chain() -> object:
+        y = x
+        for _ in range(ops):
+            y = torch.relu(y)
+        return torch.autograd.grad(y.sum(), x)
+
+    with torch.enable_grad():
+        return medians([chain], budget=0.01, least=5)[0] / (2 * ops)
+
+
+def _loop(planner: Planner, captured: Captured) -> Callable[[], object]:
+    """One step of dynamo's graph, as code: ``Captured`` itself goes through it call by call."""
+    bench = planner.benches[0]
+    return Workbench(_Code(captured), bench.case, bench.train, bench.inner).loop()
+
+
+class _Code(nn.Module):
+    def __init__(self, captured: Captured) -> None:
+        super().__init__()
+        self.captured = captured
+        self.code = torch.fx.GraphModule(nn.Module(), captured.slots[0].node.graph)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.code(*self.captured.values(tensors))
+
+
+def _packed(planner: Planner, made: Vectorized, stacked: list[tuple[Recipe, list[Tensor]]]) -> Callable[[], object]:
+    step = planner.benches[0].step(made)
+
+    def packed() -> object:
+        for recipe, members in stacked:
+            pack(recipe, members)
+        return step()
+
+    return packed
+
+
+def _stacked(made: Vectorized, captured: Captured, frozen: bool) -> list[tuple[Recipe, list[Tensor]]]:
+    """The packs that are made anew at every call."""
+    used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
+    weights = captured.weights()
+    found = []
+    for recipe in made.packs.recipes.values():
+        members = [weights[name].detach() for name in recipe.members]
+        if recipe.name in used and not frozen and not worth_sharing(outside_form(recipe), members):
+            found.append((recipe, members))
+    return found
