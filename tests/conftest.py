@@ -35,7 +35,8 @@ def _plans_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing compiled before or after; and what fuses does not depend on the machine's load."""
     torch._dynamo.reset()
-    monkeypatch.setattr("fxfuse.dynamo.rewrite.SLOWER", math.inf)
+    monkeypatch.setattr("fxfuse.dynamo.worth.SLOWER", math.inf)
+    monkeypatch.setattr("fxfuse.dynamo.worth.FAR_AHEAD", 0.0)
     yield
     torch._dynamo.reset()
 

@@ -155,7 +155,7 @@ def test_without_validation_nothing_is_compared(monkeypatch):
 
 
 def test_a_loop_that_is_clearly_faster_stays(monkeypatch, caplog):
-    monkeypatch.setattr("fxfuse.dynamo.rewrite.SLOWER", 0.0)
+    monkeypatch.setattr("fxfuse.dynamo.worth.SLOWER", 0.0)
     model = nam()
     call, counting = compiled(model)
     with caplog.at_level("INFO", "fxfuse"), warnings.catch_warnings():
