@@ -262,9 +262,9 @@ def test_what_a_graph_is_planned_for(monkeypatch, context, mode):
     modes = []
 
     class Seen(rewrite.Planner):
-        def __init__(self, prepared, region, packs, options):
+        def __init__(self, prepared, region, packs, options, **more):
             modes.append(options.mode)
-            super().__init__(prepared, region, packs, options)
+            super().__init__(prepared, region, packs, options, **more)
 
     monkeypatch.setattr(rewrite, "Planner", Seen)
     call = torch.compile(nam(), backend="fxfuse", options={"inner": "eager"})

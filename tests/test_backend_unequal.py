@@ -143,7 +143,7 @@ def test_the_copy_of_large_tables_counts(freeze, monkeypatch):
         packed.append(recipe.name)
         time.sleep(0.05)
 
-    monkeypatch.setattr("fxfuse.dynamo.rewrite.pack", slowly)
+    monkeypatch.setattr("fxfuse.dynamo.worth.pack", slowly)
     monkeypatch.setattr("fxfuse.dynamo.worth.SLOWER", 10.0)
     model = randomized(tables([2_000] * 8, [8, 6] * 4))
     call, counting = compiled(model, freeze=freeze)

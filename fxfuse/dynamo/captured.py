@@ -116,12 +116,20 @@ class Captured(nn.Module):
                 self.owners[name] = owner._buffers, leaf
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        return self._with({name: copy.deepcopy(tensor, memo) for name, tensor in self.weights().items()}, memo)
+
+    def alias(self) -> Captured:
+        """The same graph on tensors of the same memory, which have no hooks: for steps with a backward that nobody is to see."""
+        return self._with({name: _alias(tensor) for name, tensor in self.weights().items()})
+
+    def _with(self, weights: dict[str, Tensor], memo: dict[int, Any] | None = None) -> Captured:
         made = type(self).__new__(type(self))
         nn.Module.__init__(made)
-        memo[id(self)] = made
+        if memo is not None:
+            memo[id(self)] = made
         kept = ("training", "slots", "wide_slots", "symbols", "steps", "wide_steps", "narrow", "given", "tracked", *self.more)
         made.__dict__.update({name: self.__dict__[name] for name in kept})
-        made.hold({name: copy.deepcopy(tensor, memo) for name, tensor in self.weights().items()})
+        made.hold(weights)
         return made
 
     def weights(self) -> dict[str, Tensor]:
@@ -152,6 +160,11 @@ class Captured(nn.Module):
             else:
                 found.append(slot.number if slot.place is None else tensors[slot.place[0]].shape[slot.place[1]])
         return found
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    made, needed = tensor.detach(), tensor.requires_grad
+    return nn.Parameter(made, needed) if isinstance(tensor, nn.Parameter) else made.requires_grad_(needed)
 
 
 def _is_narrow(tensors: Sequence[Tensor]) -> bool:
@@ -196,7 +209,7 @@ def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _PARTS = re.compile(r"_(?:modules|parameters|buffers)_")
-_OWN = "values slots wide_slots given symbols steps wide_steps narrow tracked owners weights hold take more autocast constants".split()
+_OWN = "values alias slots wide_slots given symbols steps wide_steps narrow tracked owners weights hold take more autocast constants".split()
 _TAKEN = frozenset((*dir(nn.Module()), *_OWN))
 
 

@@ -80,13 +80,14 @@ def rewrite(captured: Captured, settings: Settings) -> Rewritten | Refusal:
         lowering=settings.lowering, tune=settings.tune, min_lanes=settings.min_lanes, mode=_mode(captured),
         objective="launches" if asked else "time",
     )  # fmt: skip
-    planner = Planner(prepared, captured, Packs(kinds=kinds, holder="packed"), options, compiled=settings.inner == "inductor")
+    bench = captured.alias()  # gradients are asked of what is timed, and the user's tensors may have hooks
+    planner = Planner(prepared, bench, Packs(kinds=kinds, holder="packed"), options, compiled=settings.inner == "inductor")
     with paused():
         choice = planner.plan()
     if choice.refusal is not None or choice.vectorized is None:
         return choice.refusal or Refusal("nothing is left to fuse")
     if not (settings.tune or asked):
-        loss = not_worth_it(planner, choice, captured, settings)
+        loss = not_worth_it(planner, choice, bench, settings)
         if loss is not None:
             return loss
     made = choice.vectorized
