@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import gc
+import warnings
 import weakref
 
 import pytest
