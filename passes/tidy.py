@@ -26,6 +26,8 @@ _FROM_RESULT = {
     F.relu: torch.relu_, torch.relu: torch.relu_, torch.tanh: torch.tanh_, F.tanh: torch.tanh_, torch.sigmoid: torch.sigmoid_,
     F.sigmoid: torch.sigmoid_, torch.exp: torch.exp_, "relu": "relu_", "tanh": "tanh_", "sigmoid": "sigmoid_", "exp": "exp_",
 }  # fmt: skip
+# New memory, too.
+_COMPARING = frozenset({torch.clamp, torch.ne, torch.eq})
 # What these return is new memory that no backward needs either, and may be written.
 _WRITABLE = (torch.zeros, torch.ones, torch.full, torch.empty, index_write, index_write_)
 _RESHAPING = (torch.unflatten, torch.flatten, torch.unsqueeze, torch.squeeze, torch.transpose, torch.permute, torch.movedim)
@@ -54,6 +56,7 @@ def tidy(graph: torch.fx.Graph) -> None:
     drop_unused(graph)
     _activate_before_views(graph)
     _reuse_memory(graph)
+    _fill_in_place(graph)
     _write_in_place(graph)
     _write_single_numbers(graph)
 
@@ -94,6 +97,18 @@ def _reuse_memory(graph: torch.fx.Graph) -> None:
         same = isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor) and value.dtype is result.dtype
         if same and source.target in _FRESH:
             node.target = _FROM_RESULT[node.target]
+
+
+def _fill_in_place(graph: torch.fx.Graph) -> None:
+    """``masked_fill`` of new indices that only comparisons have read before: autograd asks nothing of them."""
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for node in graph.find_nodes(op="call_method", target="masked_fill"):
+        filled: Any = node.args[0]
+        value = filled.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex() or filled.target not in _FRESH:
+            continue
+        if all(user is node or (user.target in _COMPARING and order[user] < order[node]) for user in filled.users):
+            node.target = "masked_fill_"
 
 
 def _activate_before_views(graph: torch.fx.Graph) -> None:

@@ -123,3 +123,35 @@ def test_all_kinds_of_views_between():
             assert targets.index(torch.tanh_) == 1, (name, targets)
         else:
             assert targets == [torch.mul, torch.narrow, torch.tanh]
+
+
+def test_indices_of_other_tables_are_marked_in_place():
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([table(x[:, i]) for i, table in enumerate(self.tables)])
+
+    model = randomized(model_of(forward, tables=nn.ModuleList(nn.Embedding(6, 3) for _ in range(4))))
+    x = torch.randint(6, (5, 4), generator=torch.Generator().manual_seed(1))
+    fused = assert_fused_equals(model, x, batches=(4,), tune=False, objective="launches")
+    assert "masked_fill_" in called(fused)
+    before = x.clone()
+    x[2, 1] = 6
+    with pytest.raises(IndexError):
+        fused(x)
+    x[2, 1] = before[2, 1]
+    assert torch.equal(x, before)
+    assert torch.equal(fused(x), model(x))
+
+
+def test_not_where_the_index_is_read_again():
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out = []
+        for i, table in enumerate(self.tables):
+            moved = x[:, i] + 1
+            filled = moved.masked_fill(moved == 3, 0)
+            out.append(table(filled) * moved.unsqueeze(-1))
+        return torch.stack(out)
+
+    model = randomized(model_of(forward, tables=nn.ModuleList(nn.Embedding(6, 3) for _ in range(4))))
+    x = torch.randint(5, (5, 4), generator=torch.Generator().manual_seed(1))
+    fused = assert_fused_equals(model, x, batches=(4,), tune=False, objective="launches")
+    assert "masked_fill" in called(fused)
