@@ -13,7 +13,7 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -66,9 +66,10 @@ class Captured(nn.Module):
         self.slots = [Slot(node) for node in nodes]
         self.given: list[Tensor] = []  # the tensors that are no weights
         weights: dict[str, Tensor] = {}
+        names = _Names()
         for slot, example in zip(self.slots, examples, strict=True):
             if isinstance(example, nn.Parameter) or (isinstance(example, Tensor) and is_weight(slot.node)):
-                slot.weight = _name(str(slot.node.target), weights)
+                slot.weight = names.of(str(slot.node.target))
                 weights[slot.weight] = example
             elif isinstance(example, Tensor):
                 slot.input = len(self.given)
@@ -107,7 +108,10 @@ class Captured(nn.Module):
             owner: nn.Module = self
             *path, leaf = name.split(".")
             for part in path:
-                owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+                inner = owner._modules.get(part)
+                if inner is None:
+                    inner = owner._modules[part] = _holder()
+                owner = inner
             if isinstance(tensor, nn.Parameter):
                 owner._parameters[leaf] = tensor
                 self.owners[name] = owner._parameters, leaf
@@ -162,6 +166,16 @@ class Captured(nn.Module):
         return found
 
 
+_EMPTY = nn.Module()
+
+
+def _holder() -> nn.Module:
+    """An empty module, made as a copy of one: its own constructor takes 20 us, and a layer of every lane is held by many."""
+    made = nn.Module.__new__(nn.Module)
+    made.__dict__.update({name: value.copy() if isinstance(value, (dict, set)) else value for name, value in _EMPTY.__dict__.items()})
+    return made
+
+
 def _alias(tensor: Tensor) -> Tensor:
     made, needed = tensor.detach(), tensor.requires_grad
     return nn.Parameter(made, needed) if isinstance(tensor, nn.Parameter) else made.requires_grad_(needed)
@@ -209,21 +223,38 @@ def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _PARTS = re.compile(r"_(?:modules|parameters|buffers)_")
-_OWN = "values alias slots wide_slots given symbols steps wide_steps narrow tracked owners weights hold take more autocast constants".split()
+_OWN = frozenset(vars(Captured)) | frozenset(
+    "slots wide_slots given symbols steps wide_steps narrow tracked owners autocast constants".split()
+)
 _TAKEN = frozenset((*dir(nn.Module()), *_OWN))
 
 
-def _name(target: str, known: dict[str, Tensor]) -> str:
-    """A readable name, unlike all others: ``L_self_modules_nets_modules_0_parameters_weight_`` is ``nets.0.weight``.
+class _Names:
+    """Readable names, none the path to another: ``L_self_modules_nets_modules_0_parameters_weight_`` is ``nets.0.weight``.
 
-    >>> _name("L_self_modules_nets_modules_0_parameters_weight_", {})
-    'nets.0.weight'
+    >>> names = _Names()
+    >>> names.of("L_self_modules_nets_modules_0_parameters_weight_"), names.of("L_self_modules_nets_modules_0_parameters_weight_")
+    ('nets.0.weight', 'nets.0.weight_')
     """
-    parts = [part for part in _PARTS.split(target.rstrip("_"))[1:] if part] or [target]
-    name = ".".join(f"{part}_" if part in _TAKEN or (not part.isidentifier() and not part.isdigit()) else part for part in parts)
-    while any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in known):
-        name += "_"
-    return name
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+        self.paths: set[str] = set()  # to those
+
+    def of(self, target: str) -> str:
+        """A name for this placeholder of dynamo's."""
+        parts = [part for part in _PARTS.split(target.rstrip("_"))[1:] if part] or [target]
+        name = ".".join(f"{part}_" if part in _TAKEN or (not part.isidentifier() and not part.isdigit()) else part for part in parts)
+        while name in self.known or name in self.paths or any(path in self.known for path in _paths(name)):
+            name += "_"
+        self.known.add(name)
+        self.paths.update(_paths(name))
+        return name
+
+
+def _paths(name: str) -> list[str]:
+    """``a`` and ``a.b`` of ``a.b.c``."""
+    return list(accumulate(name.split(".")[:-1], "{}.{}".format))
 
 
 def _symbols(slots: list[Slot], given: list[Tensor]) -> list[Symbol]:

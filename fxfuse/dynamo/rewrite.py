@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fxfuse.building.regions import RegionFinder
 from fxfuse.graph import FusedOp, Program, Recipe, Refusal
-from fxfuse.models.collector import paused
 from fxfuse.models.inputs import batch_size, resample, vary
 from fxfuse.options import Options
 from fxfuse.passes.packs import Packs
@@ -57,14 +56,13 @@ class Rewritten:
 def rewrite(captured: Captured, settings: Settings) -> Rewritten | Refusal:
     """The graph rewritten, or why it stays as it is."""
     given = apart(captured.given)
-    with paused():
-        found = _observed(captured, given)
-        if isinstance(found, Refusal):
-            return found
-        observation, examples = found
-        finder = RegionFinder(observation, settings.min_lanes, merge=False)
-        frame = observation.trace.frames[0]
-        prepared = Refusal(frame.poison, frame.place) if frame.poison else finder.prepared(frame, sum(s.wanted for s in captured.symbols))
+    found = _observed(captured, given)
+    if isinstance(found, Refusal):
+        return found
+    observation, examples = found
+    finder = RegionFinder(observation, settings.min_lanes, merge=False)
+    frame = observation.trace.frames[0]
+    prepared = Refusal(frame.poison, frame.place) if frame.poison else finder.prepared(frame, sum(s.wanted for s in captured.symbols))
     if isinstance(prepared, Refusal):
         return prepared
     if not prepared.worthwhile:
@@ -82,8 +80,7 @@ def rewrite(captured: Captured, settings: Settings) -> Rewritten | Refusal:
     )  # fmt: skip
     bench = captured.alias()  # gradients are asked of what is timed, and the user's tensors may have hooks
     planner = Planner(prepared, bench, Packs(kinds=kinds, holder="packed"), options, compiled=settings.inner == "inductor")
-    with paused():
-        choice = planner.plan()
+    choice = planner.plan()
     if choice.refusal is not None or choice.vectorized is None:
         return choice.refusal or Refusal("nothing is left to fuse")
     if not (settings.tune or asked):
