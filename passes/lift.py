@@ -4,8 +4,8 @@ Comes in: a ``Trace``, one of its frames, and which sizes were found to be free.
 with canonical arguments, in which every write has become a new value, every repeated pure computation is one node, basic indexing
 is a chain of ``select`` / ``slice_along`` / ``unsqueeze``, and constant sizes are numbers; or a ``Refusal``.
 
-This file walks the events; below it are, layer by layer, ``returned`` (results that share memory), ``assigning`` and ``updating`` (buffers),
-``writes`` (in-place writes and views), ``indexing``, ``nodes``, ``free_sizes``.
+This file walks the events; below it are, layer by layer, ``returned`` (results that share memory), ``assigning`` and ``updating``
+(buffers), ``writes`` (in-place writes and views), ``indexing``, ``nodes``, ``free_sizes``.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ class RegionFinder:
 
 
 def _writing(trace: Trace) -> frozenset[int]:
-    """The calls that write or assign buffers, or write under ``no_grad``, themselves: most such writes have a form as values, but not all."""
+    """The calls that themselves write or assign buffers, or write under ``no_grad``: most of it has a form as values, but not all."""
     updates = updates_of(trace)
     found = (e.frame for i, e in enumerate(trace.events) if (i in updates and updates[i].kind == "write") or (e.untracked and e.mutated))
     return frozenset(index for index in found if index >= 0) | assigning_calls(trace)
