@@ -28,7 +28,7 @@ class Assigning(Updating):
     def __init__(self, trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> None:
         super().__init__(trace, frame, sizes, opaque)
         self.assigned: dict[Key, Assignment] = {}  # the last of each buffer that the region itself assigns
-        self.registered: dict[int, torch.fx.Node] = {}  # the registered tensors, by value, where all others read copies
+        self.registered: dict[int, torch.fx.Node] = {}  # by value, what the region reads as it is held
         self.overwritten: set[int] = set()  # memory that somebody could look at after it is written
         inside = assigned_in(trace, frame) if trace.assigned else []
         if inside:
@@ -101,9 +101,9 @@ class Assigning(Updating):
 
     def _outside(self, value: int) -> torch.fx.Node:
         node = super()._outside(value)
+        self.registered[value] = node
         if self.trace.values[value].origin != "attribute" or self.trace.values[value].storage not in self.overwritten:
             return node
-        self.registered[value] = node
         op, args = canonical(torch.clone, (node,), {})
         copied = self.graph.call_function(op, args)
         self._describe(copied, value)
@@ -111,8 +111,9 @@ class Assigning(Updating):
         return copied
 
     def _registered(self, value: int) -> Any:
-        node = self._read(value)
-        return self.registered.get(value, node)
+        if value not in self.env:
+            self._read(value)
+        return self.registered.get(value, self.env[value])
 
     def _renew_buffers(self) -> None:
         """Also the last values of buffers that were assigned, in place of what was written into the tensors before."""
