@@ -31,6 +31,7 @@ from fxfuse.private.module_hooks import CALL_HOOKS, hooks_for_all
 from fxfuse.private.state_dicts import versions_of
 from fxfuse.weights.alias import AliasPack, StaleAlias
 from fxfuse.weights.all_or_nothing import all_or_nothing, refitted
+from fxfuse.weights.assigned_in_loop import assigned_apart
 from fxfuse.weights.lane import LaneMixin, Slot, Watch, attribute_of, lane_info, saving_by_original_name, shared_views
 from fxfuse.weights.parts import fit_parts
 from fxfuse.weights.recipes import lane_view, pack, packed_shape, unpack
@@ -385,7 +386,7 @@ class RegionMixin(LaneMixin):
         with _counting:
             known = reason in state.fallbacks or len(state.fallbacks) < _MOST_REASONS
             state.fallbacks[reason if known else "other reasons"] += 1
-        with shared_views(), gathered_once(), _in_the_loop(state):
+        with shared_views(), gathered_once(), _in_the_loop(state), assigned_apart():
             return forward(self, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
