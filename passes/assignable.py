@@ -1,7 +1,8 @@
 """Which registered buffers that forward assigns can be values of a graph, whose last one is written into the registered tensor at the end.
 
 Comes in: the assignments of a trace. Goes out: ``unfit_assignments``, those that cannot, each with the reason and the line, and
-``tracked_values``. What is assigned has to be a tensor like the one before, of memory of its own, without a gradient history whatever the caller's inputs have.
+``tracked_values``. What is assigned has to be a tensor like the one before, of memory of its own, without a gradient history whatever
+the caller's inputs have.
 """
 
 from __future__ import annotations

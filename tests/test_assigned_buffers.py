@@ -252,9 +252,9 @@ def old_one_returned_inside(self: Any, x: Tensor) -> Tensor:
 ASSIGNED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     f.__name__: f
     for f in (
-        detached, untracked, read_before, while_training, while_evaluating, twice, several, handed_on, handed_on_at_last, exchanged, a_view_of_itself, moved_on,
-        written_and_assigned, in_place_alone, assigned_back, before_it_is_read, never_read, in_other_ways, as_a_buffer,
-        old_one_returned_inside,
+        detached, untracked, read_before, while_training, while_evaluating, twice, several, handed_on, handed_on_at_last, exchanged,
+        a_view_of_itself, moved_on, written_and_assigned, in_place_alone, assigned_back, before_it_is_read, never_read, in_other_ways,
+        as_a_buffer, old_one_returned_inside,
     )
 }  # fmt: skip
 
@@ -340,7 +340,7 @@ def test_buffers_of_every_lane(name: str) -> None:
     assert_same_steps(model, fuse(model, X))
 
 
-@pytest.mark.parametrize("options", [{"objective": "launches"}, {"objective": "time", "mode": "train"}, {"objective": "time", "mode": "infer"}])
+@pytest.mark.parametrize("options", [{"objective": "launches"}, {"mode": "train"}, {"mode": "infer"}], ids=["launches", "train", "infer"])
 def test_neither_model_has_run_when_it_comes_back(options: dict[str, str]) -> None:
     model = randomized(Lanes(lane_average))
     held, before = model.nets[1].center, copy.deepcopy(model.state_dict())
