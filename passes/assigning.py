@@ -19,6 +19,7 @@ from fxfuse.recording.trace import Assignment, Frame, Key, Trace, refs_in
 
 from .assignable import path_of, spelled, tracked_values, unfit_assignments
 from .lifted import Refused, Sizes
+from .updates import plain_buffer
 from .updating import Updating
 
 
@@ -45,14 +46,18 @@ class Assigning(Updating):
         return self._memory([self.frame.out, stored])
 
     def _looked_at(self) -> set[int]:
-        """The memory of registered tensors of which copies are handed out."""
+        """The memory of buffers of which copies are handed out: of those assigned, and those that may share a pack with one, by their name."""
         values, tracked = self.trace.values, tracked_values(self.trace)
         found = self._handed_out() | {values[each.value].storage for each in self.assigned.values()}
         for event in self.trace.events[self.frame.start : self.frame.end]:
             given = [*refs_in(event.args), *refs_in(event.kwargs)]
             if not event.untracked and not tracked.isdisjoint(given):
                 found.update(values[value].storage for value in given)
-        return found & {values[each.before].storage for each in self.assigned.values()}
+        assigned = {values[each.before].storage for each in self.assigned.values()}
+        names = {each.name for each in self.assigned.values()}
+        updated = {storage for update in self.updates.values() if update.kind != "write" for storage in update.touches}
+        mates = {v.storage for v in values if v.origin == "attribute" and v.name.rpartition(".")[2] in names and plain_buffer(v.tensor)}
+        return found & (assigned | mates - updated)
 
     def _check_assignments(self, inside: list[Assignment]) -> None:
         """Refuses where what is assigned, or was there before, is looked at from where it is no value of this graph."""
