@@ -46,18 +46,16 @@ class Assigning(Updating):
         return self._memory([self.frame.out, stored])
 
     def _looked_at(self) -> set[int]:
-        """The memory of buffers of which copies are handed out: of those assigned, and those that may share a pack with one, by their name."""
+        """The memory of buffers of which copies are handed out: of those assigned, and of those that may share a pack with one."""
         values, tracked = self.trace.values, tracked_values(self.trace)
         found = self._handed_out() | {values[each.value].storage for each in self.assigned.values()}
         for event in self.trace.events[self.frame.start : self.frame.end]:
             given = [*refs_in(event.args), *refs_in(event.kwargs)]
             if not event.untracked and not tracked.isdisjoint(given):
                 found.update(values[value].storage for value in given)
-        assigned = {values[each.before].storage for each in self.assigned.values()}
-        names = {each.name for each in self.assigned.values()}
-        updated = {storage for update in self.updates.values() if update.kind != "write" for storage in update.touches}
-        mates = {v.storage for v in values if v.origin == "attribute" and v.name.rpartition(".")[2] in names and plain_buffer(v.tensor)}
-        return found & (assigned | mates - updated)
+        dtypes = {values[each.before].tensor.dtype for each in self.assigned.values()}
+        alike = {v.storage for v in values if v.origin == "attribute" and plain_buffer(v.tensor) and v.tensor.dtype in dtypes}
+        return found & (alike - {storage for update in self.updates.values() if update.kind != "write" for storage in update.touches})
 
     def _check_assignments(self, inside: list[Assignment]) -> None:
         """Refuses where what is assigned, or was there before, is looked at from where it is no value of this graph."""
