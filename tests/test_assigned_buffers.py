@@ -260,8 +260,8 @@ ASSIGNED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     f.__name__: f
     for f in (
         detached, untracked, read_before, while_training, while_evaluating, twice, several, handed_on, handed_on_at_last, exchanged,
-        swapped, a_view_of_itself, moved_on, written_and_assigned, in_place_alone, assigned_back, before_it_is_read, never_read, in_other_ways,
-        as_a_buffer, old_one_returned_inside,
+        swapped, a_view_of_itself, moved_on, written_and_assigned, in_place_alone, assigned_back, before_it_is_read, never_read,
+        in_other_ways, as_a_buffer, old_one_returned_inside,
     )
 }  # fmt: skip
 

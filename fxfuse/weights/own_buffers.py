@@ -1,8 +1,8 @@
 """Buffers that the original forward writes or assigns while it runs over the pack: each lane's a tensor of its own, as in the original.
 
-Comes in: the reads and assignments of lanes' buffers, within ``own_buffers``. Goes out: to the forward, tensors apart from the pack, where a
-write into one lane's is none into another's, an assigned tensor is that very tensor, and the one before stays what a backward may need.
-Afterwards their numbers are in the pack, which is a new tensor then, of the dtype that it had, without a history.
+Comes in: the reads and assignments of lanes' buffers, within ``own_buffers``. Goes out: to the forward, tensors apart from the pack, where
+a write into one lane's is none into another's, an assigned tensor is that very tensor, and the one before stays what a backward may
+need. Afterwards their numbers are in the pack, which is a new tensor then, of the dtype that it had, without a history.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def assign_own(slot: Slot, value: Tensor) -> bool:
 
 @contextmanager
 def own_buffers(packs: frozenset[str]) -> Iterator[None]:
-    """Within, on this thread, lanes of these packs are read as tensors of their own, and so is what is assigned; then they are in new packs."""
+    """Within, on this thread, lanes of these packs are read as tensors of their own, and so is what is assigned; then new packs hold them."""
     outer: _Call | None = getattr(_thread, "call", None)
     call = _thread.call = _Call(packs)
     try:
