@@ -183,7 +183,8 @@ class Recorder(TorchFunctionMode):
             return iter(self.call(Tensor.unbind, (args[0], 0), {}, "unbind"))
         elif action == "set":
             self.keep(args[:1])
-            self.event(func, args, kwargs, f"sets the {func.__self__.__name__} of a tensor")
+            held = self.attributes.get(id(args[0]), "a tensor")
+            self.event(func, args, kwargs, f"sets the {func.__self__.__name__} of {held}")
         elif action == "backward":
             if self.kept is not None:
                 self.kept.before_backward()
@@ -234,7 +235,8 @@ class Recorder(TorchFunctionMode):
         if kwargs and kwargs.get("out") is not None:
             poison = "writes through out="
         elif not torch.is_grad_enabled():
-            poison = "" if self.switches.untracked and self.loose.all(mutated) else _UNTRACKED
+            poison = "" if self.loose.all(mutated) else self.loose.why_not(mutated, name)
+            poison = poison if self.switches.untracked else _UNTRACKED
         else:
             for tensor in tensors:
                 if type(tensor) is nn.Parameter and tensor.grad_fn is not None:

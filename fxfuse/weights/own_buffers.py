@@ -59,7 +59,7 @@ def assign_own(slot: Slot, value: Tensor) -> bool:
 
 @contextmanager
 def own_buffers(packs: frozenset[str]) -> Iterator[None]:
-    """Within, on this thread, lanes of these packs are read as tensors of their own, and so is what is assigned; then new packs hold them."""
+    """Within, on this thread, lanes of these packs are read as tensors of their own, and so is what is assigned; then new packs have it."""
     outer: _Call | None = getattr(_thread, "call", None)
     call = _thread.call = _Call(packs)
     try:
