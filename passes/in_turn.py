@@ -16,7 +16,8 @@ def in_turn(bundles: Bundles, region: str) -> list[Refusal]:
     fused: set[str] = set()
     for bundle in bundles.classes:
         for node in bundle.members:
-            if node.meta.get("update") and node.meta.get("shape") != () and isinstance(node.args[1], Node):
+            statistics = node.meta.get("update") and not node.meta.get("late")
+            if statistics and node.meta.get("shape") != () and isinstance(node.args[1], Node):
                 held = str(node.args[1].target)
                 calls.setdefault(held, []).append(node)
                 if bundle.index in bundles.active:

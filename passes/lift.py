@@ -4,8 +4,8 @@ Comes in: a ``Trace``, one of its frames, and which sizes were found to be free.
 with canonical arguments, in which every write has become a new value, every repeated pure computation is one node, basic indexing
 is a chain of ``select`` / ``slice_along`` / ``unsqueeze``, and constant sizes are numbers; or a ``Refusal``.
 
-This file walks the events; below it are, layer by layer, ``returned`` (results that share memory), ``updating`` (running statistics),
-``writes`` (in-place writes and views), ``indexing``, ``nodes``, ``free_sizes``.
+This file walks the events; below it are, layer by layer, ``returned`` (results that share memory), ``assigning`` and ``updating``
+(buffers), ``writes`` (in-place writes and views), ``indexing``, ``nodes``, ``free_sizes``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fxfuse.graph import Refusal, Store
 from fxfuse.ops import op_name
 from fxfuse.private.pytree import tree_unflatten
 from fxfuse.private.torch_function import DisableTorchFunction
+from fxfuse.recording.assigned import assigned_in
 from fxfuse.recording.attributes import touches_in
 from fxfuse.recording.sizes import SizeOf, SizeOp
 from fxfuse.recording.trace import Event, Frame, Key, Ref, Touch, Trace, refs_in
@@ -163,7 +164,8 @@ class _Lifter(Returned):
         prefix = f"{self.frame.path}." if self.frame.path else ""
         args, kwargs = tree_unflatten([self._argument(leaf) for leaf in called.leaves], called.in_spec)
         written = {v for e in self.trace.events[called.start : called.end] for v in writes(e)}
-        self.changed_inside.update((self.trace.values[v].storage, called.path) for v in written)
+        assigned = {each.before for each in assigned_in(self.trace, called)}
+        self.changed_inside.update((self.trace.values[v].storage, called.path) for v in written | assigned)
         if any(v in self.env for v in written):
             raise Refused(f"{called.path or 'the model'} writes into a tensor that it was given", called.place)
         node = self.graph.call_module(called.path[len(prefix) :] if prefix else called.path, tuple(args), dict(kwargs))

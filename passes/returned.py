@@ -22,8 +22,8 @@ from fxfuse.ops import Op, canonical, op_name
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.recording.trace import Event, Frame, Ref, Trace
 
+from .assigning import Assigning
 from .lifted import Sizes
-from .updating import Updating
 
 
 def returned(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ _PIECE = op_of(operator.getitem, "item")
 _COPY = dataclasses.replace(canonical(torch.clone, (torch.empty(0),), {})[0], name="copy of its own", pointwise=False)  # of no lane set
 
 
-class Returned(Updating):
+class Returned(Assigning):
     """Finds the results that share memory, and makes them."""
 
     def __init__(self, trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> None:

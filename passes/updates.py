@@ -44,7 +44,7 @@ class Update:
     counter: int = -1  # value
 
 
-def _plain_buffer(tensor: torch.Tensor) -> bool:
+def plain_buffer(tensor: torch.Tensor) -> bool:
     """May its contents be copied into it, from a tensor without a history?"""
     plain = tensor.layout is torch.strided and 0 not in tensor.stride() and type(tensor) in (torch.Tensor, nn.Buffer)
     return plain and not isinstance(tensor, nn.Parameter) and not tensor.requires_grad
@@ -131,7 +131,7 @@ class _Finder:
         registered = {id(buffer) for module in self.trace.frames[0].module.modules() for buffer in module._buffers.values()}
         for storage, values in names.items():
             tensors = [self.values[value].tensor for value in values]
-            if len(values) > 1 or not all(id(tensor) in registered and _plain_buffer(tensor) for tensor in tensors):
+            if len(values) > 1 or not all(id(tensor) in registered and plain_buffer(tensor) for tensor in tensors):
                 unfit.add(storage)
         for event in self.trace.events:
             written = writes(event)

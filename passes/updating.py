@@ -99,10 +99,13 @@ class Updating(Writes):
         for value, held in self.renewed.items():
             last = self._read(value)
             if last is not held:
-                op, args = canonical(torch.Tensor.copy_, (held, last), {})
-                node = self.graph.call_function(op, args)
-                self._describe(node, value)
-                node.meta.update(update=True, late=True)
+                self._renew(held, last, value)
+
+    def _renew(self, held: torch.fx.Node, last: Any, value: int) -> None:
+        op, args = canonical(torch.Tensor.copy_, (held, last), {})
+        node = self.graph.call_function(op, args)
+        self._describe(node, value)
+        node.meta.update(update=True, late=True)
 
     def _repeat(self, event: Event, update: Update, call: tuple[Op, tuple[Any, ...]], after: tuple[torch.fx.Node, ...]) -> torch.fx.Node:
         """The call as a node, after those that touch the same buffers before it."""

@@ -186,7 +186,7 @@ class Writes(Indexing):
             raise Refused(f"writes into its input ({name})", event.place)
         seen = self.trace.values[root]
         if seen.origin == "attribute" and seen.storage in self.renewable:
-            self.renewed.setdefault(root, self._read(root))
+            self.renewed.setdefault(root, self._registered(root))
         elif seen.origin in ("attribute", "constant"):
             raise Refused(f"changes {seen.name or 'a constant'} in forward ({name})", event.place)
         args, kwargs = self._argument(event.args), self._argument(event.kwargs)
@@ -197,6 +197,10 @@ class Writes(Indexing):
             self._note_cut(target)
         if isinstance(event.out, Ref) and event.out.value != target:
             self.env[event.out.value] = self.env[target]
+
+    def _registered(self, value: int) -> Any:
+        """The tensor that a module holds, as the graph may write it."""
+        return self._read(value)
 
     def _note_cut(self, value: int) -> None:
         self.cut.add(self.env[value])

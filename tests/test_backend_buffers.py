@@ -1,4 +1,4 @@
-"""Buffers that forward writes, through ``torch.compile(model, backend="fxfuse")``: averages, with gradients tracked and without."""
+"""Buffers that forward writes or assigns, through ``torch.compile(model, backend="fxfuse")``: with gradients tracked and without."""
 
 from __future__ import annotations
 
@@ -43,6 +43,23 @@ def _rows_of_one_buffer(self, x):
     return torch.stack(out, 1)
 
 
+def _one_average_assigned(self, x):
+    hidden = [net(x[:, i]) for i, net in enumerate(self.nets)]
+    out = torch.stack(hidden, 1) * self.mean
+    self.mean = self.mean * 0.9 + 0.1 * torch.stack(hidden).detach().mean((0, 1))
+    return out
+
+
+def _assigned_per_lane(self, x):
+    out = []
+    for i, net in enumerate(self.nets):
+        y = net(x[:, i])
+        with torch.no_grad():
+            setattr(self, f"mean{i}", torch.lerp(getattr(self, f"mean{i}"), y.mean(0), 0.1))
+        out.append(y - getattr(self, f"mean{i}"))
+    return torch.stack(out, 1)
+
+
 def _a_result_written_too(self, x):
     """Not only the buffer is written: also what has a history, where the caller tracks it."""
     out = torch.zeros(x.shape[0], len(self.nets), 4, dtype=x.dtype)
@@ -66,7 +83,25 @@ CASES = {
     "rows of one buffer": lambda: lanes(_rows_of_one_buffer, means=randn(LANES, 4, seed=5)),
     "a result written too": lambda: lanes(_a_result_written_too, mean=randn(4, seed=5)),
 }
+ASSIGNED = {
+    "one average": lambda: lanes(_one_average_assigned, mean=randn(4, seed=5)),
+    "an average per lane": lambda: lanes(_assigned_per_lane, **{f"mean{i}": randn(4, seed=20 + i) for i in range(LANES)}),
+}
 X = randn(5, LANES, 3)
+
+
+@pytest.mark.parametrize("name", ASSIGNED)
+def test_averages_are_assigned_and_the_loop_is_fused(name):
+    """dynamo hands out what is assigned, and sets the buffers itself."""
+    model = ASSIGNED[name]()
+    call, counting = compiled(model, validate=True)
+    for seed in range(3):
+        assert_same_step(model, call, randn(5, LANES, 3, seed=seed))
+    assert [counting.heavy(index) for index in range(len(counting.graphs))] == [1]
+    with torch.no_grad():
+        untracked(model, call)
+    assert [counting.heavy(index) for index in range(len(counting.graphs))] == [1] * len(counting.graphs)
+    assert_same_step(model, call, X)
 
 
 @pytest.mark.parametrize("validate", [True, False], ids=["validated", "unseen"])

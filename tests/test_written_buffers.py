@@ -370,6 +370,44 @@ def test_a_copy_of_a_buffer_that_is_written_afterwards(validate: bool) -> None:
     assert not fxfuse.report(fused).fallbacks
 
 
+def test_a_call_that_falls_back_keeps_lanes_apart() -> None:
+    """What one lane has read is needed for its backward; the next lane writes its own buffer, in the same pack."""
+
+    class Lane(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            self.mean += h.detach().mean(0)
+            return h * self.mean
+
+    class Model(nn.Module):
+        twofold = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.nets = nn.ModuleList(Lane() for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([net(x * 2 if self.twofold else x) for net in self.nets], 1)
+
+    model = randomized(Model())
+    fused = fuse(model, X)
+    for seed, twofold in enumerate((False, True, False)):
+        for each in (model, fused):
+            each.zero_grad()
+            each.twofold = twofold
+            each(randn(4, 4, seed=seed)).square().sum().backward()
+        checks.assert_same_buffers(fused, model, f"step {seed}")
+        wanted = dict(fxfuse.named_original_parameters(model))
+        for name, parameter in fxfuse.named_original_parameters(fused):
+            checks.assert_close(parameter.grad, wanted[name].grad, name)
+    assert sum(fxfuse.report(fused).fallbacks.values()) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.long])
 def test_single_numbers_under_torch_compile(dtype: torch.dtype) -> None:
     """AOTAutograd loses a ``copy_`` into a floating buffer without dims, which the original does not make."""

@@ -14,6 +14,8 @@ import torch.fx
 from torch import nn
 
 from fxfuse.graph import Place, Refusal
+from fxfuse.passes.assignable import unfit_assignments
+from fxfuse.passes.assigning import assigning_calls
 from fxfuse.passes.in_turn import in_turn
 from fxfuse.passes.lift import lift
 from fxfuse.passes.lifted import Lifted, Sizes
@@ -56,6 +58,11 @@ def closed_frames(observation: Observation) -> frozenset[int]:
             frame = trace.frames[event.frame]
             if not frame.poison:
                 frame.poison, frame.place = poison, event.place
+    unfit = unfit_assignments(trace)
+    for each in trace.assigned:
+        frame = trace.frames[each.frame]
+        if each.key in unfit and not frame.poison:
+            frame.poison, frame.place = unfit[each.key]
     for frame in trace.frames:
         if STATE in frame.module.__dict__:
             frame.poison = frame.poison or "it is fused already; fxfuse.unfuse(model) gives the model to fuse anew"
@@ -244,10 +251,10 @@ class RegionFinder:
 
 
 def _writing(trace: Trace) -> frozenset[int]:
-    """The calls that write buffers, or under ``no_grad``, themselves: most such writes have a form as values, but not all."""
+    """The calls that themselves write or assign buffers, or write under ``no_grad``: most of it has a form as values, but not all."""
     updates = updates_of(trace)
     found = (e.frame for i, e in enumerate(trace.events) if (i in updates and updates[i].kind == "write") or (e.untracked and e.mutated))
-    return frozenset(index for index in found if index >= 0)
+    return frozenset(index for index in found if index >= 0) | assigning_calls(trace)
 
 
 def _nested(path: str, other: str) -> bool:

@@ -127,10 +127,11 @@ def _can_be_set(trace: Trace, leaf: Any) -> bool:
 
 def touches_in(trace: Trace, frame: Frame) -> list[Touch]:
     """The touches made in a call, and in calls inside it."""
-    return [touch for touch in trace.touches if _inside(trace, touch.frame, frame.index)]
+    return [touch for touch in trace.touches if inside(trace, touch.frame, frame.index)]
 
 
-def _inside(trace: Trace, at: int, outer: int) -> bool:
+def inside(trace: Trace, at: int, outer: int) -> bool:
+    """Is the call ``at`` the call ``outer``, or made in it?"""
     while at >= 0 and at != outer:
         at = trace.frames[at].parent
     return at == outer

@@ -18,11 +18,14 @@ class Loose:
         self.values = values
         self.storages: set[int] = set()
         self.held: set[int] = set()  # memory with a history, or of Parameters
+        self.parameters: dict[int, str] = {}  # memory of Parameters, by whose name
 
     def attribute(self, value: Value) -> None:
         """A tensor that a module holds."""
         if isinstance(value.tensor, nn.Parameter) or value.tensor.requires_grad:
             self._tied(value.storage)
+            if isinstance(value.tensor, nn.Parameter):
+                self.parameters.setdefault(value.storage, value.name)
         elif value.storage not in self.held:
             self.storages.add(value.storage)
 
@@ -42,6 +45,14 @@ class Loose:
     def all(self, values: tuple[int, ...]) -> bool:
         """Is this so of all of these values?"""
         return all(self.values[each].storage in self.storages for each in values)
+
+    def why_not(self, values: tuple[int, ...], name: str) -> str:
+        """Why a graph does not repeat the call ``name``, which writes these values under ``no_grad``, where this is not so of all."""
+        written = [self.values[each] for each in values if self.values[each].storage not in self.storages]
+        held = next((self.parameters[value.storage] for value in written if value.storage in self.parameters), "")
+        if held:
+            return f"changes the parameter {held} in forward ({name})"
+        return f"writes into what has a gradient history, without gradient tracking ({name} under no_grad)"
 
     def _tied(self, storage: int) -> None:
         self.storages.discard(storage)

@@ -16,7 +16,7 @@ from torch import nn
 
 from fxfuse.models.collector import paused
 from fxfuse.models.inputs import batch_size, other_variations, resample, vary
-from fxfuse.models.module_tree import all_modules
+from fxfuse.models.module_tree import all_modules, named_modules
 
 from .fast_path import holds_attention
 from .trace import Frame, Key, Ref, Trace
@@ -57,9 +57,21 @@ def second_batch(size: int) -> int:
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
-    """Record ``model`` as it is on the example and on resampled inputs, and hold the runs against each other, call by call."""
+    """Record ``model`` as it is on the example and on resampled inputs, and hold the runs against each other, call by call.
+
+    Where a run is seen to assign registered buffers, all runs are made anew with these watched.
+    """
+    keys: frozenset[Key] = frozenset()
+    held = {(path, name) for path, module in named_modules(model) for name in vars(module).get("_buffers", ())}
     with paused():
-        return _observed(_Runs(model, args, kwargs, None, [], _Seen()))
+        for left in reversed(range(MOST_ROUNDS)):
+            seen = _Seen(keys)
+            found = _observed(_Runs(model, args, kwargs, None, [], seen))
+            assigned = seen.changed & held
+            if assigned <= keys or not left:
+                break
+            keys |= assigned
+        return found
 
 
 def observe_modes(

@@ -40,7 +40,7 @@ from .sizes import SizeOf, TracedInt, plain
 from .step_by_step import step_by_step
 from .switches import Switches
 from .torch_calls import ACTIONS, DATA_SHAPED, FROM_DATA, IN_PLACE, MAYBE_IN_PLACE, PLAIN, PROPERTIES
-from .trace import MOST_NUMBERS, Event, Frame, Ref, Touch, Trace, Value
+from .trace import MOST_NUMBERS, Assignment, Event, Frame, Ref, Touch, Trace, Value
 from .unchecked import UNCHECKED
 
 _UNTRACKED = "runs without gradient tracking (no_grad, or a custom autograd Function)"
@@ -183,7 +183,8 @@ class Recorder(TorchFunctionMode):
             return iter(self.call(Tensor.unbind, (args[0], 0), {}, "unbind"))
         elif action == "set":
             self.keep(args[:1])
-            self.event(func, args, kwargs, f"sets the {func.__self__.__name__} of a tensor")
+            held = self.attributes.get(id(args[0]), "a tensor")
+            self.event(func, args, kwargs, f"sets the {func.__self__.__name__} of {held}")
         elif action == "backward":
             if self.kept is not None:
                 self.kept.before_backward()
@@ -234,7 +235,8 @@ class Recorder(TorchFunctionMode):
         if kwargs and kwargs.get("out") is not None:
             poison = "writes through out="
         elif not torch.is_grad_enabled():
-            poison = "" if self.switches.untracked and self.loose.all(mutated) else _UNTRACKED
+            poison = "" if self.loose.all(mutated) else self.loose.why_not(mutated, name)
+            poison = poison if self.switches.untracked else _UNTRACKED
         else:
             for tensor in tensors:
                 if type(tensor) is nn.Parameter and tensor.grad_fn is not None:
@@ -397,6 +399,12 @@ class Recorder(TorchFunctionMode):
         """A watched attribute is read or written."""
         frame, place = (self.stack[-1] if self.stack else -1), self.place(sys._getframe(1))
         self.trace.touches.append(Touch(path, name, write, value, frame, len(self.trace.events), place))
+
+    def assign(self, path: str, name: str, before: Tensor, value: Tensor) -> None:
+        """A registered buffer is set to another tensor; ``before`` is what it was when the run began."""
+        frame, place = (self.stack[-1] if self.stack else -1), self.place(sys._getframe(1))
+        old, new = self.number(before).value, self.number(value).value
+        self.trace.assigned.append(Assignment(path, name, old, new, frame, len(self.trace.events), place))
 
     # -- sizes --------------------------------------------------------------------------------------------------------------------
 

@@ -100,6 +100,23 @@ class Touch:
         return self.path, self.name
 
 
+@dataclass(slots=True)
+class Assignment:
+    """A registered buffer that forward assigns: ``self.center = value``. ``before``: the value that is registered when the run begins."""
+
+    path: str
+    name: str
+    before: int
+    value: int
+    frame: int
+    event: int  # the next one
+    place: Place | None
+
+    @property
+    def key(self) -> Key:
+        return self.path, self.name
+
+
 @dataclass
 class Trace:
     """One recorded run of a model."""
@@ -116,7 +133,10 @@ class Trace:
     casts: bool = False  # some call was made under autocast, the caller's or forward's own
     failure: str = ""  # the run raised: why
     touches: list[Touch] = field(default_factory=list)  # of the attributes that were watched
-    changed: set[Key] = field(default_factory=set)  # attributes that the run changed
+    assigned: list[Assignment] = field(default_factory=list)  # to the registered buffers that were watched
+    unfit: dict[Key, tuple[str, Place | None]] | None = None  # passes.assignable: which of these have no form in a graph, found once
+    tracked: set[int] | None = None  # passes.assignable: the values that may have a gradient history, found once
+    changed: set[Key] = field(default_factory=set)  # attributes, and registered buffers, that the run changed
     reached: tuple[set[int] | None] | None = None  # passes.updating: from which memory gradients can come, found once
     updates: dict[int, Any] | None = None  # passes.updates: which events update buffers, found once
     ran: dict[int, dict[CodeType, dict[str, Any]]] = field(default_factory=dict)  # by frame: the code that ran there, and its globals

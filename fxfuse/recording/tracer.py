@@ -39,7 +39,10 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
     changed modules are marked."""
     attributes: dict[int, str] = {}
     generators: list[Any] = []
-    watched = [WatchedModule(path, module, attributes, generators) for path, module in named_modules(model)]
+    modules = dict(named_modules(model))
+    buffers = {(path, name) for path, name in keys if path in modules and name in vars(modules[path]).get("_buffers", ())}
+    holders = {path for path, _ in buffers}
+    watched = [WatchedModule(path, module, attributes, generators, path in holders) for path, module in modules.items()]
     hidden: dict[str, nn.Parameter] = {}
     beside = list(unregistered(model))
     if not any(has_hooks(module) for _, module in beside):  # they run while recording, and a fused forward does not call them
@@ -63,20 +66,20 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
         for leaf in leaves:
             if id(leaf) not in recorder.known:
                 recorder.add(leaf, "input")
-        with watching({each.path: each.module for each in watched}, keys, recorder.touch):
+        with watching(modules, keys - buffers, recorder.touch):
             yield recorder
     finally:
         stopped = {each.path: each.stop() for each in watched}
         recorder.kept.restore()
-        final: dict[Key, Any] = {(path, name): value for path, (_, found) in stopped.items() for name, value in found.items()}
-        recorder.trace.changed = set(final)
+        final: dict[Key, Any] = {(path, name): value for path, (_, found, _) in stopped.items() for name, value in found.items()}
+        recorder.trace.changed = {*final, *((path, name) for path, (_, _, names) in stopped.items() for name in names)}
         explained = settle(recorder.trace, recorder.describe, final) if keys else set()
         changed = {path: name for path, name in final if (path, name) not in explained}
-        changed.update((path, name) for path, (name, _) in stopped.items() if name)
-        for contents, holders in objects.values():
+        changed.update((path, name) for path, (name, _, _) in stopped.items() if name)
+        for contents, holding in objects.values():
             if contents.changed():
                 contents.restore()
-                changed.update(holders)
+                changed.update(holding)
         if changed:
             _mark_changed(recorder.trace, changed)
 

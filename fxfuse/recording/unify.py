@@ -16,6 +16,7 @@ from fxfuse.graph import Place
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.private.transforms import of_a_transform
 
+from .assigned import assigned_in
 from .attributes import touches_in
 from .sizes import SizeOf, SizeOp
 from .trace import MOST_NUMBERS, Event, Frame, Ref, Trace
@@ -96,6 +97,21 @@ class Unifier:
                     raise _Different
             except _Different as difference:
                 return Mismatch(f"it sets self.{a.name} to another value in two runs{difference}", a.place, min(a.event, first.end - 1))
+        return self.buffers(first, second)
+
+    def buffers(self, first: Frame, second: Frame) -> Mismatch | None:
+        """What both frames assign to registered buffers."""
+        ours, theirs = assigned_in(self.one, first), assigned_in(self.other, second)
+        for a, b in zip(ours, theirs, strict=False):
+            try:
+                if a.key != b.key:
+                    raise _Different
+                self.same([Ref(a.before), Ref(a.value), a.frame - first.index], [Ref(b.before), Ref(b.value), b.frame - second.index])
+            except _Different as difference:
+                return Mismatch(f"it sets self.{a.name} to another value in two runs{difference}", a.place, min(a.event, first.end - 1))
+        if len(ours) != len(theirs):
+            place = ours[len(theirs)].place if len(ours) > len(theirs) else first.place
+            return Mismatch("it sets other buffers in two runs", place, first.end - 1)
         return None
 
     def event(self, a: Event, b: Event) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fxfuse.private.module_hooks import HOOK_DICTS
 
+from .assigned import WatchedBuffers, assigned_names
 from .outside import is_generator
 from .recorder import Recorder
 from .torch_calls import PLAIN
@@ -28,10 +29,10 @@ _STORES = frozenset(nn.Module().__dict__)
 class WatchedModule:
     """One module during a run: its forward reports to the recorder, its hooks are off; afterwards everything is as it was."""
 
-    __slots__ = ("empty", "filled", "hooks", "module", "objects", "path", "values")
+    __slots__ = ("empty", "filled", "hooks", "module", "objects", "path", "values", "watched")
 
-    def __init__(self, path: str, module: nn.Module, attributes: dict[int, str], generators: list[Any]) -> None:
-        self.path, self.module = path, module
+    def __init__(self, path: str, module: nn.Module, attributes: dict[int, str], generators: list[Any], watched: bool) -> None:
+        self.path, self.module, self.watched = path, module, watched  # watched: assignments to its buffers are noted
         own = module.__dict__
         self.values = dict(own)
         self.empty: list[Any] = []  # containers
@@ -66,6 +67,8 @@ class WatchedModule:
 
     def start(self, recorder: Recorder) -> None:
         own = self.module.__dict__
+        if self.watched:
+            own["_buffers"] = WatchedBuffers(own["_buffers"], partial(recorder.assign, self.path))
         for name in self.hooks:
             own[name] = type(own[name])()
         if not isinstance(self.module, torch.jit.ScriptModule):
@@ -75,11 +78,18 @@ class WatchedModule:
             watched = own["forward"] = partial(recorder.enter, self.path, self.module, forward, poison)
             watched.__wrapped__ = forward  # type: ignore[attr-defined]  # for inspect.signature(self.forward)
 
-    def stop(self) -> tuple[str, dict[str, Any]]:
-        """Put everything back. What else than an attribute was changed (a container, a Parameter), or nothing; the attributes."""
+    def stop(self) -> tuple[str, dict[str, Any], set[str]]:
+        """Put everything back. What else than an attribute was changed (a container, a Parameter), or nothing; the attributes; the names
+        of registered buffers that were set. Of these, what the record explains is no change."""
         own, values = self.module.__dict__, self.values
         changed = ""
         attributes: dict[str, Any] = {}
+        assigned: set[str] = set()
+        watched = own.get("_buffers")
+        if isinstance(watched, WatchedBuffers):
+            assigned = set(assigned_names(watched, values["_buffers"]))
+            changed = watched.unexplained()
+            own["_buffers"] = values["_buffers"]
         for name in self.hooks:
             own[name] = values[name]
         if "forward" in values:
@@ -98,10 +108,12 @@ class WatchedModule:
                     value.clear()
         for name, value, before in self.filled:
             if not _same_items(value, before):
+                if name == "_buffers":
+                    assigned.update(assigned_names(value, dict(before)))
                 changed = _changed_name(name, value, before)
                 value.clear()
                 getattr(value, "extend" if isinstance(value, (list, deque)) else "update")(before)
-        return changed, attributes
+        return changed, attributes, assigned
 
 
 def _items(container: Any) -> Any:

@@ -10,7 +10,7 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from fxfuse.private.state_dicts import versions_of
 from fxfuse.weights.alias import AliasPack, StaleAlias
 from fxfuse.weights.all_or_nothing import all_or_nothing, refitted
 from fxfuse.weights.lane import LaneMixin, Slot, Watch, attribute_of, lane_info, saving_by_original_name, shared_views
+from fxfuse.weights.own_buffers import own_buffers
 from fxfuse.weights.parts import fit_parts
 from fxfuse.weights.recipes import lane_view, pack, packed_shape, unpack
 from fxfuse.weights.saved_recipes import NOTE, note_of, packs_in, unpack_region
@@ -53,7 +54,7 @@ def _unsaved() -> dict[str, Any]:
     """What a state has before its first call: never copied or saved."""
     return {
         "ready": None, "current": None, "compiled": {}, "methods": {}, "others": {}, "loading": None, "holders": None,
-        "adapted": {}, "unfit": {}, "around": None,
+        "adapted": {}, "unfit": {}, "around": None, "renewed": None,
     }
 
 
@@ -85,6 +86,7 @@ class RegionState(Watch):
     extra: dict[str, Tensor] = field(default_factory=dict)  # index tensors that those made later read
     inside: list[Piece] = field(default_factory=list)  # what lies in objects that the modules hold, at installation
     around: Around | None = None  # compares that, and ``plan.outside``, at every call; None: there is nothing
+    renewed: frozenset[str] | None = None  # ``written_packs``, found once; never copied or saved
     sharding: Sharding | None = None  # its lanes are divided among processes
     holders: list[dict[str, Any]] | None = None  # the ``_parameters`` of all modules, for as long as none comes or goes
 
@@ -116,6 +118,18 @@ class RegionState(Watch):
         """Where the tensors of all lanes lie."""
         for module in self.members():
             yield from _slots(module).values()
+
+    def written_packs(self) -> frozenset[str]:
+        """The packed buffers whose last values a program writes when all else has run: what forward writes or assigns."""
+        if self.renewed is None:
+            found: set[str] = set()
+            for program in self.plan.all_programs():
+                for node in program.graph.find_nodes(op="call_method", target="copy_"):
+                    while node.op != "get_attr" and node.all_input_nodes:
+                        node = node.all_input_nodes[0]
+                    found.add(str(node.target))
+            self.renewed = frozenset(found)
+        return self.renewed
 
     def __getstate__(self) -> dict[str, Any]:
         if self.sharding is not None:
@@ -385,7 +399,9 @@ class RegionMixin(LaneMixin):
         with _counting:
             known = reason in state.fallbacks or len(state.fallbacks) < _MOST_REASONS
             state.fallbacks[reason if known else "other reasons"] += 1
-        with shared_views(), gathered_once(), _in_the_loop(state):
+        # Methods may call forward, and that a program, which reads the pack itself.
+        own = nullcontext() if state.plan.methods.keys() - {FORWARD} else own_buffers(state.written_packs())
+        with shared_views(), gathered_once(), _in_the_loop(state), own:
             return forward(self, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:

@@ -29,6 +29,7 @@ from fxfuse.private.module_hooks import BOOKKEEPING
 from fxfuse.private.state_dicts import forget_version
 from fxfuse.private.transforms import transforming
 
+from .own_buffers import assign_own, own_buffer
 from .recipes import lane_view, lane_views
 
 LANE = "_fxfuse_lane"  # the key in an instance's __dict__ under which its LaneInfo lies
@@ -142,6 +143,9 @@ class Slot:
         packed = self.packed()
         if torch.compiler.is_compiling():
             return lane_view(self.recipe, packed, self.index)
+        own = own_buffer(self)
+        if own is not None:
+            return own
         packed = whole(packed)
         cache: dict[int, tuple[Tensor, tuple[Tensor, ...]]] | None = getattr(_thread, "views", None)
         # A view made without grad, or inside a functorch transform, must not be handed out after it.
@@ -161,6 +165,8 @@ class Slot:
             raise ArgumentError(f"cannot assign {type(value).__name__} as parameter {name}: expected torch.nn.Parameter of shape {shape}")
         if tuple(value.shape) != shape:
             raise ArgumentError(f"{name} is packed with the other lanes: expected shape {shape}, got {tuple(value.shape)}")
+        if kind == "buffer" and assign_own(self, value):
+            return
         packed = self.packed()
         if kind == "parameter" and value.requires_grad != packed.requires_grad:
             raise ArgumentError(

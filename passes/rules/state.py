@@ -15,10 +15,10 @@ from ..writer import CannotVectorize, Packed
 from .base import rule
 
 
-def state(emitter: Emitter, bundle: Bundle, name: str, in_front: bool = False) -> Node:
+def state(emitter: Emitter, bundle: Bundle, name: str, in_front: bool = False, said: str = "") -> Node:
     """The lanes' own buffers as one packed buffer (channels of all lanes in one dim), or a slice of it, that may be written in place.
 
-    ``in_front``: as ``[G, ...]`` instead.
+    ``in_front``: as ``[G, ...]`` instead. ``said``: what is done to them, where that is not "updates its ``name``".
     """
     nodes = emitter.nodes(bundle, name)
     assert nodes is not None
@@ -27,7 +27,8 @@ def state(emitter: Emitter, bundle: Bundle, name: str, in_front: bool = False) -
         return packed.node
     reasons = [emitter.packs.unpackable[str(n.target)] for n in nodes if str(n.target) in emitter.packs.unpackable]
     why = reasons[0] if reasons else "it is no buffer of its own in each lane"
-    raise CannotVectorize(f"{nodes[0].meta.get('path') or bundle.name} updates its {name}, which cannot be packed: {why}")
+    owner = nodes[0].meta.get("path") or ("the model" if said else bundle.name)
+    raise CannotVectorize(f"{owner} {said or f'updates its {name}'}, which cannot be packed: {why}")
 
 
 def _is_view(node: Node, views: tuple[Callable[..., Any], ...]) -> bool:
@@ -58,6 +59,6 @@ def _count(emitter: Emitter, bundle: Bundle) -> Packed:
 @rule("copy_")
 def _renewed(emitter: Emitter, bundle: Bundle) -> Packed:
     """The last values of the lanes' own buffers, when all that reads them has run."""
-    held = state(emitter, bundle, "input", in_front=True)
+    held = state(emitter, bundle, "input", in_front=True, said="writes a buffer")
     value = emitter.operand(bundle, "src")
     return Packed(update(emitter, "copy_", held, value.node if value.dim is None else emitter.front(value, len(bundle.members))), 0)
