@@ -305,4 +305,4 @@ class _Lifter(Returned):
 
     def _stride(self, node: torch.fx.Node, value: int) -> None:
         with DisableTorchFunction():
-            node.meta["out_stride"] = self.trace.values[value].strides_of_more or self.trace.values[value].tensor.stride()
+            node.meta["out_stride"] = self.trace.values[value].strides()

@@ -107,18 +107,19 @@ class Returned(Updating):
     def _has_gaps(self, value: int) -> bool:
         """Do the strides of ``value`` step over memory of the tensor that it is a view of? Then no copy of its own has them.
 
-        A free size of 1 counts as any other: in more rows its stride shows.
+        A free size of 1 counts as any other: in more rows its stride shows, as a run of more rows had it (``view`` gives dims of one
+        row the strides of rows without gaps).
         """
+        seen = self.trace.values[value]
         with DisableTorchFunction():
-            tensor = self.trace.values[value].tensor
-            if tensor.layout is not torch.strided or 0 in tensor.shape:
+            if seen.tensor.layout is not torch.strided or 0 in seen.tensor.shape:
                 return False
-            strides = tensor.stride()
+            shape, strides = seen.more or (seen.tensor.shape, seen.tensor.stride())
         dyn, expected = self.dynamic.get(value, frozenset()), 1
-        for stride, dim in sorted((stride, dim) for dim, stride in enumerate(strides) if tensor.shape[dim] > 1 or dim in dyn):
+        for stride, dim in sorted((stride, dim) for dim, stride in enumerate(strides) if shape[dim] > 1 or dim in dyn):
             if stride != expected:
                 return True
-            expected *= tensor.shape[dim]
+            expected *= shape[dim]
         return False
 
     def _view(self, value: int, root: int, held: bool, made: dict[int, torch.fx.Node]) -> torch.fx.Node:
@@ -130,7 +131,7 @@ class Returned(Updating):
             if not held:
                 node = self._alone(RETURNED, (self._another(node, root),), value)
                 with DisableTorchFunction():
-                    node.meta["out_stride"] = self.trace.values[root].strides_of_more or self.trace.values[root].tensor.stride()
+                    node.meta["out_stride"] = self.trace.values[root].strides()
         else:
             origin = self._origin(value)
             assert origin is not None

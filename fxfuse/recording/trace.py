@@ -37,7 +37,11 @@ class Value:
     storage: int = 0  # equal for tensors that share memory
     shape: tuple[int, ...] = ()  # as it was when first seen: an in-place resize would show
     numbers: bool = False  # a constant made anew in every run, of the same numbers: to be spelled out
-    strides_of_more: tuple[int, ...] | None = None  # where a free size is 1: as another run had it
+    more: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # where a free size is 1: shape and strides that another run had
+
+    def strides(self) -> tuple[int, ...]:
+        """In what order the dims lie in memory; those of one row as they lie in more. To be asked outside of the recorder."""
+        return self.more[1] if self.more is not None else self.tensor.stride()
 
 
 @dataclass(slots=True)

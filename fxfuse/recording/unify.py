@@ -191,7 +191,7 @@ class Unifier:
                 if any(left[dim] == 1 for dim in found[a]):
                     strides = _strides(others[b].tensor)
                     if strides is not None and len(strides) == len(ones[a].shape):  # ``squeeze_()`` leaves other dims of one row
-                        ones[a].strides_of_more = strides
+                        ones[a].more = right, strides
         return found
 
 
