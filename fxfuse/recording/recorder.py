@@ -31,6 +31,7 @@ from fxfuse.private.versions import version
 
 from .casts import Unrepeatable, Watched, to_cast
 from .fast_path import laid_out
+from .handed_back import apart
 from .kept_memory import KeptMemory
 from .loose import Loose
 from .moves import moves_noted
@@ -69,6 +70,7 @@ class Recorder(TorchFunctionMode):
         self.generators = Generators([])
         self.ears = Ears()
         self.switches = Switches(self.trace.switched_on)
+        self.hooked: set[int] = set()  # ids of modules with hooks
 
     # -- values -------------------------------------------------------------------------------------------------------------------
 
@@ -472,10 +474,13 @@ class Recorder(TorchFunctionMode):
         tracking = torch.is_grad_enabled()
         own = module.__dict__
         before = list(own.values())
+        first = len(trace.values)
         try:
             deaf = not poison and runs_torch_only(type(module))
             out = forward(*args, **kwargs) if deaf else self.run(forward, args, kwargs)
             out = laid_out(module, forward, args, kwargs, out)
+            if id(module) in self.hooked or frame.poison or any(e.poison for e in trace.events[frame.start :] if e.frame == index):
+                out = apart(out, lambda tensor: id(tensor) in known and known[id(tensor)].value < first)
             frame.sets_own = len(own) != len(before) or not all(map(is_, own.values(), before))
             if given is not None and given.held and (changed := given.changed()):
                 frame.poison = frame.poison or f"changes the {changed} that it was given"

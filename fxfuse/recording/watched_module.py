@@ -66,6 +66,8 @@ class WatchedModule:
 
     def start(self, recorder: Recorder) -> None:
         own = self.module.__dict__
+        if self.hooks:
+            recorder.hooked.add(id(self.module))
         for name in self.hooks:
             own[name] = type(own[name])()
         if not isinstance(self.module, torch.jit.ScriptModule):
