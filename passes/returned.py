@@ -91,8 +91,8 @@ class Returned(Updating):
         if value in self.parent:
             return self.parent[value]
         of, event = self.copied.get(value, (-1, None))
-        if event is None or self.version.get(value) or self.version.get(self._root(of)):  # written: it is no longer what it was made of
-            return None
+        if event is None or self.version.get(value) or self.version.get(self._root(of), 0) != self.copied_at[value]:
+            return None  # written since: it is no longer what it was made of
         root = self._root(of)
         if self.trace.values[root].origin in ("attribute", "constant") and root not in self.inputs:
             return None

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from checks import assert_close, randn, randomized
 from torch import nn
 
 import fxfuse
+from checks import assert_close, randn, randomized
 
 X = randn(4, 2)
 
