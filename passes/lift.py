@@ -266,5 +266,4 @@ class _Lifter(ClosedCalls):
         raise Refused(f"returns a {type(leaf).__name__}, which fxfuse cannot take apart", self.frame.place)
 
     def _stride(self, node: torch.fx.Node, value: int) -> None:
-        with DisableTorchFunction():
-            node.meta["out_stride"] = self.trace.values[value].strides()
+        node.meta["out_stride"] = self.trace.values[value].order()

@@ -19,7 +19,6 @@ import torch
 
 from fxfuse.functional import op_of, untracked_view
 from fxfuse.ops import Op, canonical, op_name
-from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.recording.trace import Event, Frame, Ref, Trace
 
 from .lifted import Sizes
@@ -111,10 +110,9 @@ class Returned(Updating):
         row the strides of rows without gaps).
         """
         seen = self.trace.values[value]
-        with DisableTorchFunction():
-            if seen.tensor.layout is not torch.strided or 0 in seen.tensor.shape:
-                return False
-            shape, strides = seen.more or (seen.tensor.shape, seen.tensor.stride())
+        shape, strides = seen.more or (seen.shape, seen.stride)
+        if strides is None or 0 in seen.shape:
+            return False
         dyn, expected = self.dynamic.get(value, frozenset()), 1
         for stride, dim in sorted((stride, dim) for dim, stride in enumerate(strides) if shape[dim] > 1 or dim in dyn):
             if stride != expected:
@@ -130,8 +128,7 @@ class Returned(Updating):
             node: torch.fx.Node = self._read(root)
             if not held:
                 node = self._alone(RETURNED, (self._another(node, root),), value)
-                with DisableTorchFunction():
-                    node.meta["out_stride"] = self.trace.values[root].strides()
+                node.meta["out_stride"] = self.trace.values[root].order()
         else:
             origin = self._origin(value)
             assert origin is not None

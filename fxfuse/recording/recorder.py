@@ -86,7 +86,8 @@ class Recorder(TorchFunctionMode):
             storage = tensor.untyped_storage().data_ptr() or id(tensor)
         except (RuntimeError, NotImplementedError):
             storage = id(tensor)
-        values.append(Value(tensor, origin, name, storage, tuple(tensor.shape)))
+        stride = tensor.stride() if tensor.layout is torch.strided and not tensor.is_nested else None
+        values.append(Value(tensor, origin, name, storage, tuple(tensor.shape), stride))
         if origin == "attribute":
             self.loose.attribute(values[-1])
         self.known[id(tensor)] = ref
@@ -321,7 +322,7 @@ class Recorder(TorchFunctionMode):
             return None
         is_view = any(values[self.known[id(tensor)].value].storage == seen.storage for tensor in arguments)
         # Not the storage of its detached self, unless that is a view: a write to the one is none to the other.
-        values.append(Value(seen.tensor, seen.origin, seen.name, seen.storage if is_view else -len(values), seen.shape))
+        values.append(Value(seen.tensor, seen.origin, seen.name, seen.storage if is_view else -len(values), seen.shape, seen.stride))
         return Ref(len(values) - 1)
 
     def _spelled_out(self, func: Any, described: list[Any], args: Any, kwargs: Any, out: Tensor, poison: str) -> tuple[Any, Any, Any, str]:
