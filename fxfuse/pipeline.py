@@ -79,7 +79,7 @@ def run_entries(model: nn.Module, entries: list[Entry], options: Options, inplac
 
 
 def _whole(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module | None:
-    """A model that is fused, or has fused models in it, fused as a whole: it is taken apart first. None where nothing is, or nothing gains."""
+    """A model that is fused, or has fused parts, fused as a whole: it is taken apart first. None where nothing is, or nothing gains."""
     parts = [path or f"the {type(model).__name__}" for path in fused_modules.regions(model)]
     if not parts or inplace or options.packing != "packed":
         return None

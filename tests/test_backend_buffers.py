@@ -129,7 +129,7 @@ class Normed(nn.Module):
 def test_optimize_after_compile(make):
     """The compiled call has moved the lanes' buffers side by side, and dynamo has marked them."""
     model = make()
-    call, counting = compiled(model, validate=True)
+    call, _ = compiled(model, validate=True)
     call(X)
     addresses = [buffer.data_ptr() for buffer in model.buffers()]
     fused = fxfuse.optimize(model, X, objective="launches", tune=False)
