@@ -252,6 +252,8 @@ class _Lifter(ClosedCalls):
 
     def _output(self, leaf: Any) -> Any:
         if isinstance(leaf, Ref):
+            if leaf.value in self.renewed:  # the buffer itself, which holds its new contents by then
+                return self.renewed[leaf.value]
             node = self._read(leaf.value)
             values, own = self.trace.values, node.meta.get("value")
             if node.op in ("placeholder", "get_attr") and own is not None and values[own].storage != values[leaf.value].storage:
