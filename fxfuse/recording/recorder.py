@@ -480,7 +480,9 @@ class Recorder(TorchFunctionMode):
             deaf = not poison and runs_torch_only(type(module))
             out = forward(*args, **kwargs) if deaf else self.run(forward, args, kwargs)
             out = laid_out(module, forward, args, kwargs, out)
-            if id(module) in self.hooked or frame.poison or any(e.poison for e in trace.events[frame.start :] if e.frame == index):
+            fresh = type(out) is Tensor and ((made := known.get(id(out))) is None or made.value >= first)  # the usual result
+            closed = not fresh and (id(module) in self.hooked or frame.poison)
+            if closed or (not fresh and any(e.poison for e in trace.events[frame.start :] if e.frame == index)):
                 out = apart(out, lambda tensor: id(tensor) in known and known[id(tensor)].value < first)
             frame.sets_own = len(own) != len(before) or not all(map(is_, own.values(), before))
             if given is not None and given.held and (changed := given.changed()):
