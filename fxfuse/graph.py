@@ -147,7 +147,8 @@ class Program:
     placeholders are unused), ``get_attr`` nodes with targets relative to the region (``packed.*`` for packed tensors, others for
     what stayed), ``call_function`` nodes, ``call_module`` nodes for opaque children (target relative to the region), and one output:
     the flat list of output leaves of ``out_spec``, followed by those of each of ``stores``.
-    ``tracked``: it runs with gradient tracking on, as forward itself does; where the caller tracks none, results ``outside`` are detached.
+    ``tracked``: it runs with gradient tracking on, as forward itself does; where the caller tracks none, results ``outside`` are detached,
+    and of those ``viewed`` of inputs and weights the history is cut off, but not the flag.
     """
 
     graph: torch.fx.Graph
@@ -157,6 +158,7 @@ class Program:
     stores: tuple[Store, ...] = ()
     tracked: bool = False
     outside: tuple[int, ...] = ()
+    viewed: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self  # finished programs are never changed, so that copies of a model share them

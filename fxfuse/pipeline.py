@@ -79,9 +79,9 @@ def run_entries(model: nn.Module, entries: list[Entry], options: Options, inplac
 
 
 def _whole(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module | None:
-    """A model with fused models in it, fused as a whole: they are taken apart first. None where that is not the case, or gains nothing."""
-    parts = list(fused_modules.regions(model))
-    if not parts or "" in parts or inplace or options.packing != "packed":
+    """A model that is fused, or has fused parts, fused as a whole: it is taken apart first. None where nothing is, or nothing gains."""
+    parts = [path or f"the {type(model).__name__}" for path in fused_modules.regions(model)]
+    if not parts or inplace or options.packing != "packed":
         return None
     try:
         plain = fused_modules.unfuse(model)

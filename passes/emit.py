@@ -403,7 +403,11 @@ class Emitter(WeightReader):
         self.source = members[0]
         value, dim = self.values[bundle.index]
         if len(members) == 1 and dim is not None and bundle.index not in self.separated:
-            self.singles[members[0]] = self.call(torch.select_copy, value, dim, self.bundles.position[members[0]])
+            lane = value, dim, self.bundles.position[members[0]]
+            if value.meta["val"].is_complex():  # select_copy has no derivative there
+                self.singles[members[0]] = self.call("clone", self.call(torch.select, *lane), memory_format=torch.contiguous_format)
+            else:
+                self.singles[members[0]] = self.call(torch.select_copy, *lane)
             members = []
         pieces = (self.separated.get(bundle.index) or self._own_pieces(bundle)) if members else None
         for member in members:

@@ -4,13 +4,12 @@ Comes in: a ``Trace``, one of its frames, and which sizes were found to be free.
 with canonical arguments, in which every write has become a new value, every repeated pure computation is one node, basic indexing
 is a chain of ``select`` / ``slice_along`` / ``unsqueeze``, and constant sizes are numbers; or a ``Refusal``.
 
-This file walks the events; below it are, layer by layer, ``returned`` (results that share memory), ``assigning`` and ``updating``
-(buffers), ``writes`` (in-place writes and views), ``indexing``, ``nodes``, ``free_sizes``.
+This file walks the events; below it are, layer by layer, ``closed_calls``, ``returned`` (results that share memory), ``assigning`` and
+``updating`` (buffers), ``writes`` (in-place writes and views), ``indexing``, ``nodes``, ``free_sizes``.
 """
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -19,15 +18,13 @@ import torch.fx
 from fxfuse.functional import drop_unused, flagged, gradient_in_rows, op_of, own_leaf
 from fxfuse.graph import Refusal, Store
 from fxfuse.ops import op_name
-from fxfuse.private.pytree import tree_unflatten
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.recording.assigned import assigned_in
 from fxfuse.recording.attributes import touches_in
 from fxfuse.recording.sizes import SizeOf, SizeOp
 from fxfuse.recording.trace import Event, Frame, Key, Ref, Touch, Trace, refs_in
 
+from .closed_calls import GETITEM, ClosedCalls
 from .lifted import Lifted, Refused, SizeDependent, Sizes
-from .returned import Returned
 from .rows import layouts
 from .switched_on import switched_on
 from .updates import arguments, writes
@@ -36,7 +33,6 @@ from .writes import RENEWING, SPLITS
 
 _LEAF, _FLAGGED = op_of(own_leaf), op_of(flagged)
 _IN_ROWS = op_of(gradient_in_rows)
-_GETITEM = op_of(operator.getitem, "item")
 
 
 def lift(trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> Lifted | Refusal:
@@ -62,7 +58,7 @@ def lift(trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> Li
     raise AssertionError("with every size fixed nothing depends on sizes")
 
 
-class _Lifter(Returned):
+class _Lifter(ClosedCalls):
     def run(self) -> Lifted:
         frame = self.frame
         if frame.poison:
@@ -76,6 +72,7 @@ class _Lifter(Returned):
             elif self._free(leaf):
                 raise SizeDependent("a size is passed into the region as a number", frame.place)
         self._comparisons()
+        self._check_empty_calls()
         index = frame.start
         while index < frame.end:
             event = self.trace.events[index]
@@ -154,47 +151,10 @@ class _Lifter(Returned):
             raise Refused(f"sets an attribute of {path or 'the model'}, which is outside", self.place)
         return path[len(own) :].removeprefix(".") if own else path
 
-    def _opaque_call(self, event: Event, index: int) -> int | None:
-        """Where ``event`` belongs to a frame that stays closed: one module call for all of it, and the index after it."""
-        outermost = self._closed(event.frame)
-        if outermost < 0:
-            return None
-        called = self.trace.frames[outermost]
-        self.place, self.path, self.at = called.place, called.path, called.parent
-        prefix = f"{self.frame.path}." if self.frame.path else ""
-        args, kwargs = tree_unflatten([self._argument(leaf) for leaf in called.leaves], called.in_spec)
-        written = {v for e in self.trace.events[called.start : called.end] for v in writes(e)}
-        assigned = {each.before for each in assigned_in(self.trace, called)}
-        self.changed_inside.update((self.trace.values[v].storage, called.path) for v in written | assigned)
-        if any(v in self.env for v in written):
-            raise Refused(f"{called.path or 'the model'} writes into a tensor that it was given", called.place)
-        node = self.graph.call_module(called.path[len(prefix) :] if prefix else called.path, tuple(args), dict(kwargs))
-        node.meta.update(place=called.place, path=called.path, shape=None, dyn=frozenset())
-        structure = tree_unflatten(list(range(len(called.out))), called.out_spec)
-        made = [leaf for leaf in called.out if isinstance(leaf, Ref) and leaf.value not in self.env]
-        self._bind_outputs(node, structure, called.out)
-        for leaf in made if called.untracked else ():
-            self.env[leaf.value] = self._call(torch.Tensor.detach, (self.env[leaf.value],), {}, leaf)
-        return called.end
-
-    def _bind_outputs(self, node: torch.fx.Node, structure: Any, leaves: list[Any]) -> None:
-        if isinstance(structure, int):
-            leaf = leaves[structure]
-            if isinstance(leaf, Ref) and leaf.value not in self.env:
-                self._describe(node, leaf.value)
-                self.env[leaf.value] = node
-        elif isinstance(structure, (tuple, list)):
-            for position, part in enumerate(structure):
-                self._bind_outputs(self._node(_GETITEM, (node, position), None), part, leaves)
-        elif isinstance(structure, dict):
-            for key, part in structure.items():
-                self._bind_outputs(self._node(_GETITEM, (node, key), None), part, leaves)
-        elif structure is not None:
-            raise Refused(f"{self.path} returns a {type(structure).__name__}", self.place)
-
     def _event(self, event: Event) -> None:
         name = op_name(event.func)
         self._note_order(event, name)
+        self._check_passed_on(event)
         written = writes(event)
         if name in RENEWING:
             raise Refused(f"{name} makes another tensor of one in place", event.place)
@@ -288,10 +248,12 @@ class _Lifter(Returned):
             for index, item in enumerate(out):
                 if isinstance(item, (Ref, list)):
                     first = item.value if isinstance(item, Ref) else None
-                    self._bind(item, self._node(_GETITEM, (node, index), first))
+                    self._bind(item, self._node(GETITEM, (node, index), first))
 
     def _output(self, leaf: Any) -> Any:
         if isinstance(leaf, Ref):
+            if leaf.value in self.renewed:  # the buffer itself, which holds its new contents by then
+                return self.renewed[leaf.value]
             node = self._read(leaf.value)
             values, own = self.trace.values, node.meta.get("value")
             if node.op in ("placeholder", "get_attr") and own is not None and values[own].storage != values[leaf.value].storage:
@@ -306,5 +268,4 @@ class _Lifter(Returned):
         raise Refused(f"returns a {type(leaf).__name__}, which fxfuse cannot take apart", self.frame.place)
 
     def _stride(self, node: torch.fx.Node, value: int) -> None:
-        with DisableTorchFunction():
-            node.meta["out_stride"] = self.trace.values[value].strides_of_more or self.trace.values[value].tensor.stride()
+        node.meta["out_stride"] = self.trace.values[value].order()

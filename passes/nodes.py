@@ -43,10 +43,9 @@ class Nodes(FreeSizes):
         seen = self.trace.values[value]
         with DisableTorchFunction():
             tensor = seen.tensor
-            lies = tensor.layout is torch.strided and tensor.dim() == len(seen.shape)  # ``squeeze_()`` may have changed it since
             node.meta.update(
                 value=value, shape=seen.shape, dyn=self.dynamic.get(value, frozenset()), dtype=tensor.dtype, device=tensor.device,
-                stride=tensor.stride() if lies else None, place=self.place, path=self.path, frame=self.at,
+                stride=seen.stride, place=self.place, path=self.path, frame=self.at,
             )  # fmt: skip
             if self.untracked:
                 node.meta["untracked"] = True

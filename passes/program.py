@@ -54,10 +54,11 @@ def make_program(trace: Trace, lifted: Lifted, graph: torch.fx.Graph) -> Program
     rows = _some_rows(leaves) if any(node.meta.get("some_rows") for node in graph.nodes) else []
     checks, anywhere = _strongest([*lifted.size_checks, *rows]), not (lifted.factories or trace.moves or trace.casts)
     in_rows = bool(trace.strides) and any(_inside(trace, index, frame.index) for index in trace.strides)
-    kind, outside = lifted.tracking.kind, lifted.tracking.outside
-    dtype, needed = torch.get_default_dtype(), kind == "needed"
+    tracking = lifted.tracking
+    dtype, needed = torch.get_default_dtype(), tracking.kind == "needed"
     guard = Guard(tuple(leaves), tuple(same), checks, equal, dtype, generic, anywhere, trace.autocast, in_rows, needed)
-    return Program(graph, guard, frame.in_spec, frame.out_spec, tuple(lifted.stores), kind == "on", outside)
+    stores, on = tuple(lifted.stores), tracking.kind == "on"
+    return Program(graph, guard, frame.in_spec, frame.out_spec, stores, on, tracking.outside, tracking.viewed)
 
 
 def _inside(trace: Trace, at: int, outer: int) -> bool:

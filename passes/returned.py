@@ -19,7 +19,6 @@ import torch
 
 from fxfuse.functional import op_of, untracked_view
 from fxfuse.ops import Op, canonical, op_name
-from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.recording.trace import Event, Frame, Ref, Trace
 
 from .assigning import Assigning
@@ -91,8 +90,8 @@ class Returned(Assigning):
         if value in self.parent:
             return self.parent[value]
         of, event = self.copied.get(value, (-1, None))
-        if event is None or self.version.get(value) or self.version.get(self._root(of)):  # written: it is no longer what it was made of
-            return None
+        if event is None or self.version.get(value) or self.version.get(self._root(of), 0) != self.copied_at[value]:
+            return None  # written since: it is no longer what it was made of
         root = self._root(of)
         if self.trace.values[root].origin in ("attribute", "constant") and root not in self.inputs:
             return None
@@ -107,18 +106,18 @@ class Returned(Assigning):
     def _has_gaps(self, value: int) -> bool:
         """Do the strides of ``value`` step over memory of the tensor that it is a view of? Then no copy of its own has them.
 
-        A free size of 1 counts as any other: in more rows its stride shows.
+        A free size of 1 counts as any other: in more rows its stride shows, as a run of more rows had it (``view`` gives dims of one
+        row the strides of rows without gaps).
         """
-        with DisableTorchFunction():
-            tensor = self.trace.values[value].tensor
-            if tensor.layout is not torch.strided or 0 in tensor.shape:
-                return False
-            strides = tensor.stride()
+        seen = self.trace.values[value]
+        shape, strides = seen.more or (seen.shape, seen.stride)
+        if strides is None or 0 in seen.shape:
+            return False
         dyn, expected = self.dynamic.get(value, frozenset()), 1
-        for stride, dim in sorted((stride, dim) for dim, stride in enumerate(strides) if tensor.shape[dim] > 1 or dim in dyn):
+        for stride, dim in sorted((stride, dim) for dim, stride in enumerate(strides) if shape[dim] > 1 or dim in dyn):
             if stride != expected:
                 return True
-            expected *= tensor.shape[dim]
+            expected *= shape[dim]
         return False
 
     def _view(self, value: int, root: int, held: bool, made: dict[int, torch.fx.Node]) -> torch.fx.Node:
@@ -129,8 +128,7 @@ class Returned(Assigning):
             node: torch.fx.Node = self._read(root)
             if not held:
                 node = self._alone(RETURNED, (self._another(node, root),), value)
-                with DisableTorchFunction():
-                    node.meta["out_stride"] = self.trace.values[root].strides_of_more or self.trace.values[root].tensor.stride()
+                node.meta["out_stride"] = self.trace.values[root].order()
         else:
             origin = self._origin(value)
             assert origin is not None

@@ -20,11 +20,13 @@ from fxfuse.recording.trace import Event, Frame, Ref, Trace, refs_in
 class Tracking:
     """What a program needs: nothing (""), a caller who tracks gradients ("needed"), or to switch tracking on itself ("on").
 
-    ``outside``: the results, by their place, that are detached where the caller tracks none.
+    ``outside``: the results, by their place, that are detached where the caller tracks none; ``viewed``: those that are views of an input
+    or a weight, which say that they need a gradient where that does.
     """
 
     kind: Literal["", "needed", "on"] = ""
     outside: tuple[int, ...] = ()
+    viewed: tuple[int, ...] = ()
 
 
 def switched_on(trace: Trace, frame: Frame, opaque: frozenset[int]) -> Tracking:
@@ -47,6 +49,7 @@ class _Walk:
         self.own: set[int] = set()  # the memory of these
         self.inside: set[int] = set()
         self.tracked: set[int] = set()  # the memory of these
+        self.views: set[int] = set()  # values from outside that are views of what has a history, and say so: they need a gradient
         self.mixed: set[int] = set()  # values made inside, of some from outside: their history is not known until it is cut
 
     def found(self) -> Tracking:
@@ -61,7 +64,14 @@ class _Walk:
         out = self.frame.out
         if any(isinstance(leaf, Ref) and leaf.value in self.mixed for leaf in out):
             return Tracking("needed")
-        return Tracking("on", tuple(i for i, leaf in enumerate(out) if isinstance(leaf, Ref) and leaf.value in self.outside))
+        values = self.trace.values
+        outside = {i: leaf.value for i, leaf in enumerate(out) if isinstance(leaf, Ref) and leaf.value in self.outside}
+        if any(value in self.views for value in outside.values()):
+            return Tracking("needed")
+        given = {values[leaf.value].storage for leaf in self.frame.leaves if isinstance(leaf, Ref)}
+        given.update(value.storage for value in values if value.origin == "attribute")
+        viewed = tuple(i for i, value in outside.items() if values[value].storage in given)
+        return Tracking("on", tuple(i for i in outside if i not in viewed), viewed)
 
     def _inside(self, event: Event) -> bool:
         name, made = op_name(event.func), refs_in(event.out)
@@ -94,8 +104,14 @@ class _Walk:
         given = {*refs_in(event.args), *refs_in(event.kwargs)}
         fresh = [value for value in made if value not in self.inside and value not in given]
         self.outside.update(fresh)
+        shown = {values[value].storage for value in given if value in self.views or (value in self.inside and self._with_history(value))}
+        self.views.update(value for value in fresh if name != "detach" and values[value].storage in shown)
         self.own.update(values[value].storage for value in fresh)
         return True
+
+    def _with_history(self, value: int) -> bool:
+        with DisableTorchFunction():
+            return self.trace.values[value].tensor.requires_grad
 
     def _inexact(self, value: int) -> bool:
         dtype = self.trace.values[value].tensor.dtype

@@ -88,4 +88,6 @@ def _cuts(node: Node) -> bool:
     name = target.name if isinstance(target, Op) else target if node.op == "call_method" else getattr(target, "__name__", "")
     value = node.meta.get("val")
     dtype = node.meta.get("dtype") or getattr(value, "dtype", None)
+    if name == "size" or name.startswith("size_") or isinstance(value, (int, float)):  # a number
+        return True
     return name == "detach" or (dtype is not None and not dtype.is_floating_point and not dtype.is_complex)

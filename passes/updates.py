@@ -138,8 +138,9 @@ class _Finder:
             name = op_name(event.func)
             if event.poison or written != event.mutated or (written and (name in _NOT_WRITTEN or not _writes_its_first(event))):
                 unfit.update(self._storages((event.args, event.kwargs)))
-        for frame in self.trace.frames:  # its very memory is passed on
-            unfit.update(self._storages((frame.leaves, frame.out)))
+        for frame in self.trace.frames:  # its very memory is passed on; of the model's results the buffer itself may be one
+            whole = {ref for ref in frame.out if isinstance(ref, Ref) and self.values[ref.value].origin == "attribute"}
+            unfit.update(self._storages((frame.leaves, [leaf for leaf in frame.out if frame.parent >= 0 or leaf not in whole])))
         for storage in writers.keys() - unfit:
             self.found.update((index, Update("write", (storage,))) for index in writers[storage])
 

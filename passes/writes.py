@@ -51,6 +51,7 @@ class Writes(Indexing):
         super().__init__(trace, frame, sizes, opaque)
         self.viewed: set[int] = set()  # values that are read or written as another layout would not let them be
         self.copied: dict[int, tuple[int, Event]] = {}  # what ``reshape`` and the like have copied -> (of what, how)
+        self.copied_at: dict[int, int] = {}  # and the version of what it was copied of
         self.itself: set[int] = set()  # what ``contiguous`` handed back, and copies at other sizes
         self.torn: set[int] = set()  # of what a copy was written
         self.parent: dict[int, tuple[int, Event]] = {}  # view -> (what it is a view of, how it was made)
@@ -314,6 +315,7 @@ class Writes(Indexing):
                 self.itself.add(base)
         elif name in _MAY_COPY and self.trace.values[base].storage != self.trace.values[out].storage:
             self.copied[out] = (base, event)
+            self.copied_at[out] = self.version.get(self._root(base), 0)
 
     def _is_itself(self, name: str, event: Event) -> int | None:
         """What ``contiguous`` was called of, where it is no copy at any size, and the guard sees to how it lies.

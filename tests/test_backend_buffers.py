@@ -10,7 +10,7 @@ from compiling import assert_same_step, compiled
 from torch import nn
 
 import fxfuse
-from checks import model_of, randn, randomized
+from checks import assert_close, model_of, randn, randomized
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 LANES = 9
@@ -149,3 +149,30 @@ def untracked(model, call):
         torch.testing.assert_close(call(x), twin(x), rtol=1e-10, atol=1e-12)
         for (key, a), b in zip(model.named_buffers(), twin.buffers()):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=key)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(LANES))
+
+    def forward(self, x):
+        return torch.stack([net(x[:, i]) for i, net in enumerate(self.nets)])
+
+
+@pytest.mark.parametrize("make", [CASES["an average per lane"], lambda: randomized(Normed())])
+def test_optimize_after_compile(make):
+    """The compiled call has moved the lanes' buffers side by side, and dynamo has marked them."""
+    model = make()
+    call, _ = compiled(model, validate=True)
+    call(X)
+    addresses = [buffer.data_ptr() for buffer in model.buffers()]
+    fused = fxfuse.optimize(model, X, objective="launches", tune=False)
+    assert fxfuse.report(fused).fused
+    assert not fxfuse.report(fused).refused
+    assert [buffer.data_ptr() for buffer in model.buffers()] == addresses
+    for seed in range(3):
+        x = randn(5, LANES, 3, seed=seed)
+        assert_close(fused(x), model(x), "output")
+    for name, tensor in fxfuse.original_state_dict(fused).items():
+        assert_close(tensor, model.state_dict()[name], name)

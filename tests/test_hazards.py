@@ -591,6 +591,19 @@ def test_complex_lanes():
     handled(randomized(Model()), 1)
 
 
+def test_a_complex_lane_that_leaves_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList(nn.Linear(1, 2) for _ in range(4))
+
+        def forward(self, x):
+            first, *rest = [torch.fft.fft(net(x[:, i : i + 1]), dim=-1) for i, net in enumerate(self.nets)]
+            return first, torch.stack(rest)
+
+    handled(randomized(Model()), 1)
+
+
 def test_second_derivatives():
     model = randomized(Nets())
     seconds = []

@@ -278,6 +278,30 @@ def test_the_order_of_dims_after_an_example_of_one_row(validate: bool) -> None:
     assert not fxfuse.report(fused).fallbacks
 
 
+class PartViewed(nn.Module):
+    """A part of the joined lanes, viewed anew: ``view`` gives one row the strides of rows without gaps, which those of more have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(3, 2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([net(x) for net in self.nets], 1)[:, :4]
+        return h.view(h.size(0), -1)
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_gaps_between_rows_after_an_example_of_one_row(validate: bool) -> None:
+    model = randomized(PartViewed())
+    fused = fxfuse.optimize(model, randn(1, 3), objective="launches", tune=False, validate=validate)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    for rows in (1, 2, 5):
+        x = randn(rows, 3, seed=rows)
+        assert_close(fused(x), model(x), "output")
+        assert fused(x).stride() == model(x).stride()
+    assert not fxfuse.report(fused).fallbacks
+
+
 class Attending(nn.Module):
     """What follows the layer has no weights: lanes that are frozen, and have no layer of the others' kind, share it with them."""
 

@@ -322,7 +322,7 @@ def test_nothing_in_fxfuse_opens_files_or_unpickles() -> None:
             if isinstance(called, ast.Attribute) and called.attr in ("load", "loads", "save", "import_module", "system"):
                 found.add((file.name, ast.unparse(called)))
     assert found == {
-        *((name, "exec") for name in ("guards.py", "runtime.py", "surroundings.py", "captured.py")), ("captured.py", "compile"),
+        *((name, "exec") for name in ("guards.py", "runtime.py", "surroundings.py", "steps.py")), ("steps.py", "compile"),
         ("fingerprint.py", "open"),  # reads its own sources
         ("__init__.py", "importlib.import_module"),  # of its own modules, by their names
         ("figures.py", "plan_cache.load"), ("plan.py", "plan_cache.load"), ("plan_cache.py", "json.loads"),

@@ -381,9 +381,15 @@ def test_optimize_twice():
     fused = fuse(model)
     with untouched(fused):
         again = fuse(fused)
-    assert "it is fused already; fxfuse.unfuse(model) gives the model to fuse anew" in reasons(again)
+    assert "was fused already: taken apart, and fused anew with the whole model" in str(fxfuse.report(again))
+    assert fxfuse.report(again).fused
     assert count(lambda: again(X)).heavy == 3
     assert_same(model, again)
+    assert_same_state(fxfuse.original_state_dict(again), model.state_dict(), "fused twice")
+    with untouched(fused):
+        kept = fxfuse.optimize(fused, X, objective="launches", min_lanes=100)
+    assert "it is fused already; fxfuse.unfuse(model) gives the model to fuse anew" in reasons(kept)
+    assert count(lambda: kept(X)).heavy == 3
 
 
 # -- without inputs: at the first call -------------------------------------------------------------------------------------------------

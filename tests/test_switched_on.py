@@ -139,10 +139,18 @@ def no_energy(self: Energies, x: Tensor) -> Any:
     return energy, energy.tanh()
 
 
+def parts_of_the_input(self: Energies, x: Tensor) -> Any:
+    """Views of what has a history say that they need a gradient, also where the caller tracks none."""
+    with torch.enable_grad():
+        z = x.detach().requires_grad_()
+        gradient = torch.autograd.grad(self.energy(z).sum(), z)[0]
+    return x[..., :1], self.energy(gradient), gradient[:, :2], self.map.weight[:2]
+
+
 FUSED = {
     f.__name__: f
     for f in (force, only_in_training, decorated, from_a_map, curvature, penalty, two_gradients, own_leaves,
-              leaves_of_one_sum, parts_of_it, no_energy)
+              leaves_of_one_sum, parts_of_it, no_energy, parts_of_the_input)
 }  # fmt: skip
 
 
@@ -173,6 +181,12 @@ def written_through_a_view(self: Energies, x: Tensor) -> Any:
     return energy
 
 
+def view_outside(self: Energies, x: Tensor) -> Any:
+    with torch.enable_grad():
+        energy = self.energy(x)
+    return energy.unsqueeze(1), energy * 2
+
+
 def buffer_outside(self: Energies, x: Tensor) -> Any:
     with torch.enable_grad():
         energy = self.energy(x)
@@ -182,7 +196,7 @@ def buffer_outside(self: Energies, x: Tensor) -> Any:
 
 NEEDED = {
     f.__name__: f
-    for f in (history_from_outside, gradient_by_what_is_outside, written_outside, written_through_a_view, buffer_outside)
+    for f in (history_from_outside, gradient_by_what_is_outside, written_outside, written_through_a_view, view_outside, buffer_outside)
 }  # fmt: skip
 CONTEXTS = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 

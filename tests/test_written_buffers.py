@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import checks
 import fxfuse
 from checks import QUICK, mlp, randn, randomized
 from fxfuse.launches import count
+from fxfuse.private.pytree import tree_leaves
 
 X = randn(5, 4)
 
@@ -161,9 +163,21 @@ def test_buffers_are_written_where_nobody_asks_for_gradients(context: Any) -> No
     assert not fxfuse.report(fused).fallbacks
 
 
-def returned(self: Averages, x: Tensor) -> Any:
+def part_returned(self: Averages, x: Tensor) -> Any:
+    """A view of it: made when the buffer holds its new contents, which a graph writes at its end."""
     out = moving_average(self, x)
-    return out, self.average
+    return out, self.average[:1]
+
+
+def returned(self: Averages, x: Tensor) -> Any:
+    return moving_average(self, x), self.average
+
+
+def returned_twice(self: Averages, x: Tensor) -> Any:
+    """Held before it is written, and read afterwards."""
+    average = self.average
+    out = moving_average(self, x)
+    return {"out": out - average, "average": average, "again": [self.average, self.average * 2, self.average.clone()]}
 
 
 def with_history(self: Averages, x: Tensor) -> Tensor:
@@ -209,12 +223,32 @@ def history_written_later(self: Averages, x: Tensor) -> Tensor:
 
 
 LEFT = {
-    "returned": (returned, "changes average in forward"), "with_history": (with_history, "without gradient tracking"),
+    "part_returned": (part_returned, "changes average in forward"), "with_history": (with_history, "without gradient tracking"),
     "history_of_the_input": (history_of_the_input, "without gradient tracking"),
     "view_of_history": (view_of_history, "without gradient tracking"),
     "detached_from_history": (detached_from_history, "without gradient tracking"),
     "history_written_later": (history_written_later, "without gradient tracking"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("forward", [returned, returned_twice])
+def test_a_buffer_that_is_written_and_returned(forward: Callable[[Averages, Tensor], Any], validate: bool) -> None:
+    """The result is the buffer itself, with its new contents, as in the original."""
+    model = randomized(Averages(forward))
+    fused = fxfuse.optimize(model, X, objective="launches", tune=False, validate=validate)
+    assert fxfuse.report(fused).fused
+    model = copy.deepcopy(model)
+    for training in (True, False):
+        for rows in (5, 2):
+            want, got = (tree_leaves(each.train(training)(randn(rows, 4, seed=rows))) for each in (model, fused))
+            for index, (a, b) in enumerate(zip(got, want, strict=True)):
+                checks.assert_close(a, b, f"output {index}")
+            assert [a is fused.average for a in got] == [b is model.average for b in want]
+            got[1].mul_(2)
+            want[1].mul_(2)
+            checks.assert_close(fused.average, model.average, "the buffer")
+    assert not fxfuse.report(fused).fallbacks
 
 
 @pytest.mark.parametrize("name", LEFT)

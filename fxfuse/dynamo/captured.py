@@ -13,13 +13,14 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
+from fxfuse.models.side_by_side import apart
 from fxfuse.private.dynamo import is_open, is_wanted_open, is_weight, is_wrapped_number
 from fxfuse.private.storages import storage_key
 from fxfuse.running.widen import widen
@@ -82,7 +83,7 @@ class Captured(nn.Module):
                 slot.place, slot.number = places.get(shown), int(shown) if shown.isdigit() else None
                 if slot.place is None and slot.number is None and slot.node.users:
                     raise Uncaptured(f"the graph takes a number ({slot.node.name}) that is the size of no tensor")
-        self.hold(_apart(weights))
+        self.hold(apart(weights))
         self.tracked = torch.is_grad_enabled()  # by the caller: the graph is compiled for this
         self.take(graph, frozenset() if self.tracked else _buffer_writes(self.slots, graph))
 
@@ -203,23 +204,6 @@ def _memory(node: torch.fx.Node) -> Any:
     """Whose memory a value lies in, by dynamo's stand-in for it; None where that is not known."""
     value = node.meta.get("example_value")
     return storage_key(value.untyped_storage()) if isinstance(value, Tensor) and value.layout is torch.strided else None
-
-
-def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, of which those that lie side by side in one piece of memory (a pack of ours, as a rule) are copied out of it.
-
-    To the recorder tensors of one memory are views of each other. Those that do overlap stay as they are.
-    """
-    shared: dict[int, list[str]] = {}
-    for name, tensor in weights.items():
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.is_contiguous():
-            shared.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
-    made = dict(weights)
-    for names in shared.values():
-        ends = sorted((weights[n].data_ptr(), weights[n].data_ptr() + weights[n].numel() * weights[n].element_size()) for n in names)
-        if len(names) > 1 and all(end <= start for (_, end), (start, _) in pairwise(ends)):
-            made.update((name, copy.deepcopy(weights[name])) for name in names)
-    return made
 
 
 _PARTS = re.compile(r"_(?:modules|parameters|buffers)_")

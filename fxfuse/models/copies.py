@@ -19,6 +19,8 @@ from torch import nn
 
 from fxfuse.private.torch_function import DisableTorchFunction
 
+from .side_by_side import move_buffers_apart
+
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
@@ -35,13 +37,17 @@ _ATOMIC: frozenset[type] = frozenset(
 def sharing_copy(model: M) -> M:
     """A copy of ``model`` with the same Parameters and its own buffers, attributes and submodules.
 
+    Buffers that lie side by side in one memory have memory of their own in the copy.
+
     Raises what ``copy.deepcopy`` raises for what cannot be copied (a lock, an open file).
 
     >>> model = nn.Linear(2, 2)
     >>> sharing_copy(model).weight is model.weight
     True
     """
-    return copy_with(model, {id(parameter): parameter for parameter in model.parameters()})
+    copied = copy_with(model, {id(parameter): parameter for parameter in model.parameters()})
+    move_buffers_apart(copied)
+    return copied
 
 
 def independent_copy(model: M) -> M:

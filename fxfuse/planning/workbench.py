@@ -100,7 +100,7 @@ class Workbench:
 
         def run() -> Any:
             try:
-                return code(*leaves)
+                return code.forward(*leaves)  # a call of the module would print what it raises
             except (RuntimeError, TypeError, ValueError, IndexError) as error:  # no candidate; other regions may still have some
                 said = str(error).strip().splitlines()[:1]
                 raise RaisesError(f"packed, it raises {': '.join([type(error).__name__, *said])}") from error

@@ -22,6 +22,19 @@ _SOURCE = "_dynamo_source"
 _PARAMETERS = "_param_name_to_source"
 
 
+def attributes_of_users(tensor: Tensor) -> list[str]:
+    """The names of the attributes set on ``tensor``, without the mark that ``torch.compile`` leaves on weights and buffers.
+
+    >>> import torch._dynamo
+    >>> tensor = torch.zeros(1)
+    >>> torch._dynamo.mark_static_address(tensor)
+    >>> tensor.label = "weight"
+    >>> attributes_of_users(tensor)
+    ['label']
+    """
+    return [name for name in tensor.__dict__ if name != _STATIC]
+
+
 def backend_named(name: str) -> Compiler:
     """The backend of that name. Raises ``torch._dynamo.exc.InvalidBackend`` where there is none."""
     from torch._dynamo import lookup_backend

@@ -31,6 +31,7 @@ from fxfuse.private.versions import version
 
 from .casts import Unrepeatable, Watched, to_cast
 from .fast_path import laid_out
+from .handed_back import apart
 from .kept_memory import KeptMemory
 from .loose import Loose
 from .moves import moves_noted
@@ -69,6 +70,7 @@ class Recorder(TorchFunctionMode):
         self.generators = Generators([])
         self.ears = Ears()
         self.switches = Switches(self.trace.switched_on)
+        self.hooked: set[int] = set()  # ids of modules with hooks
 
     # -- values -------------------------------------------------------------------------------------------------------------------
 
@@ -84,7 +86,8 @@ class Recorder(TorchFunctionMode):
             storage = tensor.untyped_storage().data_ptr() or id(tensor)
         except (RuntimeError, NotImplementedError):
             storage = id(tensor)
-        values.append(Value(tensor, origin, name, storage, tuple(tensor.shape)))
+        stride = tensor.stride() if tensor.layout is torch.strided and not tensor.is_nested else None
+        values.append(Value(tensor, origin, name, storage, tuple(tensor.shape), stride))
         if origin == "attribute":
             self.loose.attribute(values[-1])
         self.known[id(tensor)] = ref
@@ -321,7 +324,7 @@ class Recorder(TorchFunctionMode):
             return None
         is_view = any(values[self.known[id(tensor)].value].storage == seen.storage for tensor in arguments)
         # Not the storage of its detached self, unless that is a view: a write to the one is none to the other.
-        values.append(Value(seen.tensor, seen.origin, seen.name, seen.storage if is_view else -len(values), seen.shape))
+        values.append(Value(seen.tensor, seen.origin, seen.name, seen.storage if is_view else -len(values), seen.shape, seen.stride))
         return Ref(len(values) - 1)
 
     def _spelled_out(self, func: Any, described: list[Any], args: Any, kwargs: Any, out: Tensor, poison: str) -> tuple[Any, Any, Any, str]:
@@ -480,10 +483,15 @@ class Recorder(TorchFunctionMode):
         tracking = torch.is_grad_enabled()
         own = module.__dict__
         before = list(own.values())
+        first = len(trace.values)
         try:
             deaf = not poison and runs_torch_only(type(module))
             out = forward(*args, **kwargs) if deaf else self.run(forward, args, kwargs)
             out = laid_out(module, forward, args, kwargs, out)
+            fresh = type(out) is Tensor and ((made := known.get(id(out))) is None or made.value >= first)  # the usual result
+            closed = not fresh and (id(module) in self.hooked or frame.poison)
+            if closed or (not fresh and any(e.poison for e in trace.events[frame.start :] if e.frame == index)):
+                out = apart(out, lambda tensor: id(tensor) in known and known[id(tensor)].value < first)
             frame.sets_own = len(own) != len(before) or not all(map(is_, own.values(), before))
             if given is not None and given.held and (changed := given.changed()):
                 frame.poison = frame.poison or f"changes the {changed} that it was given"

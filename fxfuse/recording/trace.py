@@ -36,8 +36,13 @@ class Value:
     name: str = ""  # of an attribute: its path in the model; of a constant: the call that read it out of data
     storage: int = 0  # equal for tensors that share memory
     shape: tuple[int, ...] = ()  # as it was when first seen: an in-place resize would show
+    stride: tuple[int, ...] | None = None  # as it was then; None where it has none (sparse tensors)
     numbers: bool = False  # a constant made anew in every run, of the same numbers: to be spelled out
-    strides_of_more: tuple[int, ...] | None = None  # where a free size is 1: as another run had it
+    more: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # where a free size is 1: shape and strides that another run had
+
+    def order(self) -> tuple[int, ...] | None:
+        """Strides that say in what order the dims lie in memory; those of one row as they lie in more."""
+        return self.more[1] if self.more is not None else self.stride
 
 
 @dataclass(slots=True)

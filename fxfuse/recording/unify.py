@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from fxfuse.graph import Place
-from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.private.transforms import of_a_transform
 
 from .assigned import assigned_in
@@ -48,11 +47,6 @@ def _same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     plain = one.layout is torch.strided and one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
     return plain and not one.is_complex() and torch.equal(one, other)
-
-
-def _strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    with DisableTorchFunction():
-        return tensor.stride() if tensor.layout is torch.strided else None
 
 
 class Unifier:
@@ -205,9 +199,8 @@ class Unifier:
             if left != right:
                 found[a] = frozenset([dim for dim in range(len(left)) if left[dim] != right[dim]])
                 if any(left[dim] == 1 for dim in found[a]):
-                    strides = _strides(others[b].tensor)
-                    if strides is not None and len(strides) == len(ones[a].shape):  # ``squeeze_()`` leaves other dims of one row
-                        ones[a].strides_of_more = strides
+                    stride = others[b].stride
+                    ones[a].more = (right, stride) if stride is not None else None
         return found
 
 

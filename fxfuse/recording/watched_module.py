@@ -69,6 +69,8 @@ class WatchedModule:
         own = self.module.__dict__
         if self.watched:
             own["_buffers"] = WatchedBuffers(own["_buffers"], partial(recorder.assign, self.path))
+        if self.hooks:
+            recorder.hooked.add(id(self.module))
         for name in self.hooks:
             own[name] = type(own[name])()
         if not isinstance(self.module, torch.jit.ScriptModule):

@@ -21,6 +21,7 @@ from fxfuse.models.module_tree import all_modules, bare, named_modules
 from fxfuse.models.undo import Undo
 from fxfuse.models.unregistered import Held, unregistered
 from fxfuse.private import recurrent
+from fxfuse.private.dynamo import attributes_of_users
 from fxfuse.private.tensor_hooks import has_gradient_hooks
 from fxfuse.weights.alias import AliasPack
 from fxfuse.weights.all_or_nothing import loads_whole
@@ -216,7 +217,8 @@ def _agree(recipe: Recipe, members: list[Tensor]) -> None:
                 raise FxfuseError(f"{name} has {what} {getattr(tensor, what)}, {recipe.members[0]} has {getattr(first, what)}")
         if type(tensor) is not type(first) or type(tensor) not in (Tensor, nn.Parameter):
             raise FxfuseError(f"{name} is a {type(tensor).__name__}, only plain tensors and Parameters are packed")
-        if tensor.__dict__.keys() != first.__dict__.keys() or any(tensor.__dict__[k] is not first.__dict__[k] for k in first.__dict__):
+        own, others = ({k: each.__dict__[k] for k in attributes_of_users(each)} for each in (tensor, first))
+        if own.keys() != others.keys() or any(own[k] is not others[k] for k in others):
             raise FxfuseError(f"{name} has other attributes than {recipe.members[0]}")
     if recipe.kind == "parameter" and first.requires_grad != recipe.requires_grad:
         raise FxfuseError(f"{recipe.members[0]} has requires_grad={first.requires_grad}, its recipe says {recipe.requires_grad}")

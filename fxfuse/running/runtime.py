@@ -22,6 +22,7 @@ import torch.fx
 from torch import nn
 
 from fxfuse.errors import FxfuseError
+from fxfuse.functional import untracked_view
 from fxfuse.graph import Program
 from fxfuse.private import pytree
 
@@ -263,7 +264,9 @@ def _tracked(program: Program, function: Callable[..., Any]) -> Callable[..., An
         if asked:
             return out
         cut = {id(out[i]): out[i].detach() for i in program.outside if isinstance(out[i], torch.Tensor)}
-        return [cut[id(leaf)] if i in program.outside and id(leaf) in cut else leaf for i, leaf in enumerate(out)]
+        cut.update((id(out[i]), untracked_view(out[i])) for i in program.viewed if isinstance(out[i], torch.Tensor))
+        outside = {*program.outside, *program.viewed}
+        return [cut[id(leaf)] if i in outside and id(leaf) in cut else leaf for i, leaf in enumerate(out)]
 
     return run
 

@@ -244,6 +244,7 @@ def program_to_data(program: Program) -> dict[str, Any]:
         "out_spec": _spec_to_data(program.out_spec),
         "tracked": program.tracked,
         "outside": program.outside,
+        "viewed": program.viewed,
         "stores": [(store.module, store.name, _spec_to_data(store.spec)) for store in program.stores],
     }
 
@@ -261,5 +262,5 @@ def _program(data: dict[str, Any]) -> Program:
         raise FxfuseError("the saved program is corrupt: it has no guard")
     specs = _spec_from_data(data["in_spec"]), _spec_from_data(data["out_spec"])
     stores = tuple(Store(module, name, _spec_from_data(spec)) for module, name, spec in data.get("stores", ()))
-    tracked, outside = bool(data.get("tracked", False)), tuple(map(int, data.get("outside", ())))
-    return Program(graph_from_data(data["graph"]), data["guard"], *specs, stores, tracked, outside)
+    outside, viewed = (tuple(map(int, data.get(name, ()))) for name in ("outside", "viewed"))
+    return Program(graph_from_data(data["graph"]), data["guard"], *specs, stores, bool(data.get("tracked", False)), outside, viewed)

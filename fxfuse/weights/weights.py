@@ -13,6 +13,7 @@ from torch import nn
 
 from fxfuse.models.module_tree import named_modules
 from fxfuse.models.unregistered import unregistered
+from fxfuse.private.dynamo import attributes_of_users
 from fxfuse.private.tensor_hooks import has_gradient_hooks, hook_stores
 
 
@@ -72,8 +73,8 @@ def _reason(tensor: torch.Tensor, kind: str, module: nn.Module, key: str) -> str
         return "it is no plain leaf tensor"
     if has_gradient_hooks(tensor):
         return "it has a gradient hook"
-    if tensor.__dict__:
-        return f"it carries attributes ({', '.join(tensor.__dict__)})"
+    if attributes := attributes_of_users(tensor):
+        return f"it carries attributes ({', '.join(attributes)})"
     return ""
 
 
