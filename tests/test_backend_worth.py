@@ -41,6 +41,7 @@ def rewritten(model: nn.Module, x: torch.Tensor, **settings: Any) -> Rewritten |
 
     def backend(graph, inputs):
         made = rewritten_or_refused(graph.graph, inputs, Settings(**settings))
+        assert graph.graph.owning_module is graph
         found.append(made if isinstance(made, Refusal) else made[1])
         return graph.forward
 

@@ -10,6 +10,7 @@ off. The static model is asked first: where it sees the packed form far ahead, n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -107,7 +108,8 @@ class _Code(nn.Module):
     def __init__(self, captured: Captured) -> None:
         super().__init__()
         self.captured = captured
-        self.code = torch.fx.GraphModule(nn.Module(), captured.slots[0].node.graph)
+        # A copy: the graph is dynamo's, and a module that takes one owns it.
+        self.code = torch.fx.GraphModule(nn.Module(), copy.deepcopy(captured.slots[0].node.graph))
 
     def forward(self, *tensors: Tensor) -> Any:
         return self.code(*self.captured.values(tensors))
