@@ -207,10 +207,8 @@ def _memory(node: torch.fx.Node) -> Any:
 
 
 _PARTS = re.compile(r"_(?:modules|parameters|buffers)_")
-_OWN = frozenset(vars(Captured)) | frozenset(
-    "slots wide_slots given symbols steps wide_steps narrow tracked owners autocast constants".split()
-)
-_TAKEN = frozenset((*dir(nn.Module()), *_OWN))
+_OWN = "slots wide_slots given symbols steps wide_steps narrow tracked owners autocast constants".split()
+_TAKEN = frozenset((*dir(nn.Module()), *vars(Captured), *_OWN))
 
 
 class _Names:

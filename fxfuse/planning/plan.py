@@ -294,7 +294,8 @@ class Planner:
             return Choice(None, {}, refusal=self.refusal("nothing is left to fuse"))
         seconds, choice = best
         self.prepared = self.prepared.with_widths(choice.together)
-        choice.estimated = loop, _ = self._estimator().loop(self.prepared), seconds
+        loop = self._estimator().loop(self.prepared)
+        choice.estimated = loop, seconds
         later = self.options.large or self.compiled  # large weights are timed once they have moved, what is to be compiled by its caller
         if seconds * LEAST_ESTIMATED_GAIN > loop and not later:
             said = f"left as a loop: packed is estimated at {loop / seconds:.2f}x, from its shapes ({self._timed_what()})"
