@@ -135,3 +135,31 @@ def test_a_wide_product_is_for_inference(monkeypatch, grad, first):
         made = rewritten(critics(), randn(256, 23))
     assert isinstance(made, Rewritten)
     assert [op.lowering.partition(",")[0] for op in made.ops if op.op == "linear"] == [first, "baddbmm", "baddbmm"]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_timing_leaves_no_trace(monkeypatch, grad):
+    """Running statistics, random numbers and gradients are as before, though both forms have really run."""
+    nets = (nn.Sequential(nn.Linear(23, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 2)) for _ in range(4))
+    model, x = randomized(model_of(_one_input, nets=nn.ModuleList(nets))), randn(6, 23).requires_grad_()
+    ran = []
+    monkeypatch.setattr(worth, "FAR_AHEAD", 1e9)
+    monkeypatch.setattr(worth, "_left", lambda planner, times, how: ran.append(times) or Refusal(how))
+    monkeypatch.setattr(worth, "LEAST_GAIN", 1e9)
+    monkeypatch.setattr(worth, "LEAST_GAIN_IN_TRAINING", 1e9)
+    random, states = torch.get_rng_state(), []
+
+    def backend(graph, inputs):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        rewritten_or_refused(graph.graph, inputs, Settings())
+        states.extend((before[name], value.clone()) for name, value in model.state_dict().items())
+        states.append((random, torch.get_rng_state()))
+        return graph.forward
+
+    with torch.set_grad_enabled(grad):
+        torch.compile(model, backend=backend)(x)
+    assert len(ran) == 1
+    assert len(states) == 4 * 9 + 1
+    assert all(torch.equal(before, after) for before, after in states)
+    assert x.grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
