@@ -104,8 +104,8 @@ _Depth = dict[int, int]  # signature -> how many heavy ops of that signature lie
 class Launches:
     """What one call launched.
 
-    ``total``: ATen calls that launch work (views, allocations and metadata are free). ``heavy``: those that carry parameters.
-    ``bound``: the fewest heavy launches if ops of equal signature were fused whenever they are independent, -1 if not asked for.
+    ``total``: ATen calls that launch work. ``free``: those that do not (views, allocations, metadata). ``heavy``: those that carry
+    parameters. ``bound``: the fewest of these if ops of equal signature were fused whenever they are independent, -1 if not asked for.
     """
 
     total: int
@@ -113,6 +113,7 @@ class Launches:
     bound: int
     heavy_by_op: dict[str, int] = field(default_factory=dict)
     total_by_op: dict[str, int] = field(default_factory=dict)
+    free: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as data for ``json.dumps``."""
@@ -122,6 +123,7 @@ class Launches:
             "bound": self.bound,
             "heavy_by_op": dict(self.heavy_by_op),
             "total_by_op": dict(self.total_by_op),
+            "free": self.free,
         }
 
 
@@ -154,6 +156,7 @@ def count(fn: Callable[[], object], *, bound: bool = True) -> Launches:
         bound=sum(counter.chain.values()) if bound else -1,
         heavy_by_op=heavy_by_op,
         total_by_op=total_by_op,
+        free=sum(calls.values()) - sum(total_by_op.values()),
     )
 
 

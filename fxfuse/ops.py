@@ -47,6 +47,8 @@ _DROPS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), ("dropout", "train")),
 }
 _NOISE = frozenset({"_stacklevel", "inplace"})
+# Views of some layouts, copies of others.
+MAY_COPY = frozenset({"reshape", "flatten", "contiguous", "ravel", "reshape_as"})
 _MISSING = inspect.Parameter.empty
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fxfuse.ops import op_name
+from fxfuse.ops import MAY_COPY, op_name
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.recording.trace import Event, Frame, Ref, Trace, refs_in
 
@@ -104,8 +104,12 @@ class _Walk:
         given = {*refs_in(event.args), *refs_in(event.kwargs)}
         fresh = [value for value in made if value not in self.inside and value not in given]
         self.outside.update(fresh)
-        shown = {values[value].storage for value in given if value in self.views or (value in self.inside and self._with_history(value))}
+        showing = {value for value in given if value in self.views or (value in self.inside and self._with_history(value))}
+        shown = {values[value].storage for value in showing}
         self.views.update(value for value in fresh if name != "detach" and values[value].storage in shown)
+        if showing and name in MAY_COPY:  # at other sizes, a view where this is a copy, or a copy where this is one
+            self.views.update(made)
+            self.outside.update(made)
         self.own.update(values[value].storage for value in fresh)
         return True
 

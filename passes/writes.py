@@ -14,7 +14,7 @@ import torch
 import torch.fx
 
 from fxfuse.functional import as_slot, casting, drawn, index_write, op_of
-from fxfuse.ops import canonical, op_name
+from fxfuse.ops import MAY_COPY, canonical, op_name
 from fxfuse.recording.sizes import SizeOf, SizeOp
 from fxfuse.recording.trace import Event, Frame, Ref, Trace
 
@@ -41,7 +41,6 @@ RENEWING = frozenset("squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ as_s
 _COMPARING = frozenset("eq_ ne_ lt_ le_ gt_ ge_ logical_not_ logical_and_ logical_or_ logical_xor_".split())
 DRAWING = frozenset("random_ geometric_".split())  # into a tensor, and without a rule
 SPLITS = frozenset("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit".split())
-_MAY_COPY = frozenset({"reshape", "flatten", "contiguous", "ravel", "reshape_as"})  # views, of some layouts
 
 
 class Writes(Indexing):
@@ -116,7 +115,7 @@ class Writes(Indexing):
         args, kwargs = self._argument(event.args), self._argument(event.kwargs)
         name = op_name(event.func)
         part = self._part(name, event.func, args, kwargs, value)
-        if name in _MAY_COPY:
+        if name in MAY_COPY:
             self._relies_on_order(name, self.parent[value][0], value)
         if part is not None:
             return part
@@ -313,7 +312,7 @@ class Writes(Indexing):
             self.viewed.add(base)
             if not self._in_rows_at_all_sizes(base):
                 self.itself.add(base)
-        elif name in _MAY_COPY and self.trace.values[base].storage != self.trace.values[out].storage:
+        elif name in MAY_COPY and self.trace.values[base].storage != self.trace.values[out].storage:
             self.copied[out] = (base, event)
             self.copied_at[out] = self.version.get(self._root(base), 0)
 
@@ -366,7 +365,7 @@ class Writes(Indexing):
             dim = given["dim"] % len(self.trace.values[base].shape)
             return self._node(_WRITE, (current, (slice(None),) * dim + (index,), node), base)
         if name in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "contiguous", "detach", "view_as"):
-            if name in _MAY_COPY:
+            if name in MAY_COPY:
                 self._relies_on_order(name, base, made.out.value)
             if name == "detach":
                 if event.untracked:  # what is written has no history

@@ -24,6 +24,7 @@ from fxfuse import launches
 from fxfuse.weights import packing
 
 RTOL = 1e-10
+ROUNDING = 2.0**-47  # of float64, in what adds up to zero: a part of the largest number that it may have been added up of
 # For tests that are many: the planner's measurements and fxfuse's own validation are left out; the comparison here is not.
 QUICK: dict[str, Any] = {"tune": False, "validate": False}
 
@@ -181,7 +182,7 @@ def assert_same_results(actual: Result, expected: Result, where: str, rtol: floa
     # A bias in front of a BatchNorm has a gradient of zero but for rounding: of the largest gradient's, as everything here is float64.
     largest = max((grad.abs().max().item() for grad in expected.parameters.values() if grad is not None and grad.numel()), default=0.0)
     for name, want in expected.parameters.items():
-        assert_close(actual.parameters[name], want, f"{where}: gradient of {name}", rtol, floor=largest * 2.0**-47)
+        assert_close(actual.parameters[name], want, f"{where}: gradient of {name}", rtol, floor=largest * ROUNDING)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, loop: float, packed: float) -> None:
     """Both forms take these seconds."""
     monkeypatch.setattr(worth, "medians", lambda functions, **_: [loop, packed][: len(functions)])
     monkeypatch.setattr(worth, "_price", lambda: 1.0)
+    monkeypatch.setattr(worth, "_VIEW", 0.0)
     monkeypatch.setattr(worth, "FAR_AHEAD", 1e9)
     monkeypatch.setattr(worth, "SLOWER", 1.25)
 
@@ -71,6 +72,29 @@ def test_the_price_of_launches_is_taken_off(monkeypatch):
         assert isinstance(rewritten(tables(6), x, inner="eager"), Rewritten)  # op by op
         timed(monkeypatch, 17.0, 21.5)
         assert isinstance(rewritten(tables(6), x, inner="eager"), Refusal)
+
+
+def test_so_is_that_of_views(monkeypatch):
+    x, w = randn(6, 4), randn(4, 4)
+    monkeypatch.setattr(worth, "_price", lambda: 1.0)
+    monkeypatch.setattr(worth, "_VIEW", 0.5)
+    assert worth._compiled(10.0, lambda: torch.relu(x[1:].t())) == 10.0 - 1.0 - 2 * 0.5
+    assert worth._compiled(10.0, lambda: x @ w.t()) == 10.0 - 0.5
+
+
+@pytest.mark.parametrize(("grad", "seconds"), [(False, 2 * 1.0 + 24 * 0.01), (True, 2 * 5.0 + 24 * (0.1 + 0.02))])
+def test_shared_packs_are_looked_after_at_every_call(monkeypatch, grad, seconds):
+    model, x = randomized(model_of(_one_input, nets=nn.ModuleList(nn.Linear(23, 4) for _ in range(12)))), randn(16, 23)
+    for name, value in {"PACK": 1.0, "PACK_IN_TRAINING": 5.0, "MEMBER": 0.01, "MEMBER_IN_TRAINING": 0.02, "HANDED_OVER": 0.1}.items():
+        monkeypatch.setattr(worth, name, value)
+    monkeypatch.setattr(worth, "_compiled", lambda seconds, function: seconds)
+    monkeypatch.setattr(worth, "LEAST_GAIN", 1.0)
+    monkeypatch.setattr(worth, "LEAST_GAIN_IN_TRAINING", 1.0)
+    with torch.set_grad_enabled(grad):
+        timed(monkeypatch, seconds + 1.01, 1.0)
+        assert isinstance(rewritten(model, x), Rewritten)
+        timed(monkeypatch, seconds + 0.99, 1.0)
+        assert isinstance(rewritten(model, x), Refusal)
 
 
 def test_products_keep_their_price(monkeypatch):

@@ -187,6 +187,13 @@ def view_outside(self: Energies, x: Tensor) -> Any:
     return energy.unsqueeze(1), energy * 2
 
 
+def copy_of_a_view_outside(self: Energies, x: Tensor) -> Any:
+    """Of one row, a view."""
+    with torch.enable_grad():
+        energies = torch.stack([net(x).sum(-1) for net in self.nets], 1)
+    return energies, energies[:, :2].contiguous()
+
+
 def buffer_outside(self: Energies, x: Tensor) -> Any:
     with torch.enable_grad():
         energy = self.energy(x)
@@ -196,7 +203,8 @@ def buffer_outside(self: Energies, x: Tensor) -> Any:
 
 NEEDED = {
     f.__name__: f
-    for f in (history_from_outside, gradient_by_what_is_outside, written_outside, written_through_a_view, view_outside, buffer_outside)
+    for f in (history_from_outside, gradient_by_what_is_outside, written_outside, written_through_a_view, view_outside,
+              copy_of_a_view_outside, buffer_outside)
 }  # fmt: skip
 CONTEXTS = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 

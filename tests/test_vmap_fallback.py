@@ -129,7 +129,7 @@ def test_lane_counts_and_dtypes(lanes: int, dtype: torch.dtype) -> None:
     fused = fxfuse.optimize(model, x, objective="launches", strict=True)
     assert ("linalg_lu_factor", lanes, "vmap") in {(op.op, op.lanes, op.lowering) for op in fxfuse.report(fused).fused[0].ops}
     assert fxfuse.report(fused).validation.ok
-    assert torch.allclose(fused(x), model(x), rtol=1e-5 if dtype is torch.float32 else 1e-12)
+    checks.assert_close(fused(x), model(x), "output", rtol=1e-5 if dtype is torch.float32 else 1e-12)
 
 
 class Complex(nn.Module):

@@ -40,8 +40,12 @@ class Call:
         """The results, as dynamo's graph gives them."""
         members = [(pack, select(inputs)) for pack, select in self.packs]
         packed = [pack.packed(each) for pack, each in members]
-        with without_autocast(self.autocast):
-            out = self.compiled(*[inputs[number] for number in self.kept], *packed, *self.constants)
+        given = [inputs[number] for number in self.kept]
+        if self.autocast is None:  # a context takes a microsecond to enter, even if it does nothing
+            out = self.compiled(*given, *packed, *self.constants)
+        else:
+            with without_autocast(self.autocast):
+                out = self.compiled(*given, *packed, *self.constants)
         for index in self.written:
             pack, each = members[index]
             pack.write_back(each, packed[index])

@@ -4,8 +4,9 @@ Comes in: a planner, what it chose, the graph and the settings. Goes out: a ``Re
 call, and packing saves most of them. Inductor pays that price for neither: what it compiles to one kernel costs its work alone, and the
 products and convolutions that it calls cost little besides. What is left for packing is better work, and larger calls.
 
-So both forms are timed op by op, forward or forward and backward as the graph is used, and for Inductor the price of each launch is taken
-off. The static model is asked first: where it sees the packed form far ahead, nothing is timed.
+So both forms are timed op by op, forward or forward and backward as the graph is used, and for Inductor the price of each launch and view
+is taken off, and what it takes to look after shared packs is added. The static model is asked first: where it sees the packed form far
+ahead, nothing is timed.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ from .settings import Settings
 
 # What the packed form has to gain, compiled, in inference and in training. What is made of two forms that are as fast by this estimate
 # differs by some percent, and most in a backward: 1.12x by the estimate has been 0.95x (five critics of 128 units, 256 rows).
-LEAST_GAIN, LEAST_GAIN_IN_TRAINING = 1.02, 1.15
-# So far ahead, by the static model, nothing is timed.
-FAR_AHEAD = 2.5
+LEAST_GAIN, LEAST_GAIN_IN_TRAINING = 1.05, 1.15
+# So far ahead, by the static model, nothing is timed. It knows of no compiled kernels: 2.6x by it has been 0.93x (12 calibrators of one
+# feature, in training).
+FAR_AHEAD = 4.0
 # Seconds to hand a gradient to a parameter that lies in a shared pack.
 HANDED_OVER = 3.5e-6
+# Seconds at every call for a shared pack, and to see that a member lies in it still; in inference and where gradients are tracked.
+PACK, PACK_IN_TRAINING = 1.2e-6, 9e-6
+MEMBER, MEMBER_IN_TRAINING = 0.2e-6, 0.75e-6
 # The same where the inner backend runs op by op what it is given, as far as fxfuse knows.
 SLOWER = 1.25
 # What Inductor calls, rather than writes.
@@ -46,6 +51,8 @@ _CALLED = frozenset(
     "mm addmm bmm baddbmm mv addmv convolution convolution_backward lstm gru mkldnn_rnn_layer _scaled_dot_product_flash_attention "
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention".split()
 )
+# What a view costs, as a part of what a launch costs.
+_VIEW = 0.35
 # The least part of a form's time that is its work, however many launches it has.
 _WORK = 0.1
 
@@ -64,8 +71,7 @@ def not_worth_it(planner: Planner, choice: Choice, captured: Captured, settings:
     if not inductor:
         return _left(planner, times, "op by op") if times[1] > SLOWER * times[0] else None
     times = [_compiled(seconds, function) for seconds, function in zip(times, functions, strict=True)]
-    if planner.train:
-        times[1] += HANDED_OVER * sum(member.requires_grad for member in shared)
+    times[1] += _looked_after(shared, planner.train)
     gain = LEAST_GAIN_IN_TRAINING if planner.train else LEAST_GAIN
     return _left(planner, times, "as far as can be told before it is compiled") if times[1] * gain > times[0] else None
 
@@ -76,11 +82,20 @@ def _left(planner: Planner, times: Sequence[float], how: str) -> Refusal:
     return Refusal(f"left as a loop: packed runs {loop / packed:.2f}x, {how}", place)
 
 
+def _looked_after(shared: list[list[Tensor]], train: bool) -> float:
+    """Seconds that the packs in the user's parameters take at every call."""
+    members = [member for pack in shared for member in pack]
+    if not train:
+        return PACK * len(shared) + MEMBER * len(members)
+    handed_over = HANDED_OVER * sum(member.requires_grad for member in members)
+    return PACK_IN_TRAINING * len(shared) + MEMBER_IN_TRAINING * len(members) + handed_over
+
+
 def _compiled(seconds: float, function: Callable[[], object]) -> float:
-    """What Inductor leaves of it: seconds less the price of launches that it does not make."""
+    """What Inductor leaves of it: seconds less the price of launches and views that it does not make."""
     launches = count(function, bound=False)
     called = sum(number for name, number in launches.heavy_by_op.items() if name in _CALLED)
-    return max(seconds - (launches.total - called) * _price(), seconds * _WORK)
+    return max(seconds - (launches.total - called + _VIEW * launches.free) * _price(), seconds * _WORK)
 
 
 @lru_cache(maxsize=1)
@@ -126,18 +141,18 @@ def _packed(planner: Planner, made: Vectorized, stacked: list[tuple[Recipe, list
     return packed
 
 
-def _packs(made: Vectorized, captured: Captured, frozen: bool) -> tuple[list[tuple[Recipe, list[Tensor]]], list[Tensor]]:
-    """The packs that are made anew at every call; the members of those that are not."""
+def _packs(made: Vectorized, captured: Captured, frozen: bool) -> tuple[list[tuple[Recipe, list[Tensor]]], list[list[Tensor]]]:
+    """The packs that are made anew at every call; the members of each that is not."""
     used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
     weights = captured.weights()
     stacked: list[tuple[Recipe, list[Tensor]]] = []
-    shared: list[Tensor] = []
+    shared: list[list[Tensor]] = []
     for recipe in made.packs.recipes.values():
         members = [weights[name] for name in recipe.members]
         if recipe.name not in used:
             continue
         if frozen or worth_sharing(outside_form(recipe), members):
-            shared.extend(members)
+            shared.append(members)
         else:
             stacked.append((recipe, [member.detach() for member in members]))
     return stacked, shared

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from fxfuse.ops import Op, op_name
+from fxfuse.ops import MAY_COPY, Op, op_name
 
 Node = torch.fx.Node
 
@@ -87,7 +87,6 @@ _VIEWS = frozenset(
     "view transpose permute movedim unsqueeze squeeze expand select slice_along narrow unbind split chunk unflatten getitem item size t mT "
     "detach view_as expand_as broadcast_to diagonal swapaxes getattr size_of unfold split_with_sizes slice as_strided".split()
 )
-_COPIES_AT_NEED = frozenset({"reshape", "flatten", "contiguous", "ravel"})
 _PRODUCTS = {"linear": 0, "mm": 0, "matmul": 0, "bmm": 0, "mv": 0, "dot": 0, "baddbmm": 1, "addmm": 1, "addmv": 1}
 _GATHERED = frozenset(
     "tanh sigmoid exp log gelu silu softmax log_softmax erf softplus mish elu selu celu sin cos pow sqrt rsqrt logsumexp dropout rand "
@@ -172,7 +171,7 @@ def _op(
 ) -> float:
     name = _name(node)
     backwards = sum(tracked)
-    if name in _VIEWS or (name in _COPIES_AT_NEED and (loop or not _copies(name, given, made))):
+    if name in _VIEWS or (name in MAY_COPY and (loop or not _copies(name, given, made))):
         return rates.view + (rates.autograd if backwards else 0.0)
     work = _work(node, name, given, made, rates)
     work = work / faster if work > PARALLEL_SECONDS else work
@@ -261,7 +260,7 @@ def _work(node: Node, name: str, given: list[Any], made: Any, rates: Rates) -> f
         work = float(made.numel() * fan)
         efficiency = fan / (fan + FEW_CHANNELS)
         return max(moved, groups * rates.group + work / rates.grouped if groups > 1 else work / (rates.convolution * efficiency))
-    if name in _COPIES_AT_NEED and _in_short_runs(given[0]):
+    if name in MAY_COPY and _in_short_runs(given[0]):
         return max(moved, float(made.numel()) / rates.scattered)
     if name in _GATHERED:
         return max(moved, _bytes(outputs) / 4 / rates.gathered)
