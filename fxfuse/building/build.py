@@ -27,6 +27,7 @@ from fxfuse.passes.packs import Packs
 from fxfuse.passes.program import fits, make_program, resolve_packed
 from fxfuse.passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
 from fxfuse.planning.choice import Choice
+from fxfuse.planning.patience import Patience
 from fxfuse.planning.plan_by_size import PlannerBySize
 from fxfuse.planning.progress import Progress
 from fxfuse.planning.workbench import Case
@@ -119,7 +120,7 @@ class Builder:
 
     def __init__(self, model: nn.Module, work: nn.Module, options: Options, report: Report) -> None:
         self.model, self.work, self.options, self.report = model, work, options, report
-        self.progress = Progress(options.progress)
+        self.progress, self.patience = Progress(options.progress), Patience()
         self.chosen: dict[str, Chosen] = {}  # by region path
         self.followers: dict[str, list[tuple[Region, Recorded]]] = {}  # further ways in to the same region
         self.ordered: dict[int, dict[int, Any]] = {}  # by frame: inputs that are held to their order, as the guard has them
@@ -136,6 +137,8 @@ class Builder:
         for way in recorded:
             for region in way.regions:
                 self._build(region, way, built)
+        if (untimed := self.patience.fact()) is not None:
+            self.report.facts.append(untimed)
         return [plan for each in built.values() if self._asks_nothing(plan := self._finished(each))]
 
     def _asks_nothing(self, plan: RegionPlan) -> bool:
@@ -211,7 +214,7 @@ class Builder:
         packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module))
         _set_training(way.root, way.observations[0].flags)
         given = self._cases(frame, prepared, way)
-        planner = PlannerBySize(prepared, module, packs, self.options, [case for _, case in given], self.progress)
+        planner = PlannerBySize(prepared, module, packs, self.options, [case for _, case in given], self.progress, self.patience)
         with hooks_silent(self.work):
             choice = planner.plan()
         for refusal in [*prepared.refusals, *planner.left, *([choice.refusal] if choice.refusal is not None else [])]:

@@ -30,6 +30,7 @@ from . import plan_cache
 from .choice import Choice, from_data, in_words, to_data
 from .estimate import Estimator
 from .fingerprint import fingerprint
+from .patience import Patience
 from .plan_memory import as_usual, within_limit
 from .progress import Progress
 from .timing import medians, quickest, ratio
@@ -69,7 +70,7 @@ class Planner:
 
     def __init__(
         self, prepared: Prepared, region: nn.Module, packs: Packs, options: Options, cases: Sequence[Case] = (),
-        progress: Progress | None = None, *, compiled: bool = False,
+        progress: Progress | None = None, patience: Patience | None = None, *, compiled: bool = False,
     ) -> None:  # fmt: skip
         self.prepared, self.region, self.packs, self.options = prepared, region, packs, options
         self.compiled = compiled  # what is chosen will be: see ``cost``
@@ -79,6 +80,7 @@ class Planner:
         self.benches = [Workbench(region, case, self.train, frame.parent >= 0) for case in cases]
         self.prefer = _preferred(options)
         self.progress = progress or Progress(False)
+        self.patience = patience or Patience()
         self.left: list[Refusal] = []  # of lane sets that do not pay
         self.far: set[tuple[Any, str]] = set()  # lowerings that took so much longer than another that no size will make up for it
         # The results that are timed are so many times the size of those that were recorded.
@@ -349,27 +351,32 @@ class Planner:
         """Change ``choice`` for the better as long as that is faster; what is timed of it."""
         steps = self.steps(choice)
         close: list[tuple[Choice, Steps]] = []
-        self.progress.expect(self._how_many(choice))
+        expected = self._how_many(choice)
+        self.progress.expect(expected)
         least = self._estimated(choice)
-        for other in self._others(choice):
-            estimated = self._estimated(other)
-            changed = [item for item in other.lowering.items() if item not in choice.lowering.items()]
-            # The model speaks of the recorded sizes.
-            if (estimated > HOPELESS * least and self.larger == 1.0) or not self.far.isdisjoint(changed):
-                self.progress.step("")
-                continue
-            least = min(least, estimated)
-            others = self.steps(other)
-            slower, seconds = self._compare(steps, others)
-            choice.tried.append((in_words(other.lowering, other.chunks), seconds))
-            self.progress.step(choice.tried[-1][0])
-            if slower > FAR and len(changed) == 1:
-                self.far.update(changed)
-            if slower < CLEARLY:
-                close.append((replace(choice), steps))
-                choice.vectorized, choice.lowering, choice.chunks, steps = other.vectorized, other.lowering, other.chunks, others
-            elif slower < CLOSE:
-                close.append((other, others))
+        with self.patience:
+            for number, other in enumerate(self._others(choice)):
+                if self.patience.over:
+                    self.patience.untimed += max(expected - number, 1)
+                    break
+                estimated = self._estimated(other)
+                changed = [item for item in other.lowering.items() if item not in choice.lowering.items()]
+                # The model speaks of the recorded sizes.
+                if (estimated > HOPELESS * least and self.larger == 1.0) or not self.far.isdisjoint(changed):
+                    self.progress.step("")
+                    continue
+                least = min(least, estimated)
+                others = self.steps(other)
+                slower, seconds = self._compare(steps, others)
+                choice.tried.append((in_words(other.lowering, other.chunks), seconds))
+                self.progress.step(choice.tried[-1][0])
+                if slower > FAR and len(changed) == 1:
+                    self.far.update(changed)
+                if slower < CLEARLY:
+                    close.append((replace(choice), steps))
+                    choice.vectorized, choice.lowering, choice.chunks, steps = other.vectorized, other.lowering, other.chunks, others
+                elif slower < CLOSE:
+                    close.append((other, others))
         return self._final(choice, steps, close[-MOST_FINALISTS:]) if close else steps
 
     def _final(self, choice: Choice, steps: Steps, close: list[tuple[Choice, Steps]]) -> Steps:

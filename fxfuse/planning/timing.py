@@ -52,14 +52,16 @@ def ratio(one: Callable[[], object], other: Callable[[], object], *, budget: flo
     """(time of ``other`` over that of ``one``, median seconds of ``other``), from at most about ``budget`` seconds.
 
     The ratio is the median over the rounds, not the ratio of the medians: on a machine that runs now fast, now slow both of a round are hit
-    alike. Where ``other`` is far slower after a few rounds, these are all.
+    alike. Where ``other`` is far slower after a few rounds, or these took twice the budget, they are all.
 
     >>> slower, seconds = ratio(lambda: None, lambda: sum(range(100000)), budget=0.05)
     >>> slower > 1
     True
     """
+    start = time.perf_counter()
     ones, others = _samples([one, other], 0.0, 7, 7)
-    if statistics.median(b / max(a, 1e-9) for a, b in zip(ones, others, strict=True)) < FAR_SLOWER:
+    far = statistics.median(b / max(a, 1e-9) for a, b in zip(ones, others, strict=True)) >= FAR_SLOWER
+    if not far and time.perf_counter() - start < 2 * budget:
         more = _samples([one, other], budget, 7, 200)
         ones, others = ones + more[0], others + more[1]
     return statistics.median(b / max(a, 1e-9) for a, b in zip(ones, others, strict=True)), statistics.median(others)
