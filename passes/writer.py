@@ -18,6 +18,7 @@ import torch.fx
 
 from fxfuse.functional import slice_along
 from fxfuse.ops import Op
+from fxfuse.private.dispatch import dynamo_is_imported
 
 from .bundle import Bundle
 from .lifted import Lifted
@@ -184,15 +185,17 @@ class Writer:
         return self.call(torch.movedim, value.node, value.dim, dim)
 
 
-# A region whose tensors have fewer elements than this in all is run on zeros to find shapes; others on meta tensors.
-SMALL = 1 << 23
+# A region whose tensors have fewer elements than this in all is run on zeros to find shapes; others on meta tensors. Where dynamo is in
+# use, so are meta kernels: 50 us for an op, as long as it takes to compute some ten thousand numbers. Every candidate form is written anew.
+SMALL, SMALL_BESIDE_DYNAMO = 1 << 23, 1 << 18
 
 
 def _small(graph: torch.fx.Graph) -> bool:
+    limit = SMALL_BESIDE_DYNAMO if dynamo_is_imported() else SMALL
     total = 0
     for node in graph.nodes:
         dtype, shape = node.meta.get("dtype"), node.meta.get("shape")
         if dtype in (torch.float16, torch.bfloat16) or (dtype is not None and dtype.is_complex):
             return False  # kernels for these are missing here and there
         total += math.prod(shape) if shape is not None else 0
-    return total < SMALL
+    return total < limit
