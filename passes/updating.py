@@ -23,6 +23,12 @@ from .updates import Update, arguments, updates_of
 from .writes import DETACH, Writes
 
 _CUMULATIVE = op_of(cumulative_batch_norm)
+# Arguments that have no derivative: compared with numbers, or looked at for their shape.
+_WITHOUT_GRADIENT = {
+    **dict.fromkeys(("hinge_embedding_loss", "cosine_embedding_loss"), ("target",)),
+    **dict.fromkeys("zeros_like ones_like full_like empty_like rand_like randn_like".split(), ("input",)),
+    **dict.fromkeys("new_zeros new_ones new_full new_empty".split(), ("input",)),
+}
 
 
 class Updating(Writes):
@@ -161,11 +167,22 @@ def _cuts(node: torch.fx.Node) -> bool:
     return node.target == DETACH or (isinstance(node.target, Op) and node.target.name == "returned untracked_view")
 
 
+def _with_gradient(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The operands that may get a gradient from ``node``."""
+    skipped = _WITHOUT_GRADIENT.get(node.target.name, ()) if isinstance(node.target, Op) else ()
+    if not skipped:
+        return node.all_input_nodes
+    assert isinstance(node.target, Op)
+    found: list[torch.fx.Node] = []
+    torch.fx.node.map_arg([arg for name, arg in zip(node.target.names, node.args, strict=True) if name not in skipped], found.append)
+    return found
+
+
 def mark_unread(graph: torch.fx.Graph, trace: Trace) -> None:
     """Mark what no gradient reaches, so that it does not share a pack with what has one: it would get zeros instead of none.
 
-    That is what is run for its updates only, what is used for its shape, or for whole numbers (``argmax``), alone, and what the module
-    returns but nobody uses.
+    That is what is run for its updates only, what is used for its shape, for whole numbers (``argmax``) or for a comparison (the signs of
+    ``hinge_embedding_loss``) alone, and what the module returns but nobody uses.
     """
     values = trace.values
     read: set[torch.fx.Node] = set()
@@ -173,18 +190,29 @@ def mark_unread(graph: torch.fx.Graph, trace: Trace) -> None:
     if trace.reached is None:
         trace.reached = (reached_storages(trace),)
     (used,) = trace.reached
-    for node in reversed(graph.nodes):
+
+    def tracked(node: torch.fx.Node) -> bool | None:
         value = node.meta.get("value")
-        tracked = values[value].tensor.requires_grad if value is not None else None
+        return values[value].tensor.requires_grad if value is not None else None
+
+    def could_have(node: torch.fx.Node) -> bool:
+        """Would it have a gradient, if the inputs that had none in the recording had one?"""
+        dtype, known = node.meta.get("dtype"), tracked(node)
+        if known is not False:
+            return bool(known)
+        numbers = dtype is not None and (dtype.is_floating_point or dtype.is_complex)
+        return numbers and not node.meta.get("untracked") and not any(tracked(operand) for operand in node.all_input_nodes)
+
+    for node in reversed(graph.nodes):
         size = isinstance(node.target, Op) and node.target.name.startswith("size")
         if node.op == "output" or node in read:
             read.update(node.all_input_nodes)
         if node.op == "output":
             for given in node.all_input_nodes:
                 known = given.meta.get("value")
-                if used is None or known is None or values[known].storage in used:
+                if used is None or known is None or values[known].storage in used or not tracked(given):
                     reached.add(given)
-        elif node in reached and tracked is not False and not size and not _cuts(node):
-            reached.update(node.all_input_nodes)
-        if node.op == "call_function" and (node not in read or (tracked and node not in reached)):
+        elif node in reached and (tracked(node) is None or could_have(node)) and not size and not _cuts(node):
+            reached.update(_with_gradient(node))
+        if node.op == "call_function" and (node not in read or (could_have(node) and node not in reached)):
             node.meta["unread"] = True

@@ -263,6 +263,40 @@ def test_a_lane_that_no_gradient_reaches_has_none(use):
     checks.assert_fused_equals(model, checks.randn(6, 4), most_heavy=2)
 
 
+ONLY_COMPARED = {
+    "hinge": lambda x, signs: F.hinge_embedding_loss(x, signs),
+    "hinge of one tensor": lambda x, signs: F.hinge_embedding_loss(x, x) + (signs < 0).sum(),
+    "cosine": lambda x, signs: F.cosine_embedding_loss(x, x * 2 + 1, signs[:, 0]),
+    "greater": lambda x, signs: x.exp() * (signs > 0),
+    "zeros like it": lambda x, signs: x.exp() + torch.zeros_like(signs.exp()),
+    "rounded": lambda x, signs: x.exp() + signs.exp().argmax(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["with gradients", "without"])
+@pytest.mark.parametrize("use", ONLY_COMPARED)
+def test_an_input_that_no_gradient_reaches_has_none(use, recorded):
+    """It would have zeros, if lanes of it lay in a pack with those of an input of the same shape that has one, and results another flag."""
+    def forward(self, x, signs):
+        return [ONLY_COMPARED[use](x[:, i], signs[:, i]) for i in range(3)]
+
+    def inputs(first, second):
+        x, signs = checks.randn(5, 3, 6), checks.randn(5, 3, 6).sign()
+        return x.requires_grad_(first), signs.requires_grad_(second)
+
+    model = checks.model_of(forward)
+    fused = fxfuse.optimize(model, inputs(recorded, recorded), objective="launches", tune=False)
+    assert fxfuse.report(fused).fused
+    for given in (inputs(True, True), inputs(True, False)):
+        torch.stack([out.sum() for out in fused(*given)]).sum().backward()
+        x_grad, signs_grad = given[0].grad, given[1].grad
+        expected = torch.autograd.grad(sum(out.sum() for out in model(*given)), given[0])[0]
+        torch.testing.assert_close(x_grad, expected, rtol=1e-12, atol=1e-14)
+        assert signs_grad is None
+    given = inputs(False, True)
+    assert [out.requires_grad for out in fused(*given)] == [out.requires_grad for out in model(*given)] == [False] * 3
+
+
 def test_what_a_module_returns_and_nobody_uses_has_no_gradient():
     class Two(nn.Module):
         def __init__(self):
