@@ -414,7 +414,7 @@ class _Check:
 
     def _most(self, pair: _Pair, kind: Kind, sizes: dict[Kind, float]) -> float:
         """What is further apart than this is not worth more shakes. Gradients: of cotangents of about 1, as above."""
-        most = pair.eps**0.5 * sizes[kind]
+        most = math.sqrt(pair.eps) * sizes[kind]
         return max(most, self.rtol, SLACK * pair.eps) if kind in _GRADIENTS else most
 
     def _forgive_zeros(
