@@ -197,6 +197,31 @@ def test_a_backward_hook_of_a_lane_without_parameters_is_kept() -> None:
     assert not model.nets[2]._forward_pre_hooks
 
 
+class Tracked(Listed):
+    """An energy of lanes that nobody registers: tracked whatever the caller does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return torch.stack([net(x.detach()) for net in self.nets])
+
+
+def test_what_forward_tracks_has_the_weights_gradients_under_no_grad() -> None:
+    torch.manual_seed(0)
+    model, x = Tracked(), randn(5, 4)
+    fused = fxfuse.optimize(model, x, objective="launches", **QUICK)
+    assert fxfuse.report(fused).fused
+    each = []
+    for m in (model, fused):
+        with torch.no_grad():
+            out = m(x)
+        assert out.requires_grad
+        out.square().sum().backward()
+        each.append([p.grad for net in m.nets for p in net.parameters()])
+    for want, got in zip(*each, strict=True):
+        assert want is not None
+        assert_close(got, want, "a weight's gradient")
+
+
 def test_in_place_the_optimizer_from_before_goes_on() -> None:
     torch.manual_seed(0)
     model, x = randomized(Listed()), randn(5, 4)
