@@ -173,6 +173,55 @@ def test_a_lane_with_a_hook_stays_a_loop() -> None:
     assert_close(fused(x), model(x), "output")
 
 
+class Plain(nn.Module):
+    """Lanes without Parameters, in a list that nobody registers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = [nn.Identity() for _ in range(3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([0.5**i * net(x) for i, net in enumerate(self.nets)])
+
+
+def test_a_backward_hook_of_a_lane_without_parameters_is_kept() -> None:
+    """Nothing in front of it showed that the lane is one: its gradient came back without what the hook does to it."""
+    model, x = Plain(), randn(5, 4)
+    model.nets[2].register_full_backward_hook(lambda module, inner, outer: tuple(g * 3 for g in inner))
+    fused = fxfuse.optimize(model, x, objective="launches", **QUICK)
+    assert any("nets.2, which has hooks and is registered nowhere" in str(refusal) for refusal in fxfuse.report(fused).refused)
+    each = [(m, x.clone().requires_grad_()) for m in (model, fused)]
+    for m, leaf in each:
+        m(leaf).sum().backward()
+    assert_close(each[1][1].grad, each[0][1].grad, "input's gradient")
+    assert not model.nets[2]._forward_pre_hooks
+
+
+class Tracked(Listed):
+    """An energy of lanes that nobody registers: tracked whatever the caller does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return torch.stack([net(x.detach()) for net in self.nets])
+
+
+def test_what_forward_tracks_has_the_weights_gradients_under_no_grad() -> None:
+    torch.manual_seed(0)
+    model, x = Tracked(), randn(5, 4)
+    fused = fxfuse.optimize(model, x, objective="launches", **QUICK)
+    assert fxfuse.report(fused).fused
+    each = []
+    for m in (model, fused):
+        with torch.no_grad():
+            out = m(x)
+        assert out.requires_grad
+        out.square().sum().backward()
+        each.append([p.grad for net in m.nets for p in net.parameters()])
+    for want, got in zip(*each, strict=True):
+        assert want is not None
+        assert_close(got, want, "a weight's gradient")
+
+
 def test_in_place_the_optimizer_from_before_goes_on() -> None:
     torch.manual_seed(0)
     model, x = randomized(Listed()), randn(5, 4)

@@ -453,6 +453,115 @@ def test_a_gradient_of_pure_rounding_passes():
     assert max(d.max_abs for d in result.differences if d.name == "bias" and d.dtype == "float64") < 1e-13
 
 
+class Signs(nn.Module):
+    """A lane's one element over its own size: the gradient of all in front of it is zero but for rounding. ``small`` is a way around."""
+
+    def __init__(self, form, spoil=lambda h, i: h, small=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.nets = nn.ModuleList(nn.Linear(4, 1) for _ in range(3))
+        self.form, self.spoil, self.small = form, spoil, small
+
+    def forward(self, x):
+        each = [self.spoil(net(x), i) for i, net in enumerate(self.nets)]
+        return torch.stack([self.form(h) + self.small * h for h in each], 1)
+
+
+def centred(h):
+    return (h - h.mean(-1, keepdim=True)) * 1000 / 3 + h.sign()
+
+
+OVER_ONE = {
+    "divided": lambda h: F.normalize(h, dim=-1),
+    "by the absolute value": lambda h: h / h.abs(),
+    "layer norm": lambda h: F.layer_norm(h, (1,)) + h.sign(),
+    "centred": centred,
+    "exactly zero": lambda h: h.detach().sign() + 0.0 * h,
+}
+
+
+@pytest.mark.parametrize("fused", OVER_ONE)
+@pytest.mark.parametrize("original", OVER_ONE)
+def test_zero_but_for_either_s_rounding_passes(original, fused):
+    """Exact zeros do not move with the last bits, and rounding of few outcomes does not always."""
+    for rows in (1, 2):
+        result = verify(Signs(OVER_ONE[original]), Signs(OVER_ONE[fused]), data(rows))
+        assert result.ok, str(result)
+        assert result.proved
+
+
+class Wrong(torch.autograd.Function):
+    """Its forward changes nothing, its backward is off by ``add`` and by a factor."""
+
+    @staticmethod
+    def forward(ctx, h, add, factor):
+        ctx.by = add, factor
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, grad):
+        add, factor = ctx.by
+        return grad * factor + add, None, None
+
+
+@pytest.mark.parametrize(("add", "factor", "small"), [
+    (1e-3, 1, 0), (1e-9, 1, 0), (1e-12, 1, 0), (0, 1 + 1e-8, 1), (0, 1 + 1e-6, 1e-6), (0, 1.01, 1e-9), (0, 0, 1e-11),
+])  # fmt: skip
+@pytest.mark.parametrize("original", ["divided", "centred", "exactly zero"])
+def test_a_wrong_gradient_is_found_where_the_others_are_rounding(original, add, factor, small):
+    form = OVER_ONE[original]
+
+    def spoil(h, i):
+        return Wrong.apply(h, add, factor) if i == 1 else h
+
+    for rows in (1, 5):
+        result = verify(Signs(form, small=small), Signs(form, spoil, small), data(rows))
+        assert {"nets.1.weight", "nets.1.bias"} <= failed(result, kind="parameter gradient"), str(result)
+
+
+@pytest.mark.parametrize("small", [1.0, 1e-6, 1e-9])
+def test_gradients_of_swapped_lanes_are_found_where_the_others_are_rounding(small):
+    """Forward is right; backward hands lane 0 what is lane 1's."""
+
+    class Swapped(Signs):
+        def forward(self, x):
+            a, b, c = (net(x) for net in self.nets)
+            outs = [self.form(h) + self.small * (h.detach() + other - other.detach()) for h, other in ((a, b), (b, a), (c, c))]
+            return torch.stack(outs, 1)
+
+    form = OVER_ONE["divided"]
+    result = verify(Signs(form, small=small), Swapped(form, small=small), data())
+    assert {"nets.0.weight", "nets.1.weight"} <= failed(result, kind="parameter gradient"), str(result)
+
+
+class OneElement(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 1), nn.LayerNorm(1) if norm == "layer norm" else None
+
+    def forward(self, x):
+        h = self.first(x)
+        return F.normalize(h, dim=-1) if self.norm is None else self.norm(h)
+
+
+@pytest.mark.parametrize("norm", ["normalize", "layer norm"])
+def test_lanes_that_normalize_one_element_fuse(norm):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList(OneElement(norm) for _ in range(5))
+
+        def forward(self, x):
+            return torch.stack([net(x) for net in self.nets])
+
+    for seed, rows in enumerate((1, 3, 5)):
+        torch.manual_seed(seed)
+        model, x = randomized(Model()).double(), torch.randn(rows, 4, dtype=torch.float64)
+        report = fxfuse.report(fxfuse.optimize(model, x, objective="launches", tune=False))
+        assert report.fused
+        assert not report.refused, str(report)
+
+
 def test_a_small_true_gradient_is_not_taken_for_rounding():
     class Two(nn.Module):
         def __init__(self, wrong):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
     watched = [WatchedModule(path, module, attributes, generators, path in holders) for path, module in modules.items()]
     hidden: dict[str, nn.Parameter] = {}
     beside = list(unregistered(model))
-    if not any(has_hooks(module) for _, module in beside):  # they run while recording, and a fused forward does not call them
+    hooked = [(path, module) for path, module in beside if has_hooks(module)]  # they run while recording, a fused forward calls none
+    if not hooked:
         hidden = hidden_parameters(model, beside)
         for path, parameter in hidden.items():
             attributes.setdefault(id(parameter), path)
@@ -60,7 +62,9 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
             if id(value) not in objects:
                 objects[id(value)] = (Contents((value,)), [])
             objects[id(value)][1].append((each.path, name))
+    tellers = []
     try:
+        tellers += [module.register_forward_pre_hook(partial(_tell, recorder, path)) for path, module in hooked]
         for each in watched:
             each.start(recorder)
         for leaf in leaves:
@@ -69,6 +73,8 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
         with watching(modules, keys - buffers, recorder.touch):
             yield recorder
     finally:
+        for teller in tellers:
+            teller.remove()
         stopped = {each.path: each.stop() for each in watched}
         recorder.kept.restore()
         final: dict[Key, Any] = {(path, name): value for path, (_, found, _) in stopped.items() for name, value in found.items()}
@@ -82,6 +88,13 @@ def _watched(model: nn.Module, args: Any, kwargs: Any, keys: frozenset[Key]) -> 
                 changed.update(holding)
         if changed:
             _mark_changed(recorder.trace, changed)
+
+
+def _tell(recorder: Recorder, path: str, *_: Any) -> None:
+    """A module that nobody registered, and that has hooks, is called: whoever calls it has to go on doing so."""
+    for index in recorder.stack[-1:]:
+        frame = recorder.trace.frames[index]
+        frame.poison = frame.poison or f"calls {path}, which has hooks and is registered nowhere"
 
 
 def _mark_changed(trace: Trace, changed: dict[str, str]) -> None:

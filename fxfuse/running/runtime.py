@@ -187,6 +187,10 @@ def compile_program(
         lines.append("    if spec != in_spec: return MISS")
         lines.extend([f"    {', '.join(inputs)}, = leaves"] if inputs else [])
     lines.extend(f"    {line}" for line in _other_sizes(program, scope))
+    if program.tracked and fetches:  # a pack of Parameters that stay has a history only where it is fetched with tracking on
+        scope["enable_grad"] = torch.enable_grad
+        lines.append("    with enable_grad():")
+        fetches = [f"    {fetch}" for fetch in fetches]
     lines.extend(f"    {fetch}" for fetch in fetches)
     lines.append(f"    if not guard({', '.join(everything)}): return MISS")
     hold: Callable[[bool], None] = _nothing_to_hold
