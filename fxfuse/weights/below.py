@@ -1,4 +1,4 @@
-"""The parameters of a part of a fused region, asked for by itself: ``fused.experts.parameters()``.
+"""The parameters or buffers of a part of a fused region, asked for by itself: ``fused.experts.parameters()``.
 
 Comes in: a module inside of a region. Goes out: what it has of its own; packs whose lanes all lie in it; of other packs views of its lanes,
 which no optimizer takes. A part without parameters would let a param group train nothing, unnoticed.
@@ -18,6 +18,15 @@ from .lane_parameter import lane_parameter
 
 def parameters_below(module: nn.Module, prefix: str, remove_duplicate: bool) -> Iterator[tuple[str, Tensor]]:
     """As ``named_parameters``: a pack comes once, under the name of the first of its lanes."""
+    return _below(module, prefix, remove_duplicate, "parameter")
+
+
+def buffers_below(module: nn.Module, prefix: str, remove_duplicate: bool) -> Iterator[tuple[str, Tensor]]:
+    """As ``named_buffers``; views of single lanes are plain tensors."""
+    return _below(module, prefix, remove_duplicate, "buffer")
+
+
+def _below(module: nn.Module, prefix: str, remove_duplicate: bool, kind: str) -> Iterator[tuple[str, Tensor]]:
     lanes: dict[int, set[int]] = {}  # by pack, those that lie here
     for below in module.modules():
         info = lane_info(below)
@@ -26,9 +35,9 @@ def parameters_below(module: nn.Module, prefix: str, remove_duplicate: bool) -> 
     seen: set[Any] = set()
     for path, below in module.named_modules(prefix=prefix, remove_duplicate=remove_duplicate):
         info = lane_info(below)
-        slots: dict[str, Slot] = {} if info is None else {n: s for n, s in info.slots.items() if s.recipe.kind == "parameter"}
-        own = below._parameters
-        for name in dict.fromkeys((*(() if info is None else info.parameters), *own)):
+        slots: dict[str, Slot] = {} if info is None else {n: s for n, s in info.slots.items() if s.recipe.kind == kind}
+        own: dict[str, Tensor | None] = below._parameters if kind == "parameter" else below._buffers
+        for name in dict.fromkeys((*(() if info is None else info.parameters if kind == "parameter" else info.buffers), *own)):
             slot = slots.get(name)
             value = own.get(name)
             if slot is not None:
@@ -38,7 +47,8 @@ def parameters_below(module: nn.Module, prefix: str, remove_duplicate: bool) -> 
                 if key in seen and (remove_duplicate or entire):
                     continue
                 seen.add(key)
-                found = packed if entire else slot.view() if torch.compiler.is_compiling() else lane_parameter(slot)
+                plain = kind == "buffer" or torch.compiler.is_compiling()
+                found = packed if entire else slot.view() if plain else lane_parameter(slot)
                 yield f"{path}.{name}" if path else name, found
             elif value is not None and not (remove_duplicate and id(value) in seen):
                 seen.add(id(value))
