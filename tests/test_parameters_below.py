@@ -181,3 +181,88 @@ def test_names_in_state_dicts_of_parts() -> None:
     assert list(nn.Module.state_dict(fused)) == list(fused.state_dict())
     with fxfuse.checkpoint_format(fused, "original"):
         assert list(fused.nets.state_dict()) == list(model.nets.state_dict())
+
+
+def doubled_vector(part: nn.Module) -> None:
+    nn.utils.vector_to_parameters(torch.cat([p.reshape(-1) for p in part.parameters()]) * 2, part.parameters())
+
+
+def other_data(part: nn.Module) -> None:
+    for index, parameter in enumerate(part.parameters()):
+        parameter.data = parameter.data + index
+
+
+@pytest.mark.parametrize("change", [doubled_vector, other_data])
+def test_data_of_one_lane(change: Any) -> None:
+    model, inputs = experts()
+    fused = fuse(copy.deepcopy(model), inputs)
+    for each in (model, fused):
+        change(each.experts[1])
+    for name, value in model.state_dict().items():
+        assert torch.equal(fxfuse.original_state_dict(fused)[name], value), name
+    with pytest.raises(fxfuse.FxfuseError, match="its data stays"):
+        next(iter(fused.experts[1].parameters())).data = torch.zeros(2)
+
+
+def test_hooks_of_one_lanes_weights() -> None:
+    model, inputs = experts()
+    fused = fuse(copy.deepcopy(model), inputs)
+    seen: list[list[Any]] = [[], []]
+    for each, found in zip((model, fused), seen):
+        handles = []
+        for index, parameter in enumerate(each.experts[1].parameters()):
+            handles.append(parameter.register_hook(lambda g, k=index: g * (k + 2)))
+            handles.append(parameter.register_hook(lambda g, f=found: f.append(g.clone())))
+            parameter.register_post_accumulate_grad_hook(lambda p, f=found: f.append(p.grad.clone()))
+        each(*inputs(2, 4)).pow(2).sum().backward()
+        for handle in handles:
+            handle.remove()
+        each(*inputs(3, 4)).pow(2).sum().backward()
+
+    def by_size(found: list[Any]) -> list[Any]:  # the order in which gradients arrive is nobody's promise
+        return sorted(found, key=lambda t: (t.shape, float(t.sum())))
+
+    assert len(seen[0]) == len(seen[1]) == 12
+    for got, expected in zip(by_size(seen[1]), by_size(seen[0])):
+        assert_close(got, expected, "seen")
+    for name, gradient in original_gradients(model).items():
+        assert_close(original_gradients(fused)[name], gradient, name)
+
+
+def test_parts_that_move_or_say_that_they_cannot() -> None:
+    model, inputs = experts()
+    fused = fuse(copy.deepcopy(model), inputs)
+    x = inputs(2, 5)
+    for each in (model, fused):
+        each.experts[1].double().to("cpu").requires_grad_(True)  # as they are
+        each.experts.float()
+        with pytest.raises(RuntimeError, match="dtype"):
+            each(*x)
+        each.experts.double()
+    for name, value in model.state_dict().items():
+        assert torch.equal(fxfuse.original_state_dict(fused)[name], value), name
+    assert_close(fused(*x), model(*x), "outputs")
+    before = fxfuse.original_state_dict(fused)
+    for move in (lambda part: part.half(), lambda part: part.to(torch.float32), lambda part: part.to("meta")):
+        with pytest.raises(fxfuse.FxfuseError, match=r"experts.1.0.\w+ alone cannot become torch.float"):
+            move(fused.experts[1])
+    assert all(torch.equal(value, before[name]) for name, value in fxfuse.original_state_dict(fused).items())
+    fused.half()
+    assert all(p.dtype is torch.float16 for p in fused.parameters())
+    assert fused.experts[1][0].weight.dtype is torch.float16
+
+
+def test_a_frozen_lane_among_parts_that_move() -> None:
+    model, inputs = experts()
+    fused = fuse(copy.deepcopy(model), inputs)
+    fxfuse.freeze(fused, "experts.1.*")
+    model.experts[1].requires_grad_(False)
+    for each in (model, fused):
+        each.experts.float().double()
+        each.experts[1].requires_grad_(False)
+        each.experts[2].requires_grad_(True)
+        each(*inputs(2, 4)).pow(2).sum().backward()
+    for name, gradient in original_gradients(model).items():
+        assert_close(original_gradients(fused)[name], gradient, name)
+    for name, value in model.state_dict().items():
+        assert torch.equal(fxfuse.original_state_dict(fused)[name], value), name

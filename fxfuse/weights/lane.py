@@ -83,6 +83,10 @@ class Watch:
     original_names: bool = False  # state_dict() writes the original's names
     loading: tuple[list[str], bool] | None = None  # the load in progress (its list of missing keys), by original names?
 
+    def moved(self) -> None:
+        """Packs have another dtype or lie elsewhere."""
+        self.ready = None
+
     def unread(self, path: str, module: nn.Module, name: str) -> bool:
         """Is an attribute that is set on a module one that no program rests on?"""
         return False
@@ -458,6 +462,14 @@ class LaneMixin(nn.Module):
 
         return buffers_below(self, prefix, remove_duplicate)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of any module; a part by itself (``fused.experts.half()``) moves the packs whose lanes all lie in it, or raises."""
+        if getattr(_thread, "moved", None) is self:
+            from .below import apply_below  # imports this file
+
+            apply_below(self, fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """As of any module; where it would freeze some lanes of a pack only, raise instead of doing nothing."""
         own: dict[str, set[str]] = {}
@@ -470,7 +482,7 @@ class LaneMixin(nn.Module):
                     packs[slot.recipe.name] = slot
         for name, members in own.items():
             lanes = len(packs[name].recipe.members)
-            if len(members) < lanes:
+            if len(members) < lanes and packs[name].packed().requires_grad is not requires_grad:
                 said = f"{name} packs {lanes} lanes, and requires_grad_ of {len(members)} of them alone cannot be set"
                 first = sorted(members)[0]
                 raise FxfuseError(f"{said}: fxfuse.freeze(model, {first!r}) and fxfuse.unfreeze do that, by names in the whole model")
@@ -495,6 +507,21 @@ def _telling(name: str, base: type = nn.Module) -> Callable[..., Any]:
     return method
 
 
+def _moving(name: str) -> Callable[..., Any]:
+    """A method that moves or casts, told to the part that it is called of: below a model that moves, parts have nothing to do."""
+
+    @functools.wraps(getattr(nn.Module, name))
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer = getattr(_thread, "moved", None)
+        _thread.moved = None if getattr(self.__dict__[LANE].watch, "region", self) is self else self
+        try:
+            return getattr(super(LaneMixin, self), name)(*args, **kwargs)
+        finally:
+            _thread.moved = outer
+
+    return method
+
+
 # What ``fully_shard`` notes on every module below the one that it wraps; no forward reads it.
 _OF_FSDP = frozenset(("_is_fsdp_managed_module", "_fsdp_use_orig_params"))
 
@@ -511,6 +538,8 @@ for _name in (
     *("register_parameter", "register_buffer"),
 ):
     setattr(LaneMixin, _name, _telling(_name))
+for _name in ("to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "xpu", "ipu", "mtia", "to_empty", "share_memory"):
+    setattr(LaneMixin, _name, _moving(_name))
 _CONTAINER = ("__delitem__", "__setitem__", "append", "extend", "insert", "pop", "clear", "update", "popitem")
 _CONTAINER_READS = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
 
