@@ -390,7 +390,8 @@ class Emitter(WeightReader):
         for leaf in made:
             if leaf.meta.get("rows_without_grad"):
                 made[leaf] = self.call(in_rows_without_grad, made[leaf])
-        self.graph.output([made[leaf] if isinstance(leaf, Node) else leaf for leaf in leaves])
+        out = self.graph.output([made[leaf] if isinstance(leaf, Node) else leaf for leaf in leaves])
+        out.meta["some_rows"] = any(leaf.meta.get("no_empty") for leaf in made)
 
     def _held(self, node: Node) -> Node:
         """An input, or what holds a weight: its pack, where it has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from typing import Any
@@ -574,3 +575,22 @@ def test_results_lie_as_in_the_original_with_and_without_grad(dtype: torch.dtype
                 checks.assert_close(got, want, "attention", rtol=1e-10 if dtype is torch.float64 else 1e-5)
     assert not fxfuse.report(fused).fallbacks
     assert seen == ({True} if join == "stack" else {True, False})
+
+
+def test_an_empty_batch_has_no_attention_weights_where_torch_gives_none() -> None:
+    """torch's fast path returns None for the weights of an empty batch."""
+    def forward(self: nn.Module, x: Tensor) -> list[Any]:
+        return [net(x, x, x) for net in self.nets]
+
+    model = checks.randomized(checks.model_of(forward, nets=nn.ModuleList(nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(3))))
+    fused = fxfuse.optimize(copy.deepcopy(model), checks.randn(3, 5, 8), objective="launches", **checks.QUICK)
+    assert fxfuse.report(fused).fused
+    for training in (True, False):
+        for each in (model, fused):
+            each.train(training)
+        for shape in ((0, 5, 8), (2, 0, 8), (1, 5, 8)):
+            with torch.no_grad():
+                expected, got = model(checks.randn(*shape)), fused(checks.randn(*shape))
+            for (y, weights), (same, others) in zip(expected, got):
+                checks.assert_close(same, y, f"{shape}")
+                checks.assert_close(others, weights, f"weights of {shape}")

@@ -25,7 +25,7 @@ from fxfuse.passes.updates import updates_of, writes
 from fxfuse.passes.vectorize import Prepared, prepare
 from fxfuse.private.module_hooks import has_hooks
 from fxfuse.private.torch_function import DisableTorchFunction
-from fxfuse.recording.fast_path import holds_attention, in_rows_without_grad
+from fxfuse.recording.fast_path import attends, holds_attention, in_rows_without_grad
 from fxfuse.recording.observe import Observation
 from fxfuse.recording.trace import Frame, Ref, Trace
 from fxfuse.running.region import STATE
@@ -151,6 +151,10 @@ class RegionFinder:
         for node, rows in zip(output.args[0], self.rows[frame.index], strict=False):
             if rows and isinstance(node, torch.fx.Node):
                 node.meta["rows_without_grad"] = True
+        if attends(frame.module, self.observation.trace.frames[0].module, self.observation.flags):
+            for leaf in output.args[0]:
+                if isinstance(leaf, torch.fx.Node):
+                    leaf.meta["no_empty"] = True
 
     def visit(self, index: int = 0) -> None:
         """Find the regions in the module call ``index`` and below."""

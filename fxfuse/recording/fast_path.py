@@ -67,3 +67,9 @@ def has_fast_path(model: nn.Module) -> bool:
 def holds_attention(model: nn.Module) -> bool:
     """May it do so in one of its modes?"""
     return any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+
+
+def attends(module: nn.Module, root: nn.Module, flags: Sequence[bool]) -> bool:
+    """May ``module`` take the fast path where the modules of ``root`` are in these modes? Of an empty batch that gives no weights."""
+    inside = {id(each) for each in module.modules() if isinstance(each, nn.MultiheadAttention)}
+    return any(id(each) in inside and not training for each, training in zip(all_modules(root), flags, strict=True))

@@ -103,6 +103,15 @@ class RegionState(Watch):
         plan = self.__dict__.get("plan")  # none while this is unpickled: modules set attributes then
         return plan is None or unread(plan.spelled, module, name)
 
+    def moved(self) -> None:
+        """The memory of the old weights is let go of."""
+        for compiled in (*self.compiled.values(), *(each for others in self.others.values() for each in others)):
+            compiled.hold(False)
+        self.adapted.clear()
+        self.unfit.clear()
+        self.extra.clear()
+        self.ready = None
+
     def removed(self, region: nn.Module) -> None:
         """Called when the region is an ordinary module again: take the pack and this state out of it."""
         if self.holder is not None:
@@ -412,14 +421,8 @@ class RegionMixin(LaneMixin):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As of any module (``to``, ``half``, ``cuda``): the memory of the old weights is let go of."""
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        state: RegionState = self.__dict__[STATE]
-        for compiled in (*state.compiled.values(), *(each for others in state.others.values() for each in others)):
-            compiled.hold(False)
-        state.adapted.clear()
-        state.unfit.clear()
-        state.extra.clear()
-        state.ready = None
+        result = super()._apply(fn, recurse)
+        self.__dict__[STATE].moved()
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

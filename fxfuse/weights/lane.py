@@ -11,6 +11,8 @@ import copy
 import functools
 import inspect
 import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -80,6 +82,10 @@ class Watch:
     sets: frozenset[tuple[str, str]] = frozenset()  # (path, name) of attributes that forward itself sets, and does not read before
     original_names: bool = False  # state_dict() writes the original's names
     loading: tuple[list[str], bool] | None = None  # the load in progress (its list of missing keys), by original names?
+
+    def moved(self) -> None:
+        """Packs have another dtype or lie elsewhere."""
+        self.ready = None
 
     def unread(self, path: str, module: nn.Module, name: str) -> bool:
         """Is an attribute that is set on a module one that no program rests on?"""
@@ -247,6 +253,27 @@ def saving_by_original_name() -> bool:
     return bool(getattr(_thread, "original", False))
 
 
+def _saved_whole(destination: Any) -> dict[int, str]:
+    """The regions that were written into a state dict so far on this thread, by identity, and their prefixes there."""
+    noted: list[tuple[weakref.ref[Any], dict[int, str]]] = getattr(_thread, "saved", [])
+    for reference, regions in noted:
+        if reference() is destination:
+            return regions
+    made: dict[int, str] = {}
+    _thread.saved = [each for each in noted if each[0]() is not None] + [(weakref.ref(destination), made)]
+    return made
+
+
+@contextmanager
+def _loading_alone() -> Iterator[None]:
+    outer = getattr(_thread, "alone", False)
+    _thread.alone = True
+    try:
+        yield
+    finally:
+        _thread.alone = outer
+
+
 @contextmanager
 def _as_original(module: nn.Module, info: LaneInfo) -> Iterator[None]:
     """Within, the module's ``_parameters`` and ``_buffers`` list views of what it gave to the pack."""
@@ -347,8 +374,34 @@ class LaneMixin(nn.Module):
     def _replicate_for_data_parallel(self) -> Any:
         raise FxfuseError("a fused model cannot be replicated by nn.DataParallel; use DistributedDataParallel, or fxfuse.unfuse it first")
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's. A part that is reached without its region has what it holds by the original's names, as views."""
+        info: LaneInfo = self.__dict__[LANE]
+        destination, prefix = (args[i] if i < len(args) else kwargs.get(n) for i, n in enumerate(("destination", "prefix")))
+        if info.watch.original_names or self._is_written_whole(destination, prefix or ""):
+            return super().state_dict(*args, **kwargs)
+        with by_original_name():
+            return super().state_dict(*args, **kwargs)
+
+    def _is_written_whole(self, destination: Any, prefix: str) -> bool:
+        """Is this the region, or does its region write the packs into the same state dict?"""
+        region = getattr(self.__dict__[LANE].watch, "region", self)
+        if region is self or destination is None:
+            return region is self
+        above = _saved_whole(destination).get(id(region)) if isinstance(destination, OrderedDict) else ""
+        return above is not None and prefix.startswith(above)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's. A part by itself knows the original's names only, and misses those that are not there."""
+        if getattr(self.__dict__[LANE].watch, "region", self) is self:
+            return super().load_state_dict(*args, **kwargs)
+        with _loading_alone():
+            return super().load_state_dict(*args, **kwargs)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         info: LaneInfo = self.__dict__[LANE]
+        if getattr(info.watch, "region", self) is self and isinstance(destination, OrderedDict):
+            _saved_whole(destination)[id(self)] = prefix
         if saving_by_original_name() or info.watch.original_names:
             with _as_original(self, info):
                 super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -364,7 +417,8 @@ class LaneMixin(nn.Module):
         loading = info.watch.loading
         ours = loading is not None and loading[0] is rest[2]
         # A lane that is reached without its region (lane.load_state_dict, or a second path to it) knows original names only.
-        original = loading[1] if ours and loading is not None else any(prefix + name in state_dict for name in info.slots)
+        alone = getattr(_thread, "alone", False) or any(prefix + name in state_dict for name in info.slots)
+        original = loading[1] if ours and loading is not None else alone
         if not original or not info.slots:
             absent = [prefix + name for name in info.slots if prefix + name not in state_dict]
             super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -399,6 +453,23 @@ class LaneMixin(nn.Module):
 
         return cast("Iterator[tuple[str, nn.Parameter]]", parameters_below(self, prefix, remove_duplicate))
 
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """As of any module; of a part of a region as ``named_parameters``."""
+        region = getattr(self.__dict__[LANE].watch, "region", self)
+        if not recurse or region is self or self._fxfuse_base.named_buffers is not nn.Module.named_buffers:
+            return super().named_buffers(prefix, recurse, remove_duplicate)
+        from .below import buffers_below  # imports this file
+
+        return buffers_below(self, prefix, remove_duplicate)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of any module; a part by itself (``fused.experts.half()``) moves the packs whose lanes all lie in it, or raises."""
+        if getattr(_thread, "moved", None) is self:
+            from .below import apply_below  # imports this file
+
+            apply_below(self, fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """As of any module; where it would freeze some lanes of a pack only, raise instead of doing nothing."""
         own: dict[str, set[str]] = {}
@@ -411,7 +482,7 @@ class LaneMixin(nn.Module):
                     packs[slot.recipe.name] = slot
         for name, members in own.items():
             lanes = len(packs[name].recipe.members)
-            if len(members) < lanes:
+            if len(members) < lanes and packs[name].packed().requires_grad is not requires_grad:
                 said = f"{name} packs {lanes} lanes, and requires_grad_ of {len(members)} of them alone cannot be set"
                 first = sorted(members)[0]
                 raise FxfuseError(f"{said}: fxfuse.freeze(model, {first!r}) and fxfuse.unfreeze do that, by names in the whole model")
@@ -436,6 +507,21 @@ def _telling(name: str, base: type = nn.Module) -> Callable[..., Any]:
     return method
 
 
+def _moving(name: str) -> Callable[..., Any]:
+    """A method that moves or casts, told to the part that it is called of: below a model that moves, parts have nothing to do."""
+
+    @functools.wraps(getattr(nn.Module, name))
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer = getattr(_thread, "moved", None)
+        _thread.moved = None if getattr(self.__dict__[LANE].watch, "region", self) is self else self
+        try:
+            return getattr(super(LaneMixin, self), name)(*args, **kwargs)
+        finally:
+            _thread.moved = outer
+
+    return method
+
+
 # What ``fully_shard`` notes on every module below the one that it wraps; no forward reads it.
 _OF_FSDP = frozenset(("_is_fsdp_managed_module", "_fsdp_use_orig_params"))
 
@@ -452,6 +538,8 @@ for _name in (
     *("register_parameter", "register_buffer"),
 ):
     setattr(LaneMixin, _name, _telling(_name))
+for _name in ("to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "xpu", "ipu", "mtia", "to_empty", "share_memory"):
+    setattr(LaneMixin, _name, _moving(_name))
 _CONTAINER = ("__delitem__", "__setitem__", "append", "extend", "insert", "pop", "clear", "update", "popitem")
 _CONTAINER_READS = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
 

@@ -20,6 +20,7 @@ from .recipes import lane_view
 
 # Methods that fill a tensor with random numbers.
 _DRAWS = frozenset("normal_ uniform_ bernoulli_ exponential_ cauchy_ log_normal_ geometric_ random_".split())
+_HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 
 
 class LaneParameter(Tensor):
@@ -34,7 +35,15 @@ class LaneParameter(Tensor):
         target = args[0] if args else kwargs.get("tensor")
         if isinstance(target, LaneParameter):
             if name == "requires_grad_" or (name == "__set__" and func.__self__.__name__ == "requires_grad"):
+                with DisableTorchFunction():
+                    as_it_is = (args[1] if len(args) > 1 else kwargs.get("requires_grad", True)) is target.requires_grad
+                if as_it_is:
+                    return target
                 raise _alone(target)
+            if name == "__set__" and func.__self__.__name__ == "data":
+                return _data(target, args[1])
+            if name in _HOOKS:
+                return _hooked(target, name, *args[1:], *kwargs.values())
             init = getattr(func, "__module__", "") == "torch.nn.init"
             if (init or name in _DRAWS) and not target.is_contiguous() and (init or not torch.is_grad_enabled()):
                 return _in_rows(target, func, args, kwargs)
@@ -69,6 +78,38 @@ def _alone(lane: LaneParameter) -> FxfuseError:
         f"{name} is packed with {others} other lanes, and requires_grad of it alone cannot be set:"
         f" fxfuse.freeze(model, {name!r}) and fxfuse.unfreeze do that (with the name that it has in the whole model)"
     )
+
+
+def _data(lane: LaneParameter, value: Any) -> None:
+    """``lane.data = value``: a view cannot be pointed elsewhere, so the pack takes the numbers."""
+    slot = lane._fxfuse_slot
+    with DisableTorchFunction():
+        if not isinstance(value, Tensor) or (value.shape, value.dtype, value.device) != (lane.shape, lane.dtype, lane.device):
+            name = slot.recipe.members[slot.index]
+            kind = f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            said = f"{name} is packed with other lanes: its data stays {lane.dtype} {list(lane.shape)} on {lane.device}"
+            raise FxfuseError(f"{said}, {kind} came; fxfuse.unfuse first")
+        slot.view().detach().copy_(value.detach())
+
+
+def _hooked(lane: LaneParameter, name: str, hook: Any) -> Any:
+    """A hook of a weight becomes one of its pack, which shows it the lane's share."""
+    slot = lane._fxfuse_slot
+    packed = slot.packed()
+    if is_sharded(packed):
+        raise FxfuseError("a lane that is divided among processes takes no hooks")
+    if name != "register_hook":
+        return packed.register_post_accumulate_grad_hook(lambda _: hook(lane_parameter(slot)))  # type: ignore[no-untyped-call]
+
+    def on_the_pack(gradient: Tensor) -> Tensor | None:
+        returned = hook(lane_view(slot.recipe, gradient, slot.index))
+        if returned is None:
+            return None
+        changed = gradient.clone()
+        lane_view(slot.recipe, changed, slot.index).copy_(returned)
+        return changed
+
+    return packed.register_hook(on_the_pack)  # type: ignore[no-untyped-call]
 
 
 def _in_rows(lane: LaneParameter, func: Any, args: Any, kwargs: Any) -> Any:
