@@ -126,7 +126,7 @@ def test_other_ways_to_fuse_train_the_same(kind: str, way: str, optimizer: str) 
     if (kind, way) == ("tied", "chunked"):
         kind = "unequal"
     model, inputs = KINDS[kind]()
-    fused = fuse(model, inputs(1, 8), way)
+    fused = fuse(model, inputs(1, 200 if way == "chunked" else 8), way)  # of few rows, kernels' own memory is most of it
     losses = train(model, inputs, OPTIMIZERS[optimizer]), train(fused, inputs, OPTIMIZERS[optimizer])
     assert_same_training(model, fused, losses, f"{kind}, {way}, {optimizer}")
 
