@@ -23,6 +23,7 @@ from fxfuse.recording.attributes import touches_in
 from fxfuse.recording.sizes import SizeOf, SizeOp
 from fxfuse.recording.trace import Event, Frame, Key, Ref, Touch, Trace, refs_in
 
+from .carried_flags import refuse_flags_without_history
 from .closed_calls import GETITEM, ClosedCalls
 from .lifted import Lifted, Refused, SizeDependent, Sizes
 from .rows import layouts
@@ -73,6 +74,7 @@ class _Lifter(ClosedCalls):
                 raise SizeDependent("a size is passed into the region as a number", frame.place)
         self._comparisons()
         self._check_empty_calls()
+        refuse_flags_without_history(self.trace, frame)
         index = frame.start
         while index < frame.end:
             event = self.trace.events[index]

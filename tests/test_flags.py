@@ -113,3 +113,35 @@ def test_validation_finds_a_flag_that_only_the_example_as_given_shows() -> None:
     assert not result.ok
     assert "requires_grad is True, in the original False" in result.reason
     assert fxfuse.verify(Plain(), Plain(), X).ok
+
+
+class SlicedUntracked(nn.Module):
+    """Lanes that scale a view made under ``no_grad``, which has its base's flag and no history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(nn.Parameter(randn(3, seed=seed)) for seed in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = []
+        for scale in self.scales:
+            with torch.no_grad():
+                part = x[:, ::2]
+            out.append((part * scale).tanh())
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("needs", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_flag_without_a_history_is_refused(recorded: bool, needs: bool) -> None:
+    model, x = SlicedUntracked(), randn(5, 6)
+    fused = fxfuse.optimize(model, x.clone().requires_grad_(recorded), objective="launches")
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    x = x.clone().requires_grad_(needs)
+    assert fused(x).requires_grad
+    model.requires_grad_(False)
+    frozen = fxfuse.optimize(model, x.detach().requires_grad_(recorded), objective="launches", validate=False)
+    assert not fxfuse.report(frozen).fused
+    reasons = [refusal.reason for refusal in fxfuse.report(frozen).refused if "test_flags.py:" in str(refusal.place)]
+    assert "a result needs a gradient for a view under no_grad alone, and has none to give" in reasons
+    assert frozen(x).requires_grad is model(x).requires_grad is needs
