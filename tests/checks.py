@@ -24,7 +24,7 @@ from fxfuse import launches
 from fxfuse.weights import packing
 
 RTOL = 1e-10
-ROUNDING = 2.0**-47  # of float64, in what adds up to zero: a part of the largest number that it may have been added up of
+ROUNDING = 2.0**-44  # of float64, in what adds up to zero: a part of the largest number that it may have been added up of
 # For tests that are many: the planner's measurements and fxfuse's own validation are left out; the comparison here is not.
 QUICK: dict[str, Any] = {"tune": False, "validate": False}
 
