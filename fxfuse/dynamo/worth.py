@@ -41,10 +41,12 @@ LEAST_GAIN, LEAST_GAIN_IN_TRAINING = 1.08, 1.15
 FAR_AHEAD = 4.0
 # Seconds to hand a gradient to a parameter that lies in a shared pack.
 HANDED_OVER = 3.5e-6
-# Seconds at every call for a shared pack, and to see that a member lies in it still; in inference and where gradients are tracked.
+# Seconds at every call where there are shared packs; for each of these, and to see that a member lies in it still; in inference, and where
+# gradients are tracked.
+CALL = 8e-6
 PACK, PACK_IN_TRAINING = 1.2e-6, 9e-6
 MEMBER, MEMBER_IN_TRAINING = 0.2e-6, 0.75e-6
-# The same where the inner backend runs op by op what it is given, as far as fxfuse knows.
+# So much slower a packed form may be where the inner backend runs op by op what it is given, as far as fxfuse knows.
 SLOWER = 1.25
 # What Inductor calls, rather than writes.
 _CALLED = frozenset(
@@ -86,10 +88,12 @@ def _left(planner: Planner, times: Sequence[float], how: str) -> Refusal:
 def _looked_after(shared: list[list[Tensor]], train: bool) -> float:
     """Seconds that the packs in the user's parameters take at every call."""
     members = [member for pack in shared for member in pack]
+    if not members:
+        return 0.0
     if not train:
-        return PACK * len(shared) + MEMBER * len(members)
+        return CALL + PACK * len(shared) + MEMBER * len(members)
     handed_over = HANDED_OVER * sum(member.requires_grad for member in members)
-    return PACK_IN_TRAINING * len(shared) + MEMBER_IN_TRAINING * len(members) + handed_over
+    return CALL + PACK_IN_TRAINING * len(shared) + MEMBER_IN_TRAINING * len(members) + handed_over
 
 
 def _compiled(seconds: float, function: Callable[[], object]) -> float:
