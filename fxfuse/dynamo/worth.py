@@ -53,8 +53,8 @@ _CALLED = frozenset(
     "mm addmm bmm baddbmm mv addmv convolution convolution_backward lstm gru mkldnn_rnn_layer _scaled_dot_product_flash_attention "
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention".split()
 )
-# What a view costs, as a part of what a launch costs. Alone it is 0.35, most are made inside of other ops (``linear``): by 0.15 the four
-# models of the zoo on the edge (embeddings, calibrators, boosted trees) are fused where Inductor then runs them faster, and only there.
+# What a view costs, as a part of what a launch costs. Alone it is 0.35, but most are made inside of other ops (``linear``): 0.15 fits the
+# models of the zoo that are on the edge (embeddings, calibrators, boosted trees).
 _VIEW = 0.15
 # The least part of a form's time that is its work, however many launches it has.
 _WORK = 0.1
