@@ -101,6 +101,7 @@ def test_flags_of_results(name: str) -> None:
 
 def test_validation_finds_a_flag_that_only_the_example_as_given_shows() -> None:
     """With inputs that need gradients both results need one."""
+
     class Other(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x * torch.ones((), dtype=x.dtype, requires_grad=True)
@@ -131,17 +132,148 @@ class SlicedUntracked(nn.Module):
         return torch.stack(out)
 
 
-@pytest.mark.parametrize("needs", [False, True])
+NO_HISTORY = "a result can need a gradient for a view under no_grad alone, and has none to give"
+
+
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_flag_without_a_history_is_refused(recorded: bool, needs: bool) -> None:
-    model, x = SlicedUntracked(), randn(5, 6)
-    fused = fxfuse.optimize(model, x.clone().requires_grad_(recorded), objective="launches")
-    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("needs", [False, True])
+def test_a_flag_without_a_history_is_refused(needs: bool, after: bool, before: bool, recorded: bool) -> None:
+    """Whatever needs a gradient in the recording: the caller may change that of inputs, and freeze weights, at any time."""
+    model, x = SlicedUntracked().requires_grad_(before), randn(5, 6)
+    fused = fxfuse.optimize(model, x.clone().requires_grad_(recorded), objective="launches", validate=False)
+    assert not fxfuse.report(fused).fused
+    reasons = [refusal.reason for refusal in fxfuse.report(fused).refused if "test_flags.py:" in str(refusal.place)]
+    assert NO_HISTORY in reasons, reasons
+    for each in (model, fused):
+        each.requires_grad_(after)
     x = x.clone().requires_grad_(needs)
-    assert fused(x).requires_grad
-    model.requires_grad_(False)
-    frozen = fxfuse.optimize(model, x.detach().requires_grad_(recorded), objective="launches", validate=False)
-    assert not fxfuse.report(frozen).fused
-    reasons = [refusal.reason for refusal in fxfuse.report(frozen).refused if "test_flags.py:" in str(refusal.place)]
-    assert "a result needs a gradient for a view under no_grad alone, and has none to give" in reasons
-    assert frozen(x).requires_grad is model(x).requires_grad is needs
+    assert fused(x).requires_grad is model(x).requires_grad is (needs or after)
+
+
+def halves_written(self: nn.Module, x: Tensor) -> Any:
+    """What a view under ``no_grad`` is made to is written into memory of the model's own."""
+    with torch.no_grad():
+        part = x[:, :5]
+    out = x.new_zeros(x.shape[0], 20)
+    for i, net in enumerate(self.nets):
+        out[:, 5 * i : 5 * i + 5] = net(x).detach() * part
+    return out
+
+
+def another_result(self: nn.Module, x: Tensor) -> Any:
+    """The first result needs a gradient for the weights, the second for nothing but the view."""
+    with torch.no_grad():
+        part = x[:, :5]
+    return hidden(self, x), part * 2
+
+
+def view_of_a_weight(self: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        row = self.nets[0].weight[0]
+    return torch.cat([net(x).detach() * row[:5] for net in self.nets], 1)
+
+
+def view_of_a_view(self: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        part = x[:, :5].t()
+    return torch.stack([net(x) * part.t() for net in self.nets])
+
+
+@pytest.mark.parametrize("forward", [halves_written, another_result, view_of_a_weight, view_of_a_view], ids=lambda f: str(f.__name__))
+def test_every_way_of_such_a_flag_is_refused(forward: Callable[..., Any]) -> None:
+    model = randomized(model_of(forward, nets=nn.ModuleList(nn.Linear(6, 5) for _ in range(4))))
+    fused = fxfuse.optimize(model, X, objective="launches", validate=False)
+    assert NO_HISTORY in [refusal.reason for refusal in fxfuse.report(fused).refused], fxfuse.report(fused)
+    for weights in (True, False):
+        for inputs in (True, False):
+            flags = [
+                [leaf.requires_grad for leaf in tree_leaves(each.requires_grad_(weights)(X.clone().requires_grad_(inputs)))]
+                for each in (model, fused)
+            ]
+            assert flags[0] == flags[1], (weights, inputs)
+
+
+def features(self: nn.Module, x: Tensor) -> Any:
+    """Computed under ``no_grad``, and a view of that: no flag is there to carry."""
+    with torch.no_grad():
+        part = (x * 2)[:, 1:6]
+    return torch.cat([net(x) * part for net in self.nets], 1)
+
+
+def reshaped_targets(self: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        targets = [net(x).reshape(-1) for net in self.nets]
+    return torch.stack(targets) * 2
+
+
+def view_of_a_buffer(self: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        scale = self.scale[1:6]
+    return torch.cat([net(x) * scale for net in self.nets], 1)
+
+
+def view_of_detached(self: nn.Module, x: Tensor) -> Any:
+    d = x.detach()
+    with torch.no_grad():
+        part = d[:, 1:6]
+    return torch.cat([net(x) * part for net in self.nets], 1)
+
+
+def view_of_made(self: nn.Module, x: Tensor) -> Any:
+    ones = torch.ones(x.shape[0], 7, dtype=x.dtype)
+    with torch.no_grad():
+        part = ones[:, 1:6]
+    return torch.cat([net(x) * part for net in self.nets], 1)
+
+
+def returned_as_it_is(self: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        part = x[:, :5]
+    return hidden(self, x), part
+
+
+def only_compared(self: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        part = x[:, :5]
+    return torch.cat([net(x) * (part > 0) for net in self.nets], 1)
+
+
+def detached_again(self: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        part = x[:, :5]
+    return torch.cat([net(x) * part.detach() for net in self.nets], 1)
+
+
+KEPT = [features, reshaped_targets, view_of_a_buffer, view_of_detached, view_of_made, returned_as_it_is, only_compared, detached_again]
+
+
+@pytest.mark.parametrize("forward", KEPT, ids=lambda f: str(f.__name__))
+def test_views_that_carry_no_flag_fuse(forward: Callable[..., Any]) -> None:
+    model = randomized(model_of(forward, nets=nn.ModuleList(nn.Linear(6, 5) for _ in range(4))))
+    model.register_buffer("scale", randn(6))
+    fused = fxfuse.optimize(model, X, objective="launches", validate=False)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    assert_equal_models(model, fused, [(X, {}), (randn(3, 6), {})])
+    for weights in (True, False):
+        for inputs in (True, False):
+            flags = [
+                [leaf.requires_grad for leaf in tree_leaves(each.requires_grad_(weights)(X.clone().requires_grad_(inputs)))]
+                for each in (model, fused)
+            ]
+            assert flags[0] == flags[1], (weights, inputs)
+    assert not fxfuse.report(fused).fallbacks
+
+
+def test_views_of_numbers_that_take_no_gradient_fuse() -> None:
+    def forward(self: nn.Module, index: Tensor) -> Any:
+        with torch.no_grad():
+            first = index[:, 0]
+        return torch.stack([table(first) for table in self.tables])
+
+    model = randomized(model_of(forward, tables=nn.ModuleList(nn.Embedding(9, 5) for _ in range(4))))
+    index = torch.arange(12).reshape(4, 3) % 9
+    fused = fxfuse.optimize(model, index, objective="launches", validate=False)
+    assert fxfuse.report(fused).fused, fxfuse.report(fused)
+    assert_equal_models(model, fused, [(index, {})])
