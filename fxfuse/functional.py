@@ -28,6 +28,22 @@ def drop_unused(graph: torch.fx.Graph) -> None:
             graph.erase_node(node)
 
 
+# Dtypes in which a product may be rounded before something is added to it.
+WHOLE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+def product_and_bias(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``torch.baddbmm``, as a product and an addition where that rounds alike: in half precision only ``baddbmm`` adds before it rounds.
+
+    >>> product_and_bias(torch.ones(1), torch.ones(1, 2, 3), torch.ones(1, 3, 2))
+    tensor([[[4., 4.],
+             [4., 4.]]])
+    """
+    if left.dtype in WHOLE:
+        return torch.bmm(left, right) + bias
+    return torch.baddbmm(bias, left, right)
+
+
 def index_write(base: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
     """``base`` with ``base[index] = value`` done on a copy.
 

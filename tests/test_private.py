@@ -606,13 +606,6 @@ def test_holders() -> None:
     del held
 
 
-def test_tensor_guards_with_strides() -> None:
-    square = torch.zeros(2, 2)
-    assert tensor_guards.alike([square])(square.t())
-    assert not tensor_guards.alike([square], strides=True)(square.t())
-    assert tensor_guards.alike([square], strides=True)(torch.ones(2, 2))
-
-
 def test_pt2_archives(tmp_path) -> None:
     """The records of a file that torch.export wrote, and its folders."""
     path = tmp_path / "net.pt2"

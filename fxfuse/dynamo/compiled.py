@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxfuse.graph import Recipe, Refusal
 from fxfuse.private.dynamo import Compiler, keep_origin, stand_in
+from fxfuse.running.for_compilers import biases_apart_here
 
 from .call import Call, Pack, without_autocast
 from .captured import Captured
@@ -76,6 +77,8 @@ def _call(
     weights = {slot.weight: tensor for slot, tensor in zip(captured.slots, inputs, strict=True) if slot.weight}
     outside = {recipe.name: form for recipe in rewritten.recipes if (form := _outside(recipe, weights, frozen)) is not None}
     written = write(captured, rewritten, outside)
+    if settings.inner == "inductor":
+        biases_apart_here(written.graph)
     module = torch.fx.GraphModule(torch.nn.Module(), written.graph)
     keep_origin(module, graph)
     log.debug("%s", module.code)

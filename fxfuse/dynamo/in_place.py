@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxfuse.graph import Refusal
 from fxfuse.recording.trace import MOST_NUMBERS
+from fxfuse.running.for_compilers import biases_apart_here
 
 from .checked import rewritten_or_refused
 from .rewrite import Rewritten
@@ -32,7 +33,10 @@ def fuse_in_place(graph: torch.fx.Graph, examples: Sequence[Any], settings: Sett
     if large is not None or rewritten.program.guard.autocast is not None:
         what = f"needs the tensor {large}" if large is not None else "spells out autocast's casts"
         return Refusal(f"the fused form {what}, which a pass cannot add; torch.compile(backend='fxfuse') can")
-    _replace(graph, write(captured, rewritten, outside=(), every=True), rewritten, placeholders)
+    written = write(captured, rewritten, outside=(), every=True)
+    if settings.inner == "inductor":
+        biases_apart_here(written.graph)
+    _replace(graph, written, rewritten, placeholders)
     return None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxfuse.graph import Recipe
 from fxfuse.private.known_result import joined
 from fxfuse.private.storages import holders, storage_key
-from fxfuse.private.tensor_guards import alike
 from fxfuse.private.versions import version
 from fxfuse.weights.alias import Alias
 from fxfuse.weights.recipes import lane_view, pack
 
 _binding = threading.RLock()
-MOST_MODES = 4  # of torch, in which one pack is used in turn, that are known by one call each
 MOST_MODELS = 16  # of one class that are called in turn through one compiled graph; further ones are packed at every call
 
 
@@ -37,20 +35,16 @@ class Bound:
         self.members = [*map(weakref.ref, members)]
         self.addresses = [*map(Tensor.data_ptr, members)]
         self.lie = _lie(members)
-        self.alike: list[Callable[..., bool]] = []  # the fast answers, for the modes of torch and ``requires_grad`` that were met
         self.versions = [*map(version, members)]
 
     def holds(self, members: Sequence[Tensor]) -> bool:
-        """Do the members lie in the buffer, each at its place?"""
-        if [*map(Tensor.data_ptr, members)] != self.addresses:
-            return False
-        for known in self.alike:
-            if known(*members):
-                return True
-        if _lie(members) != self.lie:
-            return False
-        self.alike = [alike(members, strides=True), *self.alike[: MOST_MODES - 1]]
-        return True
+        """Do the members lie in the buffer, each at its place, of the size and in the order that it had there?"""
+        return self.begin(members) and _lie(members) == self.lie
+
+    def begin(self, members: Sequence[Tensor]) -> bool:
+        """Does each member begin where it did? All that has to be asked of a graph's inputs, once they were seen to lie there: dtypes,
+        sizes and strides are dynamo's to guard, and looking at them again takes longer than this (0.1 us each)."""
+        return [*map(Tensor.data_ptr, members)] == self.addresses
 
     def lies_at(self, address: int) -> bool:
         """Does the first member live, and lie there?"""
@@ -102,7 +96,7 @@ class SharedPack:
     def packed(self, members: Sequence[Tensor]) -> Tensor:
         """The packed tensor of the members' current values; its gradient reaches each of them."""
         bound = self.known.get(members[0].data_ptr())
-        if bound is None or not bound.holds(members):
+        if bound is None or not bound.begin(members):
             bound = self._bind(members)
             if bound is None:
                 return pack(self.recipe, members)

@@ -45,7 +45,7 @@ HANDED_OVER = 3.5e-6
 # gradients are tracked.
 CALL = 8e-6
 PACK, PACK_IN_TRAINING = 1.2e-6, 9e-6
-MEMBER, MEMBER_IN_TRAINING = 0.2e-6, 0.75e-6
+MEMBER, MEMBER_IN_TRAINING = 0.1e-6, 0.65e-6
 # So much slower a packed form may be where the inner backend runs op by op what it is given, as far as fxfuse knows.
 SLOWER = 1.25
 # What Inductor calls, rather than writes.

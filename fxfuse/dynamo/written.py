@@ -68,7 +68,7 @@ def write(captured: Captured, rewritten: Rewritten, outside: Collection[str], ev
     for name in constants:
         held[name] = _placeholder(graph, name)
     for recipe in packs:
-        held[recipe.name] = _in_order(graph, held[recipe.name], recipe)
+        held[recipe.name] = _in_order(graph, _gradient_in_rows(graph, held[recipe.name], recipe), recipe)
     for recipe in inside:
         held[recipe.name] = _packed(graph, recipe, [held[member] for member in recipe.members])
     writes = any(node.meta.get("update") for node in source.nodes)
@@ -100,6 +100,15 @@ def _in_order(graph: torch.fx.Graph, made: Node, recipe: Recipe) -> Node:
     if recipe.order != tuple(range(len(recipe.order))):
         made = graph.call_function(torch.permute, (made, (0, *(dim + 1 for dim in recipe.order))))
     return graph.call_function(torch.flatten, (made, 0, 1)) if recipe.style == "cat" else made
+
+
+def _gradient_in_rows(graph: torch.fx.Graph, made: Node, recipe: Recipe) -> Node:
+    """A pack that is read in another order, by a view that puts its gradient in the members' own order: autograd keeps each member's
+    part of it as it is then, and copies those in another order one by one (0.4 of 5.7 ms for 768)."""
+    if recipe.kind != "parameter" or recipe.own_shapes is not None or recipe.order == tuple(range(len(recipe.order))):
+        return made
+    flat = graph.call_function(torch.flatten, (made,))
+    return graph.call_function(torch.unflatten, (flat, 0, (len(recipe.members), *recipe.shape)))
 
 
 def _packed(graph: torch.fx.Graph, recipe: Recipe, members: list[Node]) -> Node:

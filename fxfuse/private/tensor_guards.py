@@ -17,10 +17,8 @@ def never(*tensors: Any) -> bool:
     return False
 
 
-def alike(tensors: Sequence[Any], strides: bool = False) -> Callable[..., bool]:
+def alike(tensors: Sequence[Any]) -> Callable[..., bool]:
     """A function that is true of tensors of the same types, dtypes, devices, layouts, sizes and ``requires_grad``, whatever their strides.
-
-    ``strides``: of the same strides too.
 
     It may also be false of such tensors, inside another mode of torch. ``never``, where one of ``tensors`` is no plain tensor.
 
@@ -34,7 +32,7 @@ def alike(tensors: Sequence[Any], strides: bool = False) -> Callable[..., bool]:
     guards = TensorGuards(
         *tensors,
         dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],  # type: ignore[misc]  # of each tensor
-        dynamic_dims_strides=[list(tensor.stride()) if strides else [None] * tensor.dim() for tensor in tensors],  # type: ignore[misc]
+        dynamic_dims_strides=[[None] * tensor.dim() for tensor in tensors],  # type: ignore[misc]
     )
     check: Callable[..., bool] = guards.check
     return check

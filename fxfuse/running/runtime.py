@@ -26,6 +26,7 @@ from fxfuse.functional import untracked_view
 from fxfuse.graph import Program
 from fxfuse.private import pytree
 
+from .for_compilers import biases_apart
 from .guards import Facts, compile_guard, explain_miss
 from .weight_views import are_views, hoist
 
@@ -155,11 +156,13 @@ def compile_program(
     names = [node.name for node in flat.nodes if node.op == "placeholder"][len(inputs) : len(inputs) + len(places)]
     views = None if program.tracked else hoist(flat, set(names))  # views made without gradients have no history
     called = _tracked(program, _function(flat))
+    traced = _tracked(program, _function(flat)) if biases_apart(flat) else None
     facts = [(facts_of or {}).get(name) or Facts.of(name, place.fetch()) for name, place in places]
 
     scope: dict[str, Any] = {
         "MISS": MISS,
         "graph": called,
+        "traced": traced,
         "guard": compile_guard(program.guard, facts),
         "flatten": pytree.tree_flatten,
         "unflatten": pytree.tree_unflatten,
@@ -212,11 +215,15 @@ def compile_program(
         hold(True)
     given = ["None", *everything, *(f"module{i}" for i in range(len(modules))), *made]
     call = f"out = graph({', '.join(given)})"
-    if autocast is None:
+    compiled = call if traced is None else call.replace("graph", "traced", 1)
+    if autocast is None and traced is None:
         lines.append(f"    {call}")
+    elif autocast is None:
+        scope["is_compiling"] = torch.compiler.is_compiling
+        lines += [f"    if is_compiling(): {compiled}", f"    else: {call}"]
     else:  # the casts are in the graph; torch.autocast itself takes some microseconds, and only it can be traced
         scope.update(is_compiling=torch.compiler.is_compiling, switch=torch.set_autocast_enabled, autocast=torch.autocast, kind=autocast[0])
-        lines += ["    if is_compiling():", f"        with autocast(kind, enabled=False): {call}"]
+        lines += ["    if is_compiling():", f"        with autocast(kind, enabled=False): {compiled}"]
         lines += ["    else:", "        switch(kind, False)", f"        try: {call}", "        finally: switch(kind, True)"]
     if program.stores:
         lines.extend(_stores(program, root, scope))
