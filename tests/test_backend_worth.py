@@ -31,8 +31,8 @@ def critics(count: int = 5) -> nn.Module:
     return randomized(model_of(_one_input, nets=nn.ModuleList(nets)))
 
 
-def tables(count: int) -> nn.Module:
-    return randomized(model_of(_tables, nets=nn.ModuleList(nn.Embedding(50, 16) for _ in range(count))))
+def tables(count: int, columns: int = 16) -> nn.Module:
+    return randomized(model_of(_tables, nets=nn.ModuleList(nn.Embedding(50, columns) for _ in range(count))))
 
 
 def rewritten(model: nn.Module, x: torch.Tensor, **settings: Any) -> Rewritten | Refusal:
@@ -72,6 +72,18 @@ def test_the_price_of_launches_is_taken_off(monkeypatch):
         assert isinstance(rewritten(tables(6), x, inner="eager"), Rewritten)  # op by op
         timed(monkeypatch, 17.0, 21.5)
         assert isinstance(rewritten(tables(6), x, inner="eager"), Refusal)
+
+
+@pytest.mark.parametrize("columns", [16, 24, 32])
+def test_rows_that_are_no_vectors_are_looked_up_number_by_number(monkeypatch, columns):
+    x = torch.randint(50, (32, 6))
+    monkeypatch.setattr(worth, "_looked_after", lambda shared, train: 0.0)
+    monkeypatch.setattr(worth, "LOOKED_UP", 0.6 / (32 * 6 * 24))
+    with torch.no_grad():
+        timed(monkeypatch, 17.0, 15.0)  # 10 seconds of work, and 9
+        assert isinstance(rewritten(tables(6, columns), x), Refusal if columns == 24 else Rewritten)
+        timed(monkeypatch, 17.0, 14.0)  # and 8
+        assert isinstance(rewritten(tables(6, columns), x), Rewritten)
 
 
 def test_so_is_that_of_views(monkeypatch):

@@ -5,8 +5,8 @@ call, and packing saves most of them. Inductor pays that price for neither: what
 products and convolutions that it calls cost little besides. What is left for packing is better work, and larger calls.
 
 So both forms are timed op by op, forward or forward and backward as the graph is used, and for Inductor the price of each launch and view
-is taken off, and what it takes to look after shared packs is added. The static model is asked first: where it sees the packed form far
-ahead, nothing is timed.
+is taken off, and what it takes to look after shared packs, or to look up what is not vectorized, is added. The static model is asked
+first: where it sees the packed form far ahead, nothing is timed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxfuse.graph import Recipe, Refusal
@@ -56,6 +57,10 @@ _CALLED = frozenset(
 # What a view costs, as a part of what a launch costs. Alone it is 0.35, but most are made inside of other ops (``linear``): 0.15 fits the
 # models of the zoo that are on the edge (embeddings, calibrators, boosted trees).
 _VIEW = 0.15
+# Seconds for each number that is looked up in packed tables whose rows are no multiple of ``VECTOR`` numbers: where lanes and columns
+# become one dim, or are summed, Inductor goes through them one by one on a CPU, dividing to find the lane. 8 tables of 24 columns, side by
+# side, took 224 us where the loop took 110, of 32 columns 144 and 124; CANINE's eight ran at 0.51x. Stacked tables run at 1.5x to 2.9x.
+LOOKED_UP, VECTOR = 1.1e-9, 16
 # The least part of a form's time that is its work, however many launches it has.
 _WORK = 0.1
 
@@ -74,7 +79,7 @@ def not_worth_it(planner: Planner, choice: Choice, captured: Captured, settings:
     if not inductor:
         return _left(planner, times, "op by op") if times[1] > SLOWER * times[0] else None
     times = [_compiled(seconds, function) for seconds, function in zip(times, functions, strict=True)]
-    times[1] += _looked_after(shared, planner.train)
+    times[1] += _looked_after(shared, planner.train) + (_looked_up(choice.vectorized) if planner.benches[0].device == "cpu" else 0.0)
     gain = LEAST_GAIN_IN_TRAINING if planner.train else LEAST_GAIN
     return _left(planner, times, "as far as can be told before it is compiled") if times[1] * gain > times[0] else None
 
@@ -94,6 +99,17 @@ def _looked_after(shared: list[list[Tensor]], train: bool) -> float:
         return CALL + PACK * len(shared) + MEMBER * len(members)
     handed_over = HANDED_OVER * sum(member.requires_grad for member in members)
     return CALL + PACK_IN_TRAINING * len(shared) + MEMBER_IN_TRAINING * len(members) + handed_over
+
+
+def _looked_up(made: Vectorized) -> float:
+    """Seconds for what Inductor looks up number by number on a CPU."""
+    packs = {recipe.name for recipe in made.packs.recipes.values()}
+    seconds = 0.0
+    for node in made.graph.find_nodes(op="call_function", target=F.embedding):
+        table, value = node.args[1], node.meta["val"]
+        if table.op == "get_attr" and table.target in packs and value.shape[-1] % VECTOR:
+            seconds += LOOKED_UP * value.numel()
+    return seconds
 
 
 def _compiled(seconds: float, function: Callable[[], object]) -> float:
