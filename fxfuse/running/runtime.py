@@ -249,7 +249,7 @@ def _other_sizes(program: Program, scope: dict[str, Any]) -> list[str]:
 def compile_graph(
     program: Program, root: nn.Module, override: dict[str, Source]
 ) -> tuple[Callable[..., Any], list[tuple[str, Source]], list[nn.Module]]:
-    """A program for compilers, without its guard: ``function(None, *leaves, *tensors, *modules)``, the sources of its tensors, its modules."""
+    """A program for compilers, without its guard: ``function(None, *leaves, *tensors, *modules)``, its tensors' sources, its modules."""
     flat, places, modules = _flat_graph(program.graph, root, override, program.guard.autocast)
     biases_apart(flat)
     return _tracked(program, _function(flat)), places, modules
