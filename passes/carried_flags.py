@@ -3,8 +3,8 @@
 Comes in: a recorded call. Goes out: nothing, or ``Refused`` with the place of such a view. torch gives a view that is made under
 ``no_grad`` the flag of its base, ``requires_grad``, and no history; what is computed from it afterwards says that it needs a gradient,
 too. A graph holds the view detached, which says that it needs none. That shows as soon as nothing else that the result is made of needs
-a gradient, and what does is the caller's to change: inputs come with and without, weights are frozen after fusing. So it is asked what
-can ever need one, not what did in the recording.
+a gradient, and what does is the caller's to change: inputs come with and without, weights are frozen after fusing. So it is asked from
+which tensors a result can have its flag in the original, and from which in a graph, and not what needed a gradient in the recording.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from fxfuse.graph import Place
 from fxfuse.ops import op_name
+from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.recording.trace import Event, Frame, Ref, Trace, refs_in
 
 from .lifted import Refused
 
 
 def refuse_flags_without_history(trace: Trace, frame: Frame) -> None:
-    """Refuse where a view under ``no_grad`` gives its flag to a result of ``frame``."""
+    """Refuse where a view under ``no_grad`` alone can give its flag to a result of ``frame``."""
     if not trace.untracked_views:
         return
     flags = _Flags(trace)
@@ -30,56 +31,77 @@ def refuse_flags_without_history(trace: Trace, frame: Frame) -> None:
         flags.after(event)
     # A view that leaves as it is, is made from its base at every call, flag and all.
     for leaf in frame.out:
-        if isinstance(leaf, Ref) and leaf.value in flags.carried and leaf.value not in trace.untracked_views:
-            raise Refused("a result can need a gradient for a view under no_grad alone, and has none to give", flags.carried[leaf.value])
+        if isinstance(leaf, Ref) and leaf.value not in trace.untracked_views and flags.differ(leaf.value):
+            raise Refused("a result can need a gradient for a view under no_grad alone, and has none to give", flags.places.get(leaf.value))
 
 
 class _Flags:
-    """What is known of the values' flags, event by event.
+    """From which tensors each value can have its flag, event by event, as sets of bits: ``said`` in the original, ``held`` in a graph.
 
-    ``never``: values that need no gradient, whatever the caller does. ``carried``: those that have, or may have, their flag from a view
-    under ``no_grad``, with its place. A value in neither says what it says in a graph, too.
+    A tensor that comes in, and a leaf that ``requires_grad_`` makes, is a bit of its own.
     """
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
+        self.said: dict[int, int] = {}
+        self.held: dict[int, int] = {}
+        self.places: dict[int, Place | None] = {}  # of the views under ``no_grad`` in whose memory, or from which, a value is made
+        self.bits = 0
         self.in_memory: dict[int, list[int]] = defaultdict(list)  # the values that lie in the same memory
         for value, seen in enumerate(trace.values):
             self.in_memory[seen.storage].append(value)
-        self.never: set[int] = set()
-        self.carried: dict[int, Place | None] = {}
+
+    def differ(self, value: int) -> bool:
+        """Can the flag be set in the original and not in a graph?"""
+        return bool(self.said.get(value, 0) & ~self.held.get(value, 0))
 
     def after(self, event: Event) -> None:
+        name = op_name(event.func)
         given, made = [*refs_in(event.args), *refs_in(event.kwargs)], refs_in(event.out)
+        said, held = self._all(given)
+        place = next((self.places[value] for value in given if value in self.places), None)
         if event.func is Tensor.detach and self.trace.untracked_views.intersection(made):
-            if self._none_can(given):
-                self.never.update(made)
-            else:
-                self.carried.update((value, event.place) for value in made)
-        elif op_name(event.func) == "requires_grad_":
-            self.never.difference_update(self._sharing(given))
-        elif op_name(event.func) == "detach":
-            self.never.update(made)
-        elif self._none_can(given):
-            self.never.update(value for value in made if not self.trace.values[value].tensor.requires_grad)  # a factory may ask for it
-        elif not event.untracked:
-            written = self._sharing(event.mutated)
-            self.never.difference_update(written)
-            source = next((value for value in given if value in self.carried), None)
-            if source is not None:
-                self.carried.update((value, self.carried[source]) for value in {*made, *written} if self._inexact(value))
+            held, place = 0, event.place
+        elif name == "detach" or name.endswith("_like") or name.startswith("new_"):
+            said = held = 0
+        elif name == "requires_grad_":
+            said = held = self._new()
+        elif not any(self._inexact(value) for value in given):
+            said = held = 0
+        elif event.untracked and event.mutated:
+            return  # what is written under ``no_grad`` keeps its flag
+        elif event.mutated:
+            for value in {each for written in event.mutated for each in self.in_memory[self.trace.values[written].storage]}:
+                if value in self.said:  # of older views of that memory it is not asked what their history is then
+                    self._set(value, self.said[value] | said, self.held[value], place)
+            made = [*made, *event.mutated]
+        for value in made:
+            self._set(value, said, held, place)
 
-    def _none_can(self, values: Iterable[int]) -> bool:
-        return all(value in self.never or not self._inexact(value) or self._held(value) for value in values)
+    def _set(self, value: int, said: int, held: int, place: Place | None) -> None:
+        self.said[value], self.held[value] = (said, held) if self._inexact(value) else (0, 0)
+        if place is not None:
+            self.places[value] = place
 
-    def _held(self, value: int) -> bool:
-        """Is it a buffer, or another tensor that the model holds, which needs no gradient?"""
+    def _all(self, values: Iterable[int]) -> tuple[int, int]:
+        said = held = 0
+        for value in values:
+            if value not in self.said:
+                self.said[value] = self.held[value] = self._new() if self._can(value) else 0
+            said, held = said | self.said[value], held | self.held[value]
+        return said, held
+
+    def _can(self, value: int) -> bool:
+        """Can a tensor that comes in need a gradient? A buffer, or another tensor that the model holds, only if it does."""
         seen = self.trace.values[value]
-        return seen.origin in ("attribute", "constant") and not isinstance(seen.tensor, nn.Parameter) and not seen.tensor.requires_grad
+        if seen.origin == "input" or isinstance(seen.tensor, nn.Parameter) or not self._inexact(value):
+            return self._inexact(value)
+        with DisableTorchFunction():
+            return seen.origin == "made" or seen.tensor.requires_grad
 
-    def _sharing(self, values: Iterable[int]) -> set[int]:
-        """All values that lie in the memory of one of these."""
-        return {each for value in values for each in self.in_memory[self.trace.values[value].storage]}
+    def _new(self) -> int:
+        self.bits += 1
+        return 1 << self.bits
 
     def _inexact(self, value: int) -> bool:
         dtype = self.trace.values[value].tensor.dtype

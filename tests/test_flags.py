@@ -178,10 +178,31 @@ def view_of_a_weight(self: nn.Module, x: Tensor) -> Any:
 def view_of_a_view(self: nn.Module, x: Tensor) -> Any:
     with torch.no_grad():
         part = x[:, :5].t()
-    return torch.stack([net(x) * part.t() for net in self.nets])
+    return torch.stack([net(x).detach() * part.t() for net in self.nets])
 
 
-@pytest.mark.parametrize("forward", [halves_written, another_result, view_of_a_weight, view_of_a_view], ids=lambda f: str(f.__name__))
+def older_view(self: nn.Module, x: Tensor) -> Any:
+    """A view taken before its base is written."""
+    out = x.new_zeros(x.shape[0], 20)
+    first = out[:, :5]
+    with torch.no_grad():
+        part = x[:, :5]
+    for i, net in enumerate(self.nets):
+        out[:, 5 * i : 5 * i + 5] = net(x).detach() * part
+    return first * 2
+
+
+def no_cover(self: nn.Module, x: Tensor) -> Any:
+    """What is only as large as the input has no flag of its own."""
+    with torch.no_grad():
+        part = x[:, :5]
+    return torch.stack([net(x).detach() + (torch.zeros_like(x)[:, :5] + part) for net in self.nets])
+
+
+UNTRACED = [halves_written, another_result, view_of_a_weight, view_of_a_view, older_view, no_cover]
+
+
+@pytest.mark.parametrize("forward", UNTRACED, ids=lambda f: str(f.__name__))
 def test_every_way_of_such_a_flag_is_refused(forward: Callable[..., Any]) -> None:
     model = randomized(model_of(forward, nets=nn.ModuleList(nn.Linear(6, 5) for _ in range(4))))
     fused = fxfuse.optimize(model, X, objective="launches", validate=False)
@@ -246,7 +267,26 @@ def detached_again(self: nn.Module, x: Tensor) -> Any:
     return torch.cat([net(x) * part.detach() for net in self.nets], 1)
 
 
-KEPT = [features, reshaped_targets, view_of_a_buffer, view_of_detached, view_of_made, returned_as_it_is, only_compared, detached_again]
+def covered(self: nn.Module, x: Tensor) -> Any:
+    """The networks need a gradient for the input wherever the view says that it does."""
+    with torch.no_grad():
+        part = x[:, :5].t()
+    return torch.stack([net(x) * part.t() for net in self.nets])
+
+
+def written_and_covered(self: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        part = x[:, :5]
+    out = x.new_zeros(x.shape[0], 20)
+    for i, net in enumerate(self.nets):
+        out[:, 5 * i : 5 * i + 5] = net(x) + part
+    return out
+
+
+KEPT = [
+    covered, written_and_covered, features, reshaped_targets, view_of_a_buffer, view_of_detached, view_of_made, returned_as_it_is, only_compared,
+    detached_again,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("forward", KEPT, ids=lambda f: str(f.__name__))
