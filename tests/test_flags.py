@@ -284,8 +284,8 @@ def written_and_covered(self: nn.Module, x: Tensor) -> Any:
 
 
 KEPT = [
-    covered, written_and_covered, features, reshaped_targets, view_of_a_buffer, view_of_detached, view_of_made, returned_as_it_is, only_compared,
-    detached_again,
+    covered, written_and_covered, features, reshaped_targets, view_of_a_buffer, view_of_detached, view_of_made, returned_as_it_is,
+    only_compared, detached_again,
 ]  # fmt: skip
 
 
