@@ -238,7 +238,8 @@ class Emitter(WeightReader):
         is_size = isinstance(node.target, Op) and node.target.name.startswith("size")
         recorded = node.meta.get("shape") is not None
         several = any(isinstance(user.target, Op) and user.target.name == "item" for user in node.users)  # values and indices
-        if not any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes) and not is_size:
+        spread = isinstance(node.target, Op) and node.target.name == "as_slot"  # in the recording it was written into memory in rows
+        if not (any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes) or is_size or spread):
             if recorded:
                 made.meta["val"], made.meta["as_recorded"] = self._meta(node), True
         elif is_size or ((recorded or several) and isinstance(node.target, Op)):
