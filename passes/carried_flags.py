@@ -21,6 +21,9 @@ from fxfuse.recording.trace import Event, Frame, Ref, Trace, refs_in
 
 from .lifted import Refused
 
+# What reads of its other tensors no more than shape, dtype or device: their flags are not the result's.
+_FIRST_ALONE = frozenset("view_as reshape_as expand_as type_as to".split())
+
 
 def refuse_flags_without_history(trace: Trace, frame: Frame) -> None:
     """Refuse where a view under ``no_grad`` alone can give its flag to a result of ``frame``."""
@@ -58,6 +61,8 @@ class _Flags:
     def after(self, event: Event) -> None:
         name = op_name(event.func)
         given, made = [*refs_in(event.args), *refs_in(event.kwargs)], refs_in(event.out)
+        if name in _FIRST_ALONE:
+            given = given[:1]
         said, held = self._all(given)
         place = next((self.places[value] for value in given if value in self.places), None)
         if event.func is Tensor.detach and self.trace.untracked_views.intersection(made):

@@ -199,7 +199,14 @@ def no_cover(self: nn.Module, x: Tensor) -> Any:
     return torch.stack([net(x).detach() + (torch.zeros_like(x)[:, :5] + part) for net in self.nets])
 
 
-UNTRACED = [halves_written, another_result, view_of_a_weight, view_of_a_view, older_view, no_cover]
+def shaped_as_the_input(self: nn.Module, x: Tensor) -> Any:
+    """What is shaped, or cast, as the input has no flag of the input's."""
+    with torch.no_grad():
+        part = x.view(-1)
+    return [net(part.view_as(x)) for net in self.nets], [net(part.reshape_as(x).to(x).type_as(x)) for net in self.nets]
+
+
+UNTRACED = [shaped_as_the_input, halves_written, another_result, view_of_a_weight, view_of_a_view, older_view, no_cover]
 
 
 @pytest.mark.parametrize("forward", UNTRACED, ids=lambda f: str(f.__name__))
