@@ -98,11 +98,11 @@ class _Flags:
 
     def _can(self, value: int) -> bool:
         """Can a tensor that comes in need a gradient? A buffer, or another tensor that the model holds, only if it does."""
+        if not self._inexact(value):
+            return False
         seen = self.trace.values[value]
-        if seen.origin == "input" or isinstance(seen.tensor, nn.Parameter) or not self._inexact(value):
-            return self._inexact(value)
         with DisableTorchFunction():
-            return seen.origin == "made" or seen.tensor.requires_grad
+            return seen.origin in ("input", "made") or isinstance(seen.tensor, nn.Parameter) or seen.tensor.requires_grad
 
     def _new(self) -> int:
         self.bits += 1

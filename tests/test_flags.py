@@ -152,6 +152,17 @@ def test_a_flag_without_a_history_is_refused(needs: bool, after: bool, before: b
     assert fused(x).requires_grad is model(x).requires_grad is (needs or after)
 
 
+def assert_equal_flags(model: nn.Module, fused: nn.Module) -> None:
+    """Whatever the caller has need a gradient."""
+    for weights in (True, False):
+        for inputs in (True, False):
+            flags = []
+            for each in (model, fused):
+                out = each.requires_grad_(weights)(X.clone().requires_grad_(inputs))
+                flags.append([leaf.requires_grad for leaf in tree_leaves(out)])
+            assert flags[0] == flags[1], (weights, inputs)
+
+
 def halves_written(self: nn.Module, x: Tensor) -> Any:
     """What a view under ``no_grad`` is made to is written into memory of the model's own."""
     with torch.no_grad():
@@ -214,13 +225,7 @@ def test_every_way_of_such_a_flag_is_refused(forward: Callable[..., Any]) -> Non
     model = randomized(model_of(forward, nets=nn.ModuleList(nn.Linear(6, 5) for _ in range(4))))
     fused = fxfuse.optimize(model, X, objective="launches", validate=False)
     assert NO_HISTORY in [refusal.reason for refusal in fxfuse.report(fused).refused], fxfuse.report(fused)
-    for weights in (True, False):
-        for inputs in (True, False):
-            flags = [
-                [leaf.requires_grad for leaf in tree_leaves(each.requires_grad_(weights)(X.clone().requires_grad_(inputs)))]
-                for each in (model, fused)
-            ]
-            assert flags[0] == flags[1], (weights, inputs)
+    assert_equal_flags(model, fused)
 
 
 def features(self: nn.Module, x: Tensor) -> Any:
@@ -303,13 +308,7 @@ def test_views_that_carry_no_flag_fuse(forward: Callable[..., Any]) -> None:
     fused = fxfuse.optimize(model, X, objective="launches", validate=False)
     assert fxfuse.report(fused).fused, fxfuse.report(fused)
     assert_equal_models(model, fused, [(X, {}), (randn(3, 6), {})])
-    for weights in (True, False):
-        for inputs in (True, False):
-            flags = [
-                [leaf.requires_grad for leaf in tree_leaves(each.requires_grad_(weights)(X.clone().requires_grad_(inputs)))]
-                for each in (model, fused)
-            ]
-            assert flags[0] == flags[1], (weights, inputs)
+    assert_equal_flags(model, fused)
     assert not fxfuse.report(fused).fallbacks
 
 

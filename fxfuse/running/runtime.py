@@ -163,6 +163,7 @@ def compile_program(
         "MISS": MISS,
         "graph": called,
         "traced": traced,
+        "is_compiling": torch.compiler.is_compiling,
         "guard": compile_guard(program.guard, facts),
         "flatten": pytree.tree_flatten,
         "unflatten": pytree.tree_unflatten,
@@ -201,7 +202,7 @@ def compile_program(
     if views is not None:
         read = [names.index(name) for name in views.reads]
         made = [f"v{i}" for i in range(len(views.names))]
-        scope.update(make_views=_function(views.graph), is_grad_enabled=torch.is_grad_enabled, is_compiling=torch.compiler.is_compiling)
+        scope.update(make_views=_function(views.graph), is_grad_enabled=torch.is_grad_enabled)
         scope["is_tracing"] = torch.jit.is_tracing  # type: ignore[attr-defined]  # its graphs would hold the views as constants
         # Read as one tuple: another thread may be about to hold others. ``.data =`` keeps the object, and maybe the address.
         kept = [name for i in read for name in (f"held{i}", f"address{i}", f"stride{i}", f"conj{i}")]
@@ -214,15 +215,13 @@ def compile_program(
         hold = _holder(scope, [places[i][1] for i in read], len(made))
         hold(True)
     given = ["None", *everything, *(f"module{i}" for i in range(len(modules))), *made]
-    call = f"out = graph({', '.join(given)})"
-    compiled = call if traced is None else call.replace("graph", "traced", 1)
+    call, compiled = (f"out = {name}({', '.join(given)})" for name in ("graph", "graph" if traced is None else "traced"))
     if autocast is None and traced is None:
         lines.append(f"    {call}")
     elif autocast is None:
-        scope["is_compiling"] = torch.compiler.is_compiling
         lines += [f"    if is_compiling(): {compiled}", f"    else: {call}"]
     else:  # the casts are in the graph; torch.autocast itself takes some microseconds, and only it can be traced
-        scope.update(is_compiling=torch.compiler.is_compiling, switch=torch.set_autocast_enabled, autocast=torch.autocast, kind=autocast[0])
+        scope.update(switch=torch.set_autocast_enabled, autocast=torch.autocast, kind=autocast[0])
         lines += ["    if is_compiling():", f"        with autocast(kind, enabled=False): {compiled}"]
         lines += ["    else:", "        switch(kind, False)", f"        try: {call}", "        finally: switch(kind, True)"]
     if program.stores:
