@@ -10,6 +10,7 @@ This file walks the events; below it are, layer by layer, ``closed_calls``, ``re
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from .writes import RENEWING, SPLITS
 
 _LEAF, _FLAGGED = op_of(own_leaf), op_of(flagged)
 _IN_ROWS = op_of(gradient_in_rows)
+_ROWS_OF_ITS_OWN = frozenset(("group_norm", "instance_norm"))  # ops that torch gives a copy in rows of what does not lie in rows
 
 
 def lift(trace: Trace, frame: Frame, sizes: Sizes, opaque: frozenset[int]) -> Lifted | Refusal:
@@ -186,6 +188,8 @@ class _Lifter(ClosedCalls):
             if name == "grad":  # lanes that share a pack share its history: none may free it
                 kwargs = {**kwargs, "retain_graph": True} if len(args) < 4 else kwargs
                 args = (*args[:3], True, *args[4:]) if len(args) > 3 else args
+            if name in _ROWS_OF_ITS_OWN:
+                args, kwargs = self._rows_of_its_own(event, args, kwargs)
             out = self._call(event.func, args, kwargs, event.out)
             self._bind(event.out, out)
             if name == "grad":
@@ -193,6 +197,22 @@ class _Lifter(ClosedCalls):
             elif name == "requires_grad_":
                 self._flag(event.out.value, args[0], bool(kwargs.get("requires_grad", True) if len(args) < 2 else args[1]), out)
         self._note_view(event)
+
+    def _rows_of_its_own(self, event: Event, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments, with a copy of columns of a result: torch normalizes a copy and keeps that, so a caller may write to the result."""
+        ref = arguments(event).get("input")
+        if not isinstance(ref, Ref):
+            return args, kwargs
+        with DisableTorchFunction():
+            in_rows = self.trace.values[ref.value].tensor.is_contiguous()
+        if in_rows or self.trace.values[ref.value].storage not in self._memory_of_results:
+            return args, kwargs
+        own = self._call(torch.clone, (args[0] if args else kwargs["input"],), {"memory_format": torch.contiguous_format}, ref)
+        return ((own, *args[1:]), kwargs) if args else (args, {**kwargs, "input": own})
+
+    @cached_property
+    def _memory_of_results(self) -> set[int]:
+        return {self.trace.values[value].storage for value in refs_in(self.frame.out)}
 
     def _flag(self, value: int, before: torch.fx.Node, given: bool, out: torch.fx.Node) -> None:
         """``requires_grad_``: what comes after it reads the tensor with the flag, and no other tensor of those numbers has it."""

@@ -27,6 +27,7 @@ from fxfuse.recording.fast_path import has_fast_path
 from fxfuse.weights.lane import by_original_name
 from fxfuse.weights.packing import original_gradients, original_named_parameters
 
+from .saved_memory import Saved
 from .shared_memory import sharing
 
 
@@ -131,6 +132,26 @@ def run(
     result.fallbacks, result.missed = _fallbacks(model) - before, _missed(model) - missed
     result.precisions, result.undefined = random.precisions, random.undefined
     return result
+
+
+def results_saved(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, mode: str) -> set[str] | None:
+    """The results, by the names that ``run`` gives them, that lie in memory which autograd keeps for backward, and in that of no input.
+
+    None where forward raises. Arguments, ``mode`` and what stays as before: as in ``run``.
+    """
+    args, kwargs = clone_inputs((args, kwargs), requires_grad=True)
+    inputs = {name: leaf for name, leaf in [*named_leaves(args, "input"), *named_leaves(kwargs, "input")] if isinstance(leaf, Tensor)}
+    with preserved_state(model), torch.enable_grad(), Derandomized():
+        try:
+            if mode != "given":
+                model.train(mode == "train")
+            with Saved() as saved:
+                out = model(*args, **kwargs)
+            leaves = {name: leaf for name, leaf in named_leaves(out, "output") if isinstance(leaf, Tensor)}
+            of_inputs = {name for name, first in sharing({**inputs, **leaves}).items() if first in inputs}
+            return saved.among(leaves) - of_inputs
+        except Exception:  # what a call raises is told where it is compared; some calls work under no such watch
+            return None
 
 
 def named_leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:

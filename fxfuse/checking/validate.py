@@ -28,7 +28,7 @@ from fxfuse.weights.packing import load_original_state_dict, original_state_dict
 
 from .difference import KINDS, Difference, Gap, Kind, Rounding, Spread, Validation, distances
 from .other_weights import vary_weights
-from .runs import Run, coarsest, run
+from .runs import Run, coarsest, results_saved, run
 
 __all__ = ["Difference", "Rounding", "Spread", "Validation", "validate", "verify"]
 
@@ -277,6 +277,8 @@ class _Check:
                     self._compare_both(call, wide, own)
                 if mode == "eval" and gradients and (i == 0 or i >= GRADIENT_EXAMPLES):
                     self._compare_both(replace(call, gradients=False), wide, own)
+                if i == 0 and gradients and fused_modules.regions(self.fused):
+                    self._compare_saved(call)
         self.result.modes = tuple(dict.fromkeys(d.mode for d in self.result.differences))
         self._verdict(modes)
         return self.result
@@ -325,6 +327,13 @@ class _Check:
             if one.flags[name] != other.flags[name]:
                 gap = Gap.lost(f"requires_grad is {other.flags[name]}, in the original {one.flags[name]}")
                 self.result.differences.append(_difference(given, "output", name, gap, self.rtol))
+
+    def _compare_saved(self, call: _Call) -> None:
+        """A result that the original's backward does not look at again is the caller's to write to before that."""
+        original, fused = (results_saved(model, call.args, call.kwargs, mode=call.mode) for model in (self.original, self.fused))
+        for name in sorted(fused - original) if original is not None and fused is not None else ():
+            gap = Gap.lost("is kept for backward, which raises where a caller writes into it before; the original's may be written to")
+            self.result.differences.append(_difference(call, "output", name, gap, self.rtol))
 
     def _pair_in_float64(self, call: _Call, original: nn.Module, fused: nn.Module) -> _Pair:
         """Both in float64; recorded casts to their own dtype follow it where the fused model computes more narrowly without."""
