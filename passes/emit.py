@@ -18,7 +18,7 @@ import networkx as nx
 import torch
 import torch.fx
 
-from fxfuse.functional import drop_unused, in_rows_without_grad, numbers_like, slice_along, tracked_as
+from fxfuse.functional import drop_unused, in_rows_without_grad, numbers_like, slice_along, tracked_as, untracked_view
 from fxfuse.graph import FusedOp
 from fxfuse.ops import Op
 
@@ -433,7 +433,8 @@ class Emitter(WeightReader):
             if bundle.index not in self.separated:
                 self.separated[bundle.index] = self._own_pieces(bundle)
             made = self.call(operator.getitem, self.separated[bundle.index], self.bundles.position[source])
-        return self._laid_out(node, made, source)
+        made = self._laid_out(node, made, source)
+        return self.call(untracked_view, made) if node.target.func is untracked_view else made  # type: ignore[union-attr]
 
     def _strided(self, leaf: Node) -> Any:
         """An output with the strides that the original's has, where both are dense: callers may ``view`` it."""

@@ -199,7 +199,7 @@ class _Lifter(ClosedCalls):
         self._note_view(event)
 
     def _rows_of_its_own(self, event: Event, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments, with a copy of columns of a result: torch normalizes a copy and keeps that, so a caller may write to the result."""
+        """The arguments, with a copy of columns of a result: torch normalizes and keeps a copy, so a caller may write to the result."""
         ref = arguments(event).get("input")
         if not isinstance(ref, Ref):
             return args, kwargs

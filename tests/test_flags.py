@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -73,10 +74,27 @@ def flagged_and_used(self: nn.Module, x: Tensor) -> Any:
     return h * 2, h
 
 
+def lanes_seen_without_grad(self: nn.Module, x: Tensor) -> Any:
+    out = []
+    for net in self.nets:
+        h = net(x)
+        with torch.no_grad():
+            out.append(h.t())
+    return out
+
+
+def parts_seen_without_grad(self: nn.Module, x: Tensor) -> Any:
+    hs = [net(x) for net in self.nets]
+    with torch.no_grad():
+        parts = [h[:, 1:3] for h in hs] + [hs[0].view(-1)]
+    return parts, torch.stack(hs)
+
+
 FORWARDS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        overwritten, overwritten_lanes, overwritten_by_slices, overwritten_as_a_whole, filled, views_without_grad, flagged, flagged_and_used
+        overwritten, overwritten_lanes, overwritten_by_slices, overwritten_as_a_whole, filled, views_without_grad, flagged,
+        flagged_and_used, lanes_seen_without_grad, parts_seen_without_grad,
     )
 }  # fmt: skip
 
@@ -94,9 +112,34 @@ def test_flags_of_results(name: str) -> None:
                     out = tree_leaves(each(X.clone().requires_grad_(requires_grad)))
                 flags.append([(leaf.requires_grad, leaf.is_leaf, leaf._is_view()) for leaf in out])
             assert flags[0] == flags[1], (context.__name__, requires_grad)
-    if name not in ("flagged", "flagged_and_used"):  # their results are leaves that take gradients themselves
+    if name not in ("flagged", "flagged_and_used", "lanes_seen_without_grad"):  # their results are leaves that take gradients themselves
         assert_equal_models(model, fused, [(X, {}), (randn(3, 6), {})])
     assert not fxfuse.report(fused).fallbacks
+
+
+class _Seen(nn.Linear):
+    def __init__(self, tracked: bool) -> None:
+        super().__init__(6, 5)
+        self.tracked = tracked
+
+    def forward(self, x: Tensor) -> Any:
+        h = super().forward(x)
+        with torch.set_grad_enabled(self.tracked):
+            seen = h.t()
+        return seen, (h * h).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_verification_tells_a_history_from_a_flag(dtype: torch.dtype) -> None:
+    """Both results say that they need a gradient; backward may start at one of them."""
+    bare, tracked = _Seen(False).to(dtype), _Seen(True).to(dtype)
+    tracked.load_state_dict(bare.state_dict())
+    x = X.to(dtype)
+    assert bare(x)[0].requires_grad is tracked(x)[0].requires_grad is True
+    assert fxfuse.verify(bare, copy.deepcopy(bare), x).ok
+    found = fxfuse.verify(bare, tracked, x)
+    assert not found.ok
+    assert any(d.name == "output[0]" and "has a history, the original's has none" in d.note for d in found.differences)
 
 
 def test_validation_finds_a_flag_that_only_the_example_as_given_shows() -> None:

@@ -37,6 +37,7 @@ class Run:
 
     outputs: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
+    bare: set[str] = field(default_factory=set)  # outputs that say that they need a gradient, and have no history (views under no_grad)
     sharing: dict[str, str] = field(default_factory=dict)  # outputs that lie in the memory of an input or of another output
     inputs: dict[str, tuple[bool, Tensor]] = field(default_factory=dict)  # after the call: (was written to, value)
     input_gradients: dict[str, Tensor | None] = field(default_factory=dict)
@@ -105,13 +106,14 @@ def run(
                     if now is not value:
                         leaves.update(named_leaves(now, f"attribute {path}.{name}" if path else f"attribute {name}"))
                 result.flags = {n: leaf.requires_grad for n, leaf in leaves.items() if isinstance(leaf, Tensor)}
+                result.bare = {n for n, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad and not has_history(leaf)}
                 result.drawn = random.reaching(t for t in [*leaves.values(), *inputs.values(), *model.buffers()] if isinstance(t, Tensor))
                 seen = {**inputs, **{n: leaf for n, leaf in leaves.items() if isinstance(leaf, Tensor)}}
                 result.sharing = sharing(seen)
                 # Copied before backward: a model may hand out a tensor that it goes on to write.
                 result.outputs = {n: _kept(leaf) if isinstance(leaf, Tensor) else leaf for n, leaf in leaves.items()}
             if gradients:
-                ends = [leaf for leaf in leaves.values() if isinstance(leaf, Tensor) and leaf.requires_grad]
+                ends = [leaf for n, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad and n not in result.bare]
                 starts = _cotangents(ends, cotangents, seed, shake)  # outside of ``random``, which would fix them and note their dtype
                 # Backward draws no numbers itself; only the backward of an op that was fixed may have to be fixed as well.
                 with _precise(dtype), random if random.needed else nullcontext():
@@ -132,6 +134,22 @@ def run(
     result.fallbacks, result.missed = _fallbacks(model) - before, _missed(model) - missed
     result.precisions, result.undefined = random.precisions, random.undefined
     return result
+
+
+def has_history(tensor: Tensor) -> bool:
+    """Can backward start at ``tensor``, which says that it needs a gradient? Not at a view that was made under ``no_grad``.
+
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> with torch.no_grad():
+    ...     view = x[:1]
+    >>> view.requires_grad, has_history(view), has_history(x), has_history(2 * x)
+    (True, False, True, True)
+    """
+    if tensor.grad_fn is not None:
+        return True
+    with torch.enable_grad():
+        viewed = tensor.view_as(tensor)
+    return viewed.grad_fn is not None and viewed.grad_fn.next_functions[0][0] is not None
 
 
 def results_saved(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, mode: str) -> set[str] | None:

@@ -300,7 +300,9 @@ class _Check:
         if exact is not None and self.casts_follow and not _same_dtypes(exact):
             self._note(f"float64 left out ({call.label}): some casts follow a tensor's dtype, others do not")
             exact, own = None, True
-        proved = exact is not None and self._compare(exact, proved=False) is True and not exact.fused.fallbacks
+        passed = self._compare(exact, proved=False) if exact is not None else None
+        own = own or passed is None
+        proved = exact is not None and passed is True and not exact.fused.fallbacks
         if proved:
             self.proofs.add(call.mode)
         inputs = [tensor for tensor in fresh.tensors_in(call.args, call.kwargs) if _inexact(tensor)]
@@ -512,6 +514,8 @@ def _entries(a: Run, b: Run) -> Iterator[tuple[Kind, str, Any, Any, str]]:
         flags = _flags(x, y) if a.usual_strides else ""
         if not flags and a.flags.get(name) != b.flags.get(name):
             flags = f"requires_grad is {b.flags.get(name)}, in the original {a.flags.get(name)}"
+        if not flags and (name in a.bare) != (name in b.bare):
+            flags = "has no history, the original's has one" if name in b.bare else "has a history, the original's has none"
         yield "output", name, x, y, flags
     for name, (written, value) in a.inputs.items():
         if name in b.inputs and (written or b.inputs[name][0]):
