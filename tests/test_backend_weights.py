@@ -15,6 +15,8 @@ from torch import nn
 
 import fxfuse
 from checks import model_of, randn, randomized
+from fxfuse.dynamo.shared import FrozenPack, SharedPack
+from fxfuse.graph import Recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 X = randn(5, 10)
@@ -115,6 +117,73 @@ def test_data_that_is_transposed():
 
 def _listed(self, x):
     return [head(x) for head in self.heads]
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_parameter_that_is_swapped(freeze):
+    """torch swaps no tensor to which somebody refers, be it weakly."""
+    model = nam()
+    call, _ = compiled(model, freeze=freeze)
+    assert_same_step(model, call, X)
+    same(call, model)
+    for p in model.parameters():
+        p.grad = None
+    gc.collect()
+    torch.utils.swap_tensors(model.nets[0][0].weight, nn.Parameter(randn(*model.nets[0][0].weight.shape)))
+    same(call, model)
+    assert_same_step(model, call, X)
+
+
+def test_a_model_that_is_cast_by_swapping():
+    model, call = bound_model()
+    for p in model.parameters():
+        p.grad = None
+    gc.collect()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float32)
+        out = call(X.float())
+        torch.testing.assert_close(out, model(X.float()), rtol=1e-5, atol=1e-5)
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_same_step(model, call, X)
+
+
+@pytest.mark.parametrize("kind", [FrozenPack, SharedPack])
+def test_packs_of_models_that_are_gone_are_given_back(kind):
+    """Once another model is called through the same graph; the frozen ones of a model that lives stay."""
+    held = kind(Recipe("packed.w", ("a", "b"), (3, 2), (0, 1), "stack"))
+    models = [[nn.Parameter(randn(3, 2)) for _ in range(2)] for _ in range(4)]
+    memory = []
+    with torch.no_grad():
+        first = held.packed(models[0])
+        for members in models[1:]:
+            packed = held.packed(members)
+            torch.testing.assert_close(packed, torch.stack(members), rtol=0, atol=0)
+            memory.append(weakref.ref(packed.untyped_storage()))
+            del packed
+        del members, models[1:]
+        gc.collect()
+        assert all(each() is not None for each in memory)
+        another = [nn.Parameter(randn(3, 2)) for _ in range(2)]
+        torch.testing.assert_close(held.packed(another), torch.stack(another), rtol=0, atol=0)
+        assert all(each() is None for each in memory)
+        assert held.packed(models[0]) is first
+
+
+def test_lanes_that_another_graph_packs_in_another_way():
+    """What one graph packs, another does not take from it: else both would copy at every call."""
+    model = nam()
+    whole, _ = compiled(model)
+    assert_same_step(model, whole, X)
+    where = [p.data_ptr() for p in model.parameters()]
+    half, _ = compiled(lambda x: torch.stack([net(x[:, i : i + 1]) for i, net in enumerate(model.nets[:4])]))
+    with torch.no_grad():
+        expected = torch.stack([net(X[:, i : i + 1]) for i, net in enumerate(model.nets[:4])])
+        torch.testing.assert_close(half(X), expected, rtol=1e-10, atol=1e-12)
+    assert_same_step(model, whole, X)
+    assert [p.data_ptr() for p in model.parameters()] == where
 
 
 def test_a_parameter_that_is_replaced():

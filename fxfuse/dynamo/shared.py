@@ -3,18 +3,19 @@
 Comes in: a recipe, and at every call the Parameters (or buffers) as they are then. Goes out: the packed tensor. The members' data become
 views of one buffer where nobody else holds their memory; before every use it is checked that they still lie there. Where they do not
 (moved, ``.data =``, ``load_state_dict(assign=True)``, another model of the class), or must stay where they are, they are packed anew.
+No reference to a member is held, not even a weak one: ``torch.utils.swap_tensors`` takes none. Who holds the buffer is counted instead.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fxfuse.graph import Recipe
 from fxfuse.private.known_result import joined
@@ -32,7 +33,6 @@ class Bound:
 
     def __init__(self, recipe: Recipe, buffer: Tensor, members: Sequence[Tensor]) -> None:
         self.recipe, self.buffer = recipe, buffer
-        self.members = [*map(weakref.ref, members)]
         self.addresses = [*map(Tensor.data_ptr, members)]
         self.lie = _lie(members)
         self.versions = [*map(version, members)]
@@ -46,16 +46,9 @@ class Bound:
         sizes and strides are dynamo's to guard, and looking at them again takes longer than this (0.1 us each)."""
         return [*map(Tensor.data_ptr, members)] == self.addresses
 
-    def lies_at(self, address: int) -> bool:
-        """Does the first member live, and lie there?"""
-        first = self.members[0]()
-        return first is not None and first.data_ptr() == address
-
-    def alone(self) -> bool:
-        """Does nobody hold the buffer's memory but the members that still lie there, and the buffer?"""
-        key = storage_key(self.buffer.untyped_storage())
-        inside = sum(m is not None and storage_key(m.untyped_storage()) == key for m in (known() for known in self.members))
-        return holders(self.buffer) <= inside + 1
+    def lives(self) -> bool:
+        """Does anything but this lie in the buffer's memory?"""
+        return holders(self.buffer) > 1
 
     def note_writes(self, members: Sequence[Tensor]) -> None:
         """Count writes to the members as writes to the buffer: what autograd saved of it is then found to be stale, as of a Parameter."""
@@ -70,9 +63,8 @@ def _lie(members: Sequence[Tensor]) -> list[Any]:
     return [(type(m), m.dtype, m.device, m.shape, m.stride()) for m in members]
 
 
-_bound: weakref.WeakValueDictionary[Any, Bound] = weakref.WeakValueDictionary()  # of all graphs, by what they pack and where it begins
-# By member, whose memory the buffer is: as long as one lives, a graph compiled later (after ``torch.compiler.reset``) knows the pack.
-_kept: Any = WeakIdKeyDictionary()
+_bound: WeakValueDictionary[Any, Bound] = WeakValueDictionary()  # of all graphs, by what they pack and where it begins
+_buffers: WeakValueDictionary[int, Bound] = WeakValueDictionary()  # the same by the buffer's storage
 
 
 def _geometry(recipe: Recipe) -> Any:
@@ -118,18 +110,16 @@ class SharedPack:
             key = (members[0].data_ptr(), _geometry(self.recipe))
             bound = _bound.get(key)
             if bound is None or not bound.holds(members):
-                self.known = {at: each for at, each in self.known.items() if each.lies_at(at)}
+                self.known = {at: each for at, each in self.known.items() if each.lives()}
                 if len(self.known) >= MOST_MODELS or why_fixed(members) is not None:
                     self.refused = self.calls
                     return None
                 bound = _moved(self.recipe, members)
                 _bound[members[0].data_ptr(), _geometry(self.recipe)] = bound
-                for member in members:
-                    _kept[member] = bound
+                _buffers[storage_key(bound.buffer.untyped_storage())] = bound
             self.refused = 0
             self.known[members[0].data_ptr()] = bound
             return bound
-
 
     def write_back(self, members: Sequence[Tensor], packed: Tensor) -> None:
         """Running statistics that were updated in a copy go where they belong."""
@@ -165,7 +155,6 @@ def _moved(recipe: Recipe, members: Sequence[Tensor]) -> Bound:
 def why_fixed(members: Sequence[Tensor]) -> str | None:
     """Why the members' memory must stay where it is: somebody else holds it, or it is no memory of their own. None where it may move."""
     first = members[0]
-    known: dict[int, bool] = {}  # by storage: is it a pack of ours, which nobody else holds?
     for member in members:
         if type(member) not in (Tensor, nn.Parameter) or member.layout is not torch.strided or member.is_inference():
             return "it is no plain tensor"
@@ -175,22 +164,14 @@ def why_fixed(members: Sequence[Tensor]) -> str | None:
             return "the lanes differ in dtype, device or requires_grad"
         if (member.device.type == "cpu" and member.is_shared()) or member.is_pinned():  # type: ignore[no-untyped-call]
             return "its memory is shared with another process, or pinned"
-        if member.untyped_storage().nbytes() == member.numel() * member.element_size() and holders(member) == 1:
-            continue
-        key = storage_key(member.untyped_storage())
-        if key not in known:
-            known[key] = _is_pack(member)
-        if not known[key]:
-            return "another tensor holds its memory"
     if len({*map(Tensor.data_ptr, members)}) < len(members):
         return "two lanes are one tensor"
+    # By storage, the members in it. One of ours that some of its members have left is held by its ``Bound``, too.
+    inside = Counter(storage_key(member.untyped_storage()) for member in members)
+    of = {storage_key(member.untyped_storage()): member for member in members}
+    if any(holders(of[key]) > number + (key in _buffers) for key, number in inside.items()):
+        return "another tensor holds its memory"
     return None
-
-
-def _is_pack(member: Tensor) -> bool:
-    """Does the member lie in a pack of ours, of which some members have gone elsewhere, and that nobody else holds?"""
-    bound = _kept.get(member)
-    return bound is not None and storage_key(bound.buffer.untyped_storage()) == storage_key(member.untyped_storage()) and bound.alone()
 
 
 class FrozenPack:
@@ -198,17 +179,17 @@ class FrozenPack:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.made: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # by the first member
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}  # by the address of the first member: what keeps its memory, the pack
 
     def packed(self, members: Sequence[Tensor]) -> Tensor:
         """The packed tensor of the values at the first call."""
-        first = members[0]
-        known = self.made.get(id(first))
-        if known is None or known[0]() is not first:
+        known = self.made.get(members[0].data_ptr())
+        if known is None:
             with torch.inference_mode(False), torch.no_grad():
                 made = pack(self.recipe, [member.detach() for member in members])
-            self.made = {at: each for at, each in self.made.items() if each[0]() is not None}
-            known = self.made[id(first)] = weakref.ref(first), made
+            # The memory of a model that is gone is given back here; until then it is no other model's.
+            self.made = {at: each for at, each in self.made.items() if holders(each[0]) > 1}
+            known = self.made[members[0].data_ptr()] = members[0].detach(), made
         return known[1]
 
     def bound(self, members: Sequence[Tensor]) -> Bound | None:

@@ -99,7 +99,11 @@ def is_wanted_open(tensor: Tensor, dim: int) -> bool:
 
 
 def keep_source(made: torch.fx.Node, placeholder: torch.fx.Node | None) -> None:
-    """Let AOTAutograd know ``made`` as the input that ``placeholder`` was; None: as a weight that no name of the user's leads to."""
+    """Let AOTAutograd know ``made`` as the input that ``placeholder`` was; None: as a weight that no name of the user's leads to.
+
+    dynamo's example of the input goes: it refers to the user's tensor, and dynamo clears its own graph's only.
+    """
+    made.meta.pop("grapharg", None)
     setattr(made, _SOURCE, getattr(placeholder, _SOURCE, None))
     if placeholder is None:
         made.meta["tensor_dict"] = {_STATIC: "unguarded"}
