@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 import fxfuse
 from checks import own_gradients, plain
+from fxfuse.checking.runs import has_history
 from fxfuse.weights import packing
 
 RTOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.2}
@@ -71,7 +72,8 @@ def look(
                     seen.facts[f"output {index}"] = leaf
                     continue
                 seen.numbers[f"output {index}"] = leaf.detach().clone()
-                seen.facts[f"output {index}"] = (tuple(leaf.shape), leaf.dtype, leaf.requires_grad, _steps(leaf))
+                flag = "without a history" if leaf.requires_grad and not has_history(leaf) else leaf.requires_grad
+                seen.facts[f"output {index}"] = (tuple(leaf.shape), leaf.dtype, flag, _steps(leaf))
             if grad:
                 _backward(tensors, scale)
     except Exception as error:  # what the original raises, the fused model is to raise as well
@@ -111,7 +113,7 @@ def _backward(outputs: list[Tensor], scale: float) -> None:
     ends, starts = [], []
     for output in outputs:
         drawn = torch.randn(output.shape, generator=generator, dtype=torch.float64) * scale
-        if output.requires_grad:
+        if output.requires_grad and has_history(output):
             ends.append(output)
             starts.append(drawn.to(output.dtype))
     if ends:
