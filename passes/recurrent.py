@@ -34,7 +34,8 @@ def gru_step(gates: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> T
     width = h.shape[-1]
     r, z = (gates[..., : 2 * width] + own[..., : 2 * width]).sigmoid().chunk(2, -1)
     n = torch.addcmul(gates[..., 2 * width :], r, own[..., 2 * width :]).tanh()
-    return torch.addcmul(n, z, h - n)
+    # One op in place of two, 1.05x to 1.1x a step; but ``lerp`` takes one dtype, and under autocast there may be two.
+    return torch.lerp(n, h, z) if n.dtype == h.dtype == z.dtype else torch.addcmul(n, z, h - n)
 
 
 def rnn_step(gates: Tensor, h: Tensor, weight: Tensor, relu: bool) -> Tensor:
