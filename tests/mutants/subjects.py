@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from rule_samples import SAMPLES, Sample
 from test_forks import CASES as FORKS
-from test_joins import CASES as JOINS
+from test_joins_containers import CASES as CONTAINERS
+from test_joins_extremes import CASES as EXTREMES
+from test_joins_sums import CASES as SUMS
+from test_joins_writes import CASES as WRITES
 from test_rules_generated import Layout, Loop, cases, flat
 from torch import Tensor, nn
 
@@ -110,7 +113,7 @@ def _lanes(sample: Sample, layout: tuple[Layout, ...], lanes: int) -> Lanes:
 def table_models() -> list[Subject]:
     """Joins and forks as users write them, from the tables of the tests."""
     found = []
-    for table in (JOINS, FORKS):
+    for table in (WRITES, SUMS, EXTREMES, CONTAINERS, FORKS):
         for name, case in table.items():
             if not case.options.get("kwargs") and not case.options.get("make"):
                 found.append(Subject(name, "", functools.partial(_case, case), functools.partial(_drawn, case)))
