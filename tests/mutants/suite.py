@@ -27,7 +27,7 @@ FILES = (
     "rules_generated joins_writes joins_sums joins_extremes joins_containers forks views buffers packing structure shape_conv_per_row "
     "shape_custom_networks shape_feature_networks shape_generated_weights shape_pointwise shape_shared_conv rule_attention rule_batch_ops "
     "rule_constants rule_embedding rule_norm_state rule_norms rule_products rule_random rule_recurrent rule_reductions rule_small_ops "
-    "vmap_fallback methods loops sizes_inside unify"
+    "vmap_fallback methods loops_spelled loops_joined loops_lanes loops_networks sizes_inside unify"
 ).split()
 SLOW = 8.0  # seconds; slower tests are not asked
 KEPT = ROOT / ".mutants"
