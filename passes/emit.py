@@ -31,6 +31,9 @@ from .tracked import untracked
 from .weights import WeightReader
 from .writer import CannotVectorize, Node, Packed
 
+# Of these a result may have been written into memory in rows in the recording, where its operands lie otherwise.
+_WRITTEN = frozenset("as_slot sum_of prod_of min_of max_of".split())
+
 
 class Emitter(WeightReader):
     """Builds one program's graph."""
@@ -238,7 +241,7 @@ class Emitter(WeightReader):
         is_size = isinstance(node.target, Op) and node.target.name.startswith("size")
         recorded = node.meta.get("shape") is not None
         several = any(isinstance(user.target, Op) and user.target.name == "item" for user in node.users)  # values and indices
-        spread = isinstance(node.target, Op) and node.target.name == "as_slot"  # in the recording it was written into memory in rows
+        spread = isinstance(node.target, Op) and node.target.name in _WRITTEN
         if not (any(_restrided(operand, self.singles.get(operand)) for operand in node.all_input_nodes) or is_size or spread):
             if recorded:
                 made.meta["val"], made.meta["as_recorded"] = self._meta(node), True

@@ -10,6 +10,8 @@ This file walks the events; below it are, layer by layer, ``closed_calls``, ``re
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -88,12 +90,13 @@ class _Lifter(ClosedCalls):
             self.path = self.trace.frames[event.frame].path if event.frame >= 0 else ""
             self.untracked = event.untracked
             update = self.updates.get(index)
-            if update is not None and update.kind != "write":
-                self._update(event, update)
-            elif event.poison:
-                raise Refused(event.poison, event.place)
-            else:
-                self._event(event)
+            with self._rows_of_its_own(event):
+                if update is not None and update.kind != "write":
+                    self._update(event, update)
+                elif event.poison:
+                    raise Refused(event.poison, event.place)
+                else:
+                    self._event(event)
             index += 1
         self._late_counts()
         self._renew_buffers()
@@ -188,8 +191,6 @@ class _Lifter(ClosedCalls):
             if name == "grad":  # lanes that share a pack share its history: none may free it
                 kwargs = {**kwargs, "retain_graph": True} if len(args) < 4 else kwargs
                 args = (*args[:3], True, *args[4:]) if len(args) > 3 else args
-            if name in _ROWS_OF_ITS_OWN:
-                args, kwargs = self._rows_of_its_own(event, args, kwargs)
             out = self._call(event.func, args, kwargs, event.out)
             self._bind(event.out, out)
             if name == "grad":
@@ -198,17 +199,20 @@ class _Lifter(ClosedCalls):
                 self._flag(event.out.value, args[0], bool(kwargs.get("requires_grad", True) if len(args) < 2 else args[1]), out)
         self._note_view(event)
 
-    def _rows_of_its_own(self, event: Event, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments, with a copy of columns of a result: torch normalizes and keeps a copy, so a caller may write to the result."""
-        ref = arguments(event).get("input")
-        if not isinstance(ref, Ref):
-            return args, kwargs
+    @contextmanager
+    def _rows_of_its_own(self, event: Event) -> Iterator[None]:
+        """For a norm of columns of a result, a copy of them: torch normalizes and keeps a copy, so a caller may write to the result."""
+        ref = arguments(event).get("input") if op_name(event.func) in _ROWS_OF_ITS_OWN else None
+        if not isinstance(ref, Ref) or self.trace.values[ref.value].storage not in self._memory_of_results:
+            yield
+            return
         with DisableTorchFunction():
             in_rows = self.trace.values[ref.value].tensor.is_contiguous()
-        if in_rows or self.trace.values[ref.value].storage not in self._memory_of_results:
-            return args, kwargs
-        own = self._call(torch.clone, (args[0] if args else kwargs["input"],), {"memory_format": torch.contiguous_format}, ref)
-        return ((own, *args[1:]), kwargs) if args else (args, {**kwargs, "input": own})
+        read = self._read(ref.value)
+        if not in_rows:
+            self.env[ref.value] = self._call(torch.clone, (read,), {"memory_format": torch.contiguous_format}, ref)
+        yield
+        self.env[ref.value] = read
 
     @cached_property
     def _memory_of_results(self) -> set[int]:

@@ -101,7 +101,18 @@ class Returned(Assigning):
         """``node``; of a view made under ``no_grad``, the view as torch makes it: without a gradient, and with its base's flag."""
         if value not in self.trace.untracked_views or value not in self.parent:
             return node
-        return self._alone(_UNTRACKED, (self._read(self.parent[value][0]),), value)
+        return self._alone(_UNTRACKED, (self._as_flagged(self.parent[value][0]),), value)
+
+    def _as_flagged(self, value: int) -> torch.fx.Node:
+        """``value``, which may be a view of a view under ``no_grad``, with the flag that it has in the original."""
+        if value not in self.parent or not any(each in self.trace.untracked_views for each in self._way_back(value)):
+            node: torch.fx.Node = self._read(value)
+            return node
+        base, event = self.parent[value]
+        source = self._as_flagged(base)
+        if value in self.trace.untracked_views:
+            return self._alone(_UNTRACKED, (source,), value)
+        return self._alone(*self._call_of(event, base, source), value)
 
     def _has_gaps(self, value: int) -> bool:
         """Do the strides of ``value`` step over memory of the tensor that it is a view of? Then no copy of its own has them.
@@ -150,11 +161,13 @@ class Returned(Assigning):
         return node
 
     def _another(self, node: torch.fx.Node, value: int) -> torch.fx.Node:
-        """``node``, or a copy where another result is that node already: what is computed twice is two tensors."""
+        """``node``, or a copy where another result is that node already, or others read it as what was computed before: what is computed
+        twice is two tensors, and backward may keep the one that no caller has."""
         if node.op in ("placeholder", "get_attr"):  # itself; what only equals it is copied in any case
             return node
         first, values = self.given.setdefault(node, value), self.trace.values
-        if values[first].storage != values[value].storage:
+        computed = node.meta.get("value", value) if node.users else value
+        if any(values[each].storage != values[value].storage for each in (first, computed)):
             node = self.graph.call_function(_COPY, (node, None))
             self._describe(node, value)
             node.meta["distinct"] = True  # equal copies are as many tensors

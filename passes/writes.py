@@ -312,7 +312,11 @@ class Writes(Indexing):
             self.viewed.add(base)
             if not self._in_rows_at_all_sizes(base):
                 self.itself.add(base)
+                if event.untracked:  # a copy would have no history
+                    self._check_ones(base, "==")
         elif name in MAY_COPY and self.trace.values[base].storage != self.trace.values[out].storage:
+            if event.untracked and name == "contiguous":  # what it hands back at other sizes says that it needs a gradient
+                self._check_ones(base, "!=")
             self.copied[out] = (base, event)
             self.copied_at[out] = self.version.get(self._root(base), 0)
 

@@ -150,6 +150,18 @@ def test_a_model_that_is_cast_by_swapping():
     assert_same_step(model, call, X)
 
 
+def test_frozen_packs_of_models_that_share_their_first_lane():
+    one, two, three = nam(), randomized(nam(), seed=5), randomized(nam(), seed=6)
+    for mine, theirs in zip(two.nets[0].parameters(), one.nets[0].parameters(), strict=True):
+        mine.data = theirs.data  # the same memory
+    three.nets[0] = one.nets[0]
+    call, _ = compiled(lambda model, x: model(x), freeze=True)
+    for model in (one, two, three, two, one):
+        same(lambda x, model=model: call(model, x), model)
+    two.nets[1], two.nets[2] = two.nets[2], two.nets[1]
+    same(lambda x: call(two, x), two)
+
+
 @pytest.mark.parametrize("kind", [FrozenPack, SharedPack])
 def test_packs_of_models_that_are_gone_are_given_back(kind):
     """Once another model is called through the same graph; the frozen ones of a model that lives stay."""

@@ -83,6 +83,26 @@ def lanes_seen_without_grad(self: nn.Module, x: Tensor) -> Any:
     return out
 
 
+def views_of_views_without_grad(self: nn.Module, x: Tensor) -> Any:
+    out = []
+    for net in self.nets:
+        h = net(x)
+        with torch.no_grad():
+            out += [h.t().t(), h[:, 1:4].t()[1:].unsqueeze(0), h.t().chunk(2)[1], h.t().unbind(0)[1]]
+    return out
+
+
+def itself_without_grad(self: nn.Module, x: Tensor) -> Any:
+    """What lies in rows is handed back with its history, ``no_grad`` or not; a copy would have none."""
+    out = []
+    for net in self.nets:
+        h = net(x)
+        with torch.no_grad():
+            h = h.contiguous()
+        out.append(h)
+    return out
+
+
 def parts_seen_without_grad(self: nn.Module, x: Tensor) -> Any:
     hs = [net(x) for net in self.nets]
     with torch.no_grad():
@@ -94,9 +114,13 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         overwritten, overwritten_lanes, overwritten_by_slices, overwritten_as_a_whole, filled, views_without_grad, flagged,
-        flagged_and_used, lanes_seen_without_grad, parts_seen_without_grad,
+        flagged_and_used, lanes_seen_without_grad, parts_seen_without_grad, views_of_views_without_grad, itself_without_grad,
     )
 }  # fmt: skip
+
+
+# Their results are leaves that take gradients themselves, or views that say so and have no history.
+LEAVES = frozenset(("flagged", "flagged_and_used", "lanes_seen_without_grad", "views_of_views_without_grad"))
 
 
 @pytest.mark.parametrize("name", FORWARDS)
@@ -112,7 +136,7 @@ def test_flags_of_results(name: str) -> None:
                     out = tree_leaves(each(X.clone().requires_grad_(requires_grad)))
                 flags.append([(leaf.requires_grad, leaf.is_leaf, leaf._is_view()) for leaf in out])
             assert flags[0] == flags[1], (context.__name__, requires_grad)
-    if name not in ("flagged", "flagged_and_used", "lanes_seen_without_grad"):  # their results are leaves that take gradients themselves
+    if name not in LEAVES:
         assert_equal_models(model, fused, [(X, {}), (randn(3, 6), {})])
     assert not fxfuse.report(fused).fallbacks
 
@@ -310,6 +334,12 @@ def returned_as_it_is(self: nn.Module, x: Tensor) -> Any:
     return hidden(self, x), part
 
 
+def in_rows_already(self: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad():
+        x = x.contiguous()
+    return torch.stack([net(x) * x[:, :5] for net in self.nets])
+
+
 def only_compared(self: nn.Module, x: Tensor) -> Any:
     with torch.no_grad():
         part = x[:, :5]
@@ -340,7 +370,7 @@ def written_and_covered(self: nn.Module, x: Tensor) -> Any:
 
 KEPT = [
     covered, written_and_covered, features, reshaped_targets, view_of_a_buffer, view_of_detached, view_of_made, returned_as_it_is,
-    only_compared, detached_again,
+    only_compared, detached_again, in_rows_already,
 ]  # fmt: skip
 
 
@@ -353,6 +383,19 @@ def test_views_that_carry_no_flag_fuse(forward: Callable[..., Any]) -> None:
     assert_equal_models(model, fused, [(X, {}), (randn(3, 6), {})])
     assert_equal_flags(model, fused)
     assert not fxfuse.report(fused).fallbacks
+
+
+def test_what_is_copied_without_grad_in_another_order_has_no_history() -> None:
+    """Of an input in rows ``contiguous`` is the input, of another a copy, which no gradient goes through."""
+    model = randomized(model_of(in_rows_already, nets=nn.ModuleList(nn.Linear(6, 5) for _ in range(4))))
+    fused = fxfuse.optimize(model, X, objective="launches", validate=False)
+    for x in (X, randn(6, 5).t(), randn(10, 6)[::2]):
+        gradients = []
+        for each in (model, fused):
+            given = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            each(given).sum().backward()
+            gradients.append(given.grad)
+        assert (gradients[0] is None) is (gradients[1] is None) is (x.stride() == (1, 5))
 
 
 def test_views_of_numbers_that_take_no_gradient_fuse() -> None:

@@ -36,6 +36,7 @@ from fxfuse.private import (
     pt2_writer,
     pytree,
     recurrent,
+    saved_hooks,
     schemas,
     state_dicts,
     storages,
@@ -292,6 +293,16 @@ def test_tensor_guards() -> None:
     assert "torch._dynamo" not in subprocess.run(
         [sys.executable, "-c", "import fxfuse.private.tensor_guards, sys; print(*sys.modules)"], capture_output=True, text=True, check=True
     ).stdout.split()
+
+
+def test_saved_hooks() -> None:
+    assert saved_hooks.saved_hooks() is None
+    outer, inner = ((lambda tensor: tensor, lambda tensor: tensor) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(*outer):
+        with torch.autograd.graph.saved_tensors_hooks(*inner):
+            assert saved_hooks.saved_hooks() == inner != outer
+        assert saved_hooks.saved_hooks() == outer
+    assert saved_hooks.saved_hooks() is None
 
 
 def test_autocast() -> None:

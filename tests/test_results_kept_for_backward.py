@@ -25,6 +25,18 @@ class Normalized(nn.Module):
         return h, [norm(h[:, i::2]) for i, norm in enumerate(self.norms)], h[..., :1]
 
 
+class Chunks(nn.Module):
+    """Norms with running statistics, of columns that lie side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.InstanceNorm1d(3, affine=True, track_running_stats=True) for _ in range(2))
+
+    def forward(self, x):
+        h = x * x.tanh()
+        return h, [norm(part) for norm, part in zip(self.norms, h.chunk(2, 1), strict=True)], h[..., :1]
+
+
 class Permuted(nn.Module):
     """torch's product copies what it cannot view as a matrix: the writer of ``h`` does not reach it."""
 
@@ -51,6 +63,7 @@ CASES = {
     "group norm of one column": (lambda: Normalized(nn.GroupNorm, 1), (4, 2)),
     "group norm of three columns": (lambda: Normalized(nn.GroupNorm, 3), (4, 6, 3)),
     "instance norm": (lambda: Normalized(nn.InstanceNorm1d, 3), (4, 6, 5)),
+    "instance norm with running statistics": (Chunks, (4, 6, 5)),
     "products of permuted columns": (Permuted, (4, 3, 12)),
 }
 

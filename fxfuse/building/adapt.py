@@ -50,7 +50,7 @@ from fxfuse.weights.parts import in_parts, whole_recipes
 from fxfuse.weights.weights import unpackable
 
 from .build import MOST_FORMS, made_relative
-from .input_orders import held_to_order
+from .input_orders import held_to_order, held_to_own_order
 from .regions import RegionFinder
 
 _lock = threading.RLock()
@@ -185,6 +185,7 @@ def _made(state: RegionState, entry: Entry, casts: Casts | None) -> _Made:
     program = make_program(observation.trace, prepared.lifted, made.graph)
     with _autocast(casts):
         program = held_to_order(program, prepared.lifted, entry.root(region), observation.flags)
+    program = held_to_own_order(program, prepared.lifted)
     program = in_parts(held_by_caller(program), plan)
     return _Made(program, constants, entry, not reads_offsets(observation.trace))
 

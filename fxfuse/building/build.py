@@ -41,7 +41,7 @@ from fxfuse.weights.weights import unpackable
 
 from . import by_size
 from .by_size import Serves
-from .input_orders import held_to_order
+from .input_orders import held_to_order, held_to_own_order
 from .regions import Region, RegionFinder
 
 # What forward may ask torch for: one that verification varies, and one that it does not.
@@ -329,7 +329,7 @@ class Builder:
             held = held_to_order(program, made.lifted, made.way.root, made.observation.flags)
             self.ordered[id(frame)] = {i: leaf for i, leaf in enumerate(held.guard.leaves) if leaf is not program.guard.leaves[i]}
         leaves = tuple(self.ordered[id(frame)].get(i, leaf) for i, leaf in enumerate(program.guard.leaves))
-        return replace(program, guard=replace(program.guard, leaves=leaves))
+        return held_to_own_order(replace(program, guard=replace(program.guard, leaves=leaves)), made.lifted)
 
     def _look_around(self, built: _Built) -> None:
         """What the code that ran in the region could read, besides its arguments and tensors."""

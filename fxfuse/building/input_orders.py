@@ -3,6 +3,7 @@
 Comes in: a program, and the recorded call that it repeats. Goes out: the program, whose guard holds such inputs to the order of dims that
 they were recorded in; a call in another order runs the original. A packed form makes results that lie as in the recording, and torch
 has no rule by which an op passes strides on: so the call runs a few times more, on inputs that lie otherwise, and the results show it.
+The packed form is asked, too, without numbers: lanes that a loop adds into rows of zeros lie in rows, their sum may lie as the inputs do.
 """
 
 from __future__ import annotations
@@ -44,6 +45,21 @@ def held_to_order(program: Program, lifted: Lifted, root: nn.Module, flags: Sequ
             found = _Runs(program, lifted).shown()
         except Exception:  # a call that cannot be repeated
             return program
+    return _held(program, found)
+
+
+def held_to_own_order(program: Program, lifted: Lifted) -> Program:
+    """``program`` with the order of such inputs in its guard by which its own results lie, and not the original's (``held_to_order``)."""
+    if lifted.frame.raw is None:
+        return program
+    try:
+        found = _OnMeta(program, lifted).shown()
+    except Exception:  # an op that needs numbers, or has no meta kernel
+        return program
+    return _held(program, found)
+
+
+def _held(program: Program, found: dict[int, Tensor]) -> Program:
     leaves = [
         replace(leaf, layout="by results", order=order_of(found[index])) if index in found and not leaf.layout else leaf
         for index, leaf in enumerate(program.guard.leaves)
@@ -55,7 +71,7 @@ class _Runs:
     """The calls of one recorded frame."""
 
     def __init__(self, program: Program, lifted: Lifted) -> None:
-        self.module = lifted.frame.module
+        self.module, self.graph = lifted.frame.module, program.graph
         (output,) = [node for node in lifted.graph.nodes if node.op == "output"]
         # Views of inputs are made from them at every call, and lie as those do.
         given = list(output.args[0])[: len(lifted.frame.out)]
@@ -64,7 +80,7 @@ class _Runs:
         self.same = program.guard.same
         self.inputs: dict[int, Tensor] = {}  # those that can lie in more than one order, of more than one row
         for index, (guard, leaf) in enumerate(zip(program.guard.leaves, self.leaves, strict=True)):
-            if isinstance(guard, TensorGuard) and leaf.layout is torch.strided and self.same[index] == index:
+            if isinstance(guard, TensorGuard) and not guard.layout and leaf.layout is torch.strided and self.same[index] == index:
                 times = [2 if free is None and size == 1 else 1 for free, size in zip(guard.shape, leaf.shape, strict=True)]
                 self.leaves[index] = _repeated(leaf.detach(), times)
                 if sum(size > 1 for size in self.leaves[index].shape) > 1:
@@ -97,6 +113,35 @@ class _Runs:
         args, kwargs = clone_inputs(tree_unflatten(leaves, self.spec), requires_grad=False)
         results = tree_flatten(opened(type(self.module).forward(self.module, *args, **kwargs)))[0]
         return [_seen(results[index]) if index < len(results) else None for index in self.told]
+
+
+class _OnMeta(_Runs):
+    """The same calls of the packed form, without numbers."""
+
+    def _strides(self, other: dict[int, Tensor]) -> list[Any]:
+        given = iter(other.get(self.same[index], self.leaves[self.same[index]]) for index in range(len(self.leaves)))
+        values: dict[torch.fx.Node, Any] = {}
+
+        def value_of(node: torch.fx.Node) -> Any:
+            return values[node]
+
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = _without_numbers(next(given))
+            elif node.op == "get_attr":
+                values[node] = _without_numbers(node.meta["val"])
+            elif node.op == "output":
+                results = torch.fx.node.map_arg(node.args[0], value_of)
+                return [_seen(results[index]) for index in self.told]
+            else:
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
+                function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
+                values[node] = _without_numbers(function(*args, **kwargs))
+        raise AssertionError("a graph without an output")
+
+
+def _without_numbers(value: Any) -> Any:
+    return value.detach().to("meta") if isinstance(value, Tensor) else value
 
 
 def _seen(value: Any) -> Any:

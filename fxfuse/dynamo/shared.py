@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -179,18 +179,18 @@ class FrozenPack:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.made: dict[int, tuple[Tensor, Tensor]] = {}  # by the address of the first member: what keeps its memory, the pack
+        self.made: dict[tuple[int, ...], _Frozen] = {}  # by where the members begin
 
     def packed(self, members: Sequence[Tensor]) -> Tensor:
         """The packed tensor of the values at the first call."""
-        known = self.made.get(members[0].data_ptr())
-        if known is None:
+        addresses = tuple(map(Tensor.data_ptr, members))
+        known = self.made.get(addresses)
+        if known is None or not known.valid:
             with torch.inference_mode(False), torch.no_grad():
                 made = pack(self.recipe, [member.detach() for member in members])
-            # The memory of a model that is gone is given back here; until then it is no other model's.
-            self.made = {at: each for at, each in self.made.items() if holders(each[0]) > 1}
-            known = self.made[members[0].data_ptr()] = members[0].detach(), made
-        return known[1]
+            self.made = {at: each for at, each in self.made.items() if each.valid}
+            known = self.made[addresses] = _Frozen(made, members)
+        return known.packed
 
     def bound(self, members: Sequence[Tensor]) -> Bound | None:
         """None: writes to the members are not looked at."""
@@ -198,3 +198,18 @@ class FrozenPack:
 
     def write_back(self, members: Sequence[Tensor], packed: Tensor) -> None:
         """Only Parameters are frozen, which no graph writes."""
+
+
+class _Frozen:
+    """A pack, and whether the memory that it was made of is still there: another model's may begin at the same addresses later."""
+
+    def __init__(self, packed: Tensor, members: Sequence[Tensor]) -> None:
+        self.packed, self.valid = packed, True
+        mine = ref(self)
+
+        def gone(_: object) -> None:
+            if (frozen := mine()) is not None:
+                frozen.valid = False
+
+        # Of the memory, not of the members: see above. It stays the same object for as long as any tensor lies in it.
+        self.storages = [ref(storage, gone) for storage in {id(s): s for s in map(Tensor.untyped_storage, members)}.values()]

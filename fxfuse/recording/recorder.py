@@ -25,6 +25,7 @@ from fxfuse.models.determinism import foreign_random_state
 from fxfuse.models.internal_files import INTERNAL, is_internal
 from fxfuse.private.autocast import any_autocast_enabled, autocast_on
 from fxfuse.private.pytree import tree_flatten
+from fxfuse.private.saved_hooks import saved_hooks
 from fxfuse.private.torch_function import DisableTorchFunction
 from fxfuse.private.transforms import transforming
 from fxfuse.private.versions import version
@@ -48,6 +49,7 @@ _UNTRACKED = "runs without gradient tracking (no_grad, or a custom autograd Func
 _LASTING = "switches gradient tracking on for whoever called it (set_grad_enabled)"
 _AUTOCAST = "switches autocast"
 _TRANSFORM = "runs inside a transform of torch.func (vmap, grad and their like)"
+_SAVED = "keeps what backward needs in its own way (saved_tensors_hooks, save_on_cpu or checkpoint)"
 _ONE_TENSOR = tree_flatten(((torch.empty(0),), {}))[1]
 _TENSOR = tree_flatten(torch.empty(0))[1]
 
@@ -221,6 +223,7 @@ class Recorder(TorchFunctionMode):
         described_kwargs = self.describe(kwargs, tensors) if kwargs else {}
         if transforming():
             self.mark(_TRANSFORM, sys._getframe(1))
+        self._check_saving(sys._getframe(1))
         if name[-1] == "_" or name in MAYBE_IN_PLACE or kwargs:
             self._before_write(name, args, kwargs, tensors)
         before = _versions(tensors)
@@ -245,7 +248,8 @@ class Recorder(TorchFunctionMode):
                 if type(tensor) is nn.Parameter and tensor.grad_fn is not None:
                     poison = "computes with a Parameter that is not a leaf"
         if name == "contiguous" and len(args) == 1 and not kwargs and out is args[0] and type(out) is Tensor:
-            out = out.view_as(out)  # of more rows it may be a copy: a call either way
+            # Of more rows it may be a copy: a call either way. Under ``no_grad`` a call would cut its history off.
+            out = out if self.switches.untracked else out.view_as(out)
         made: Any
         if type(out) is Tensor:
             made = known.get(id(out)) or self._add(out, "made")
@@ -340,6 +344,15 @@ class Recorder(TorchFunctionMode):
         if self.stack and not self.trace.frames[self.stack[-1]].poison:
             found = self.trace.frames[self.stack[-1]]
             found.poison, found.place = reason, self.place(frame) or found.place
+
+    def _check_saving(self, frame: FrameType) -> None:
+        """A graph has no contexts: calls that switch such hooks stay as they are. What is called under them as a whole may be a region."""
+        now = saved_hooks()
+        for found in (self.trace.frames[index] for index in reversed(self.stack)):
+            if found.saved_hooks == now:
+                return
+            if not found.poison:
+                found.poison, found.place = _SAVED, self.place(frame) or found.place
 
     def layout(self, func: Any, args: Any, kwargs: Any, name: str) -> Any:
         """How a tensor lies in memory. Where inputs lie in rows, sizes say it all."""
@@ -463,13 +476,14 @@ class Recorder(TorchFunctionMode):
         if transforming():
             self.mark(_TRANSFORM, sys._getframe(2))
             poison = poison or _TRANSFORM
+        self._check_saving(sys._getframe(2))
         index = len(trace.frames)
         parent = stack[-1] if stack else -1
         if self.sizes:
             self.note_comparisons()
         frame = Frame(index, parent, path, module, leaves, spec, len(trace.events))
         frame.raw = (args, kwargs)
-        frame.untracked = self.switches.untracked
+        frame.untracked, frame.saved_hooks = self.switches.untracked, saved_hooks()
         if not torch.is_grad_enabled() and not self.switches.untracked:
             frame.switched = _UNTRACKED
         elif autocast_on() != self.autocast:

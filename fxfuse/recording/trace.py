@@ -79,6 +79,7 @@ class Frame:
     children: list[int] = field(default_factory=list)
     raw: tuple[Any, Any] | None = None  # the args and kwargs themselves
     untracked: bool = False  # called under ``no_grad``
+    saved_hooks: Any = None  # what autograd keeps goes through, where it is called
     switched: str = ""  # called under another switch that a graph does not repeat: which
     sets_own: bool = False  # an attribute of the module was another object after the call
 
