@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -203,20 +202,16 @@ class _Lifter(ClosedCalls):
     def _rows_of_its_own(self, event: Event) -> Iterator[None]:
         """For a norm of columns of a result, a copy of them: torch normalizes and keeps a copy, so a caller may write to the result."""
         ref = arguments(event).get("input") if op_name(event.func) in _ROWS_OF_ITS_OWN else None
-        if not isinstance(ref, Ref) or self.trace.values[ref.value].storage not in self._memory_of_results:
+        if not isinstance(ref, Ref) or self.trace.values[ref.value].storage not in self.memory_of_results:
             yield
             return
         with DisableTorchFunction():
-            in_rows = self.trace.values[ref.value].tensor.is_contiguous()
+            in_rows = self.trace.values[ref.value].tensor.is_contiguous() and self._in_rows_at_all_sizes(ref.value)
         read = self._read(ref.value)
         if not in_rows:
             self.env[ref.value] = self._call(torch.clone, (read,), {"memory_format": torch.contiguous_format}, ref)
         yield
         self.env[ref.value] = read
-
-    @cached_property
-    def _memory_of_results(self) -> set[int]:
-        return {self.trace.values[value].storage for value in refs_in(self.frame.out)}
 
     def _flag(self, value: int, before: torch.fx.Node, given: bool, out: torch.fx.Node) -> None:
         """``requires_grad_``: what comes after it reads the tensor with the flag, and no other tensor of those numbers has it."""

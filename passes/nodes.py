@@ -61,6 +61,8 @@ class Nodes(FreeSizes):
             if known is not None:
                 if not self.untracked:
                     known.meta.pop("untracked", None)
+                if value is not None:
+                    known.meta.setdefault("again", set()).add(value)
                 return known
         else:
             self.random = True

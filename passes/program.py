@@ -18,6 +18,7 @@ from fxfuse.private.pytree import tree_flatten
 from fxfuse.recording.sizes import SizeOf, SizeOp
 from fxfuse.recording.trace import Frame, Ref, Trace
 from fxfuse.running.guards import order_of
+from fxfuse.weights.recipes import packed_shape
 
 from .free_sizes import recorded_number
 from .lifted import Lifted
@@ -128,6 +129,9 @@ def resolve_packed(graph: torch.fx.Graph, packs: Packs) -> None:
         with graph.inserting_before(found[0][0]):
             # create_node: get_attr() looks for it in a module that a trial run has left behind
             packed = graph.create_node("get_attr", name)
+            held = found[0][0].meta.get("val")
+            if held is not None:
+                packed.meta["val"] = torch.empty(packed_shape(found[0][1]), dtype=held.dtype, device="meta")
             parts = _all_members(graph, packed, found[0][1]) if len(found) > 1 else None
         for node, recipe, lane in found:
             with graph.inserting_before(node):

@@ -112,7 +112,7 @@ class Returned(Assigning):
         source = self._as_flagged(base)
         if value in self.trace.untracked_views:
             return self._alone(_UNTRACKED, (source,), value)
-        return self._alone(*self._call_of(event, base, source), value)
+        return self._called_alone(event, base, source, value)
 
     def _has_gaps(self, value: int) -> bool:
         """Do the strides of ``value`` step over memory of the tensor that it is a view of? Then no copy of its own has them.
@@ -148,12 +148,7 @@ class Returned(Assigning):
             if value in self.trace.untracked_views:
                 made[value] = self._alone(_UNTRACKED, (source,), value)
                 return made[value]
-            op, args = self._call_of(event, base, source)
-            if isinstance(event.out, list):
-                whole = self._alone(op, args, None)
-                node = self._alone(_PIECE, (whole, event.out.index(Ref(value))), value)
-            else:
-                node = self._alone(op, args, value)
+            node = self._called_alone(event, base, source, value)
             if value in self.flagged:
                 op, args = canonical(torch.Tensor.requires_grad_, (node, *self.flagged[value]), {})
                 node = self._alone(op, args, value)
@@ -166,8 +161,8 @@ class Returned(Assigning):
         if node.op in ("placeholder", "get_attr"):  # itself; what only equals it is copied in any case
             return node
         first, values = self.given.setdefault(node, value), self.trace.values
-        computed = node.meta.get("value", value) if node.users else value
-        if any(values[each].storage != values[value].storage for each in (first, computed)):
+        computed = (node.meta.get("value", value), *node.meta.get("again", ())) if node.users else ()
+        if any(values[each].storage != values[value].storage for each in (first, *computed)):
             node = self.graph.call_function(_COPY, (node, None))
             self._describe(node, value)
             node.meta["distinct"] = True  # equal copies are as many tensors
@@ -182,6 +177,14 @@ class Returned(Assigning):
             node.meta.update(shape=None, dyn=frozenset(), place=self.place, path=self.path, frame=self.at)
         node.meta["alone"] = True
         return node
+
+    def _called_alone(self, event: Event, base: int, source: torch.fx.Node, value: int) -> torch.fx.Node:
+        """``value`` made of ``source``, which is ``base``, as in the recording."""
+        op, args = self._call_of(event, base, source)
+        if not isinstance(event.out, list):
+            return self._alone(op, args, value)
+        whole = self._alone(op, args, None)
+        return self._alone(_PIECE, (whole, event.out.index(Ref(value))), value)
 
     def _call_of(self, event: Event, base: int, source: torch.fx.Node) -> tuple[Op, tuple[Any, ...]]:
         def given(tree: Any) -> Any:

@@ -16,7 +16,7 @@ import torch.fx
 from fxfuse.functional import as_slot, casting, drawn, index_write, op_of
 from fxfuse.ops import MAY_COPY, canonical, op_name
 from fxfuse.recording.sizes import SizeOf, SizeOp
-from fxfuse.recording.trace import Event, Frame, Ref, Trace
+from fxfuse.recording.trace import Event, Frame, Ref, Trace, refs_in
 
 from .indexing import Indexing
 from .lifted import Refused, SizeDependent, Sizes
@@ -57,6 +57,7 @@ class Writes(Indexing):
         self.seen_version: dict[int, int] = {}
         self.version: dict[int, int] = {}  # by root value
         self.inputs: set[int] = set()
+        self.memory_of_results = {trace.values[value].storage for value in refs_in(frame.out)}
         self.constants: dict[str, torch.Tensor] = {}
         self.cut: set[torch.fx.Node] = set()  # written under ``no_grad``: without a history
         self.renewable: set[int] = set()  # storages of buffers whose new contents are written when all is over
@@ -315,8 +316,8 @@ class Writes(Indexing):
                 if event.untracked:  # a copy would have no history
                     self._check_ones(base, "==")
         elif name in MAY_COPY and self.trace.values[base].storage != self.trace.values[out].storage:
-            if event.untracked and name == "contiguous":  # what it hands back at other sizes says that it needs a gradient
-                self._check_ones(base, "!=")
+            if event.untracked and name == "contiguous" and self.trace.values[out].storage in self.memory_of_results:
+                self._check_ones(base, "!=")  # what it hands back at other sizes says that it needs a gradient
             self.copied[out] = (base, event)
             self.copied_at[out] = self.version.get(self._root(base), 0)
 

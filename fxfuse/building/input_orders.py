@@ -118,26 +118,56 @@ class _Runs:
 class _OnMeta(_Runs):
     """The same calls of the packed form, without numbers."""
 
+    def __init__(self, program: Program, lifted: Lifted) -> None:
+        super().__init__(program, lifted)
+        (output,) = program.graph.find_nodes(op="output")
+        self.results = [output.args[0][index] for index in self.told]
+        placeholders = program.graph.find_nodes(op="placeholder")
+        recorded = all(new.shape == old.shape for new, old in zip(self.leaves, tree_flatten(lifted.frame.raw)[0], strict=True) if _is(new))
+        self.leaves = [_without_numbers(leaf) for leaf in self.leaves]
+        self.inputs = {index: self.leaves[index] for index in self.inputs}
+        self.places = {node: index for index, node in enumerate(placeholders)}
+        self.nodes = self._asked(recorded)
+        if not any(node in self.places for node in self.nodes):
+            self.told = []
+
+    def _asked(self, recorded: bool) -> list[torch.fx.Node]:
+        """What the results' strides may come from, in order. ``recorded``: the sizes are, so that what lies as ever is known."""
+        found: set[torch.fx.Node] = set()
+        pending = [node for node in self.results if isinstance(node, torch.fx.Node)]
+        while pending:
+            node = pending.pop()
+            if node not in found:
+                found.add(node)
+                pending += () if recorded and _lies_as_ever(node) else node.all_input_nodes
+        return [node for node in self.graph.nodes if node in found]
+
     def _strides(self, other: dict[int, Tensor]) -> list[Any]:
-        given = iter(other.get(self.same[index], self.leaves[self.same[index]]) for index in range(len(self.leaves)))
         values: dict[torch.fx.Node, Any] = {}
-
-        def value_of(node: torch.fx.Node) -> Any:
-            return values[node]
-
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = _without_numbers(next(given))
-            elif node.op == "get_attr":
+        for node in self.nodes:
+            if node in self.places:
+                index = self.same[self.places[node]]
+                values[node] = other.get(index, self.leaves[index])
+            elif node.op in ("get_attr", "call_module") or any(source not in values for source in node.all_input_nodes):
                 values[node] = _without_numbers(node.meta["val"])
-            elif node.op == "output":
-                results = torch.fx.node.map_arg(node.args[0], value_of)
-                return [_seen(results[index]) for index in self.told]
             else:
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
-                function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                function: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
                 values[node] = _without_numbers(function(*args, **kwargs))
-        raise AssertionError("a graph without an output")
+        return [_seen(values[node]) if isinstance(node, torch.fx.Node) else None for node in self.results]
+
+
+# Products, look-ups and calls lie in rows whatever they read; what they say of their results is in ``meta["val"]``.
+_IN_ROWS = frozenset("bmm baddbmm mm addmm linear embedding index_select".split())
+
+
+def _lies_as_ever(node: torch.fx.Node) -> bool:
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return "val" in node.meta and (name in _IN_ROWS or node.op in ("call_module", "get_attr"))
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _without_numbers(value: Any) -> Any:

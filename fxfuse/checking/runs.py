@@ -145,7 +145,7 @@ def has_history(tensor: Tensor) -> bool:
     >>> view.requires_grad, has_history(view), has_history(x), has_history(2 * x)
     (True, False, True, True)
     """
-    if tensor.grad_fn is not None:
+    if tensor.grad_fn is not None or tensor.layout is not torch.strided or tensor.is_nested or not tensor._is_view():
         return True
     with torch.enable_grad():
         viewed = tensor.view_as(tensor)

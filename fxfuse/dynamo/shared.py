@@ -188,7 +188,7 @@ class FrozenPack:
         if known is None or not known.valid:
             with torch.inference_mode(False), torch.no_grad():
                 made = pack(self.recipe, [member.detach() for member in members])
-            self.made = {at: each for at, each in self.made.items() if each.valid}
+            self.made = {at: each for at, each in list(self.made.items()) if each.valid}
             known = self.made[addresses] = _Frozen(made, members)
         return known.packed
 
