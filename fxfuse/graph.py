@@ -191,6 +191,7 @@ class Making:
     single: bool
     validate: bool
     together: bool = False  # lanes of unequal widths in one bundle
+    own_results: bool = False  # results are copies, which nothing keeps for backward
 
 
 @dataclass(frozen=True)

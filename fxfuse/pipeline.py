@@ -370,7 +370,7 @@ class _Pipeline:
             kept: list[RegionPlan] = []
             for plan in plans:
                 found = outcome if len(plans) == 1 else alone(plan)
-                mended = plan if found.ok else self._mended(plan, found.reason, alone)
+                mended = plan if found.ok else self._mended(plan, found, alone)
                 kept.extend([mended] if mended is not None else [])
             if kept and not self._compared(original, self._installed(kept)).ok:
                 return []
@@ -397,8 +397,14 @@ class _Pipeline:
         found = zip(self.entries, self.compared, strict=True)
         return [(outcome, entry.frame_path(plan.path, FORWARD)) for entry, outcome in found]
 
-    def _mended(self, plan: RegionPlan, reason: str, check: Callable[[RegionPlan], Validation]) -> RegionPlan | None:
-        """The plan without the lane sets that make it differ, tried one by one; None where nothing is left."""
+    def _mended(self, plan: RegionPlan, outcome: Validation, check: Callable[[RegionPlan], Validation]) -> RegionPlan | None:
+        """The plan without the lane sets that make it differ, tried one by one; None where nothing is left. Where results differ in that
+        backward keeps them, and in nothing else, the plan with copies of its results."""
+        if outcome.only_kept:
+            owning = self.builder.owning_results(plan.path)
+            if owning is not None and (outcome := check(owning)).ok:
+                owning.notes.append("its results are copies: backward keeps what it computes with, and a caller may write into them before")
+                return owning
         sets = self.builder.chosen[plan.path].region.prepared.lane_sets()
         wrong: dict[LaneSet, str] = {}
         for lanes in sets if len(sets) > 1 else ():
@@ -408,7 +414,7 @@ class _Pipeline:
                 wrong[lanes] = found.reason
         rest = self.builder.without(plan.path, frozenset(wrong)) if 0 < len(wrong) < len(sets) else None
         if rest is None or not check(rest).ok:
-            self.report.refused.append(Refusal(f"undone: the rewritten form differs: {reason}", plan.place, plan.path))
+            self.report.refused.append(Refusal(f"undone: the rewritten form differs: {outcome.reason}", plan.place, plan.path))
             return None
         for lanes, said in wrong.items():
             self.report.refused.append(Refusal(f"undone: the rewritten form differs: {said}", sets[lanes], plan.path))

@@ -44,6 +44,14 @@ def chain(node: Node) -> list[Node]:
     return found
 
 
+def is_view(node: Node) -> bool:
+    """A view of one tensor, of which it is the first operand."""
+    name = _name(node)
+    if name == "getitem":  # ``h[:, 1:]``; a piece of what a call has made at once is none
+        return isinstance(node.all_input_nodes[0].meta.get("val"), torch.Tensor) and len(node.all_input_nodes) == 1
+    return name in _VIEWS and name not in ("unbind", "contiguous") and bool(node.all_input_nodes)
+
+
 def is_part_of_a_pack(node: Node) -> bool:
     """A view of one of several views that ``unbind`` or ``split`` made at once: autograd lets nobody write into those."""
     return any(

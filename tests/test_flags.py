@@ -92,6 +92,14 @@ def views_of_views_without_grad(self: nn.Module, x: Tensor) -> Any:
     return out
 
 
+def pieces_without_grad(self: nn.Module, x: Tensor) -> Any:
+    hs = [net(x) for net in self.nets]
+    with torch.no_grad():
+        first, second = hs[0].t()[1:].chunk(2)
+        rows = list(hs[1].t())[:2]
+    return torch.cat(hs, 1), first, second, rows
+
+
 def itself_without_grad(self: nn.Module, x: Tensor) -> Any:
     """What lies in rows is handed back with its history, ``no_grad`` or not; a copy would have none."""
     out = []
@@ -115,6 +123,7 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     for f in (
         overwritten, overwritten_lanes, overwritten_by_slices, overwritten_as_a_whole, filled, views_without_grad, flagged,
         flagged_and_used, lanes_seen_without_grad, parts_seen_without_grad, views_of_views_without_grad, itself_without_grad,
+        pieces_without_grad,
     )
 }  # fmt: skip
 
@@ -139,6 +148,15 @@ def test_flags_of_results(name: str) -> None:
     if name not in LEAVES:
         assert_equal_models(model, fused, [(X, {}), (randn(3, 6), {})])
     assert not fxfuse.report(fused).fallbacks
+
+
+def test_verification_compares_gradients_beside_a_sparse_result() -> None:
+    """Backward may start at it."""
+    model = model_of(lambda self, x, adj: (self.net(torch.sparse.mm(adj, x)), adj), net=nn.Linear(6, 5)).double()
+    x, adj = X.double(), torch.eye(5, dtype=torch.float64).to_sparse()
+    found = fxfuse.verify(model, copy.deepcopy(model), (x, adj))
+    assert found.ok
+    assert any(d.kind == "input gradient" for d in found.differences)
 
 
 class _Seen(nn.Linear):

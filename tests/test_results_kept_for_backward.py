@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse.building.build import Builder
 from fxfuse.passes import lift
 
 QUICK = {"objective": "launches", "tune": False}
@@ -37,6 +38,18 @@ class Chunks(nn.Module):
         return h, [norm(part) for norm, part in zip(self.norms, h.chunk(2, 1), strict=True)], h[..., :1]
 
 
+class Twice(nn.Module):
+    """The lanes read the second of two equal tensors; the caller has the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lanes = nn.Linear(3, 4), nn.ModuleList(nn.Linear(4, 2) for _ in range(4))
+
+    def forward(self, x):
+        h, again = self.first(x), self.first(x)
+        return h, torch.cat([lane(again) for lane in self.lanes], 1), h[:, :1]
+
+
 class Permuted(nn.Module):
     """torch's product copies what it cannot view as a matrix: the writer of ``h`` does not reach it."""
 
@@ -64,6 +77,7 @@ CASES = {
     "group norm of three columns": (lambda: Normalized(nn.GroupNorm, 3), (4, 6, 3)),
     "instance norm": (lambda: Normalized(nn.InstanceNorm1d, 3), (4, 6, 5)),
     "instance norm with running statistics": (Chunks, (4, 6, 5)),
+    "computed twice": (Twice, (4, 3)),
     "products of permuted columns": (Permuted, (4, 3, 12)),
 }
 
@@ -82,8 +96,41 @@ def test_a_caller_may_write_to_a_result_as_in_the_original(case, validate):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
 
 
+class Recurrent(nn.Module):
+    """torch turns what a GRU reads with its batch first, and keeps a copy; packed, the result itself would be kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 4)
+        self.lanes = nn.ModuleList(nn.GRU(4, 3, batch_first=True) for _ in range(3))
+
+    def forward(self, x):
+        h = self.first(x)
+        return {"all": torch.cat([lane(h)[0] for lane in self.lanes], -1), "features": h, "part": h[:, 1:]}
+
+
+def test_where_a_result_would_be_kept_it_is_a_copy():
+    torch.manual_seed(3)
+    model, x = Recurrent().double(), torch.randn(4, 6, 5, dtype=torch.float64)
+    fused = fxfuse.optimize(model, x, **QUICK)
+    report = fxfuse.report(fused)
+    assert report.fused
+    assert any("its results are copies" in note for region in report.fused for note in region.notes)
+    for rows in (x, torch.randn(7, 6, 5, dtype=torch.float64)):
+        for result in (0, 1, 2):
+            expected, got = (written_then_backward(each, rows, result) for each in (model, fused))
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+        out = fused(rows)
+        assert out["part"].untyped_storage().data_ptr() == out["features"].untyped_storage().data_ptr()
+    assert not report.fallbacks
+    half, narrow = fxfuse.optimize(model.float(), x.float(), **QUICK), x.double()
+    assert_close = torch.testing.assert_close
+    assert_close(half.double()(narrow)["all"], model.double()(narrow)["all"], rtol=1e-12, atol=1e-12)
+
+
 def test_a_form_that_keeps_a_result_is_undone(monkeypatch):
     monkeypatch.setattr(lift, "_ROWS_OF_ITS_OWN", frozenset())
+    monkeypatch.setattr(Builder, "owning_results", lambda self, path: None)
     torch.manual_seed(3)
     model, x = Normalized(nn.GroupNorm, 1).double(), torch.randn(4, 2, dtype=torch.float64)
     report = fxfuse.report(fxfuse.optimize(model, x, **QUICK))

@@ -33,6 +33,7 @@ from fxfuse.models.determinism import preserved_state
 from fxfuse.models.held import held_by_caller
 from fxfuse.models.inputs import batch_size, resample
 from fxfuse.models.silent_hooks import hooks_silent
+from fxfuse.passes.own_results import own_results
 from fxfuse.passes.packs import Packs
 from fxfuse.passes.program import make_program, resolve_packed
 from fxfuse.passes.vectorize import vectorize
@@ -180,6 +181,8 @@ def _made(state: RegionState, entry: Entry, casts: Casts | None) -> _Made:
         closed = [Refusal(f.poison, f.place) for f in observation.trace.frames if f.poison]
         raise Unfit(str([*prepared.refusals, *closed, Refusal("nothing is left to fuse")][0]))
     resolve_packed(made.graph, made.packs)
+    if making.own_results:
+        own_results(made.graph)
     used = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
     constants = {name: tensor for name, tensor in made.packs.constants.items() if name in used and name not in plan.constants}
     program = make_program(observation.trace, prepared.lifted, made.graph)

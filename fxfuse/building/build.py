@@ -23,6 +23,7 @@ from fxfuse.models.module_tree import all_modules
 from fxfuse.models.silent_hooks import hooks_silent
 from fxfuse.options import Options
 from fxfuse.passes.lifted import Lifted
+from fxfuse.passes.own_results import own_results
 from fxfuse.passes.packs import Packs
 from fxfuse.passes.program import fits, make_program, resolve_packed
 from fxfuse.passes.vectorize import LaneSet, Prepared, Vectorized, vectorize
@@ -123,6 +124,7 @@ class Builder:
         self.progress, self.patience = Progress(options.progress), Patience()
         self.chosen: dict[str, Chosen] = {}  # by region path
         self.followers: dict[str, list[tuple[Region, Recorded]]] = {}  # further ways in to the same region
+        self.owning: set[str] = set()  # paths of regions whose results are copies
         self.ordered: dict[int, dict[int, Any]] = {}  # by frame: inputs that are held to their order, as the guard has them
         self.examples: dict[str, list[Case]] = {}  # by method: calls of sizes for which there are plans of their own
 
@@ -177,6 +179,11 @@ class Builder:
         for other, way in self.followers.get(path, ()):
             self._join(other, way, built)
         return self._finished(built)
+
+    def owning_results(self, path: str) -> RegionPlan | None:
+        """The region at ``path`` built again, its results copies of what it computes with."""
+        self.owning.add(path)
+        return self.without(path, frozenset())
 
     def _build(self, region: Region, way: Recorded, built: dict[str, _Built]) -> None:
         """Plan the region, or, where another way in has planned it, give it the programs of this one over the same packs."""
@@ -241,7 +248,8 @@ class Builder:
         plan.place = ops[0].place if ops else frame.place
         prepared = chosen.region.prepared
         plan.making = Making(
-            choice.lowering, chosen.prefer, choice.chunks, prepared.skipped, prepared.single, self.options.validate, prepared.together
+            choice.lowering, chosen.prefer, choice.chunks, prepared.skipped, prepared.single, self.options.validate, prepared.together,
+            plan.path in self.owning,
         )  # fmt: skip
         if choice.launches is not None:
             loop, fused = choice.launches
@@ -301,6 +309,8 @@ class Builder:
         for each in built.graphs:
             way, observation, method = each.way, each.observation, each.method
             resolve_packed(each.graph, packs)
+            if plan.path in self.owning:
+                own_results(each.graph)
             program = self.places.named(self._held_to_order(make_program(observation.trace, each.lifted, each.graph), each))
             if each.serves is not None:
                 program, needed = each.serves.only(program)

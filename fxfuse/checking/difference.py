@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fxfuse.errors import ValidationError
 
+from .saved_memory import KEPT
+
 Kind = Literal["output", "input gradient", "parameter gradient", "buffer"]
 KINDS: tuple[Kind, ...] = ("output", "input gradient", "parameter gradient", "buffer")
 _TINY = 1e-300  # stands for the scale of a tensor of zeros
@@ -134,6 +136,11 @@ class Validation:
     modes: tuple[str, ...] = ()
     rtol: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def only_kept(self) -> bool:
+        """Is all that differs what backward keeps of the results?"""
+        return not self.ok and bool(self.differences) and all(d.ok or d.note == KEPT for d in self.differences)
 
     def raise_if_failed(self) -> None:
         """Raise ``ValidationError`` that names the worst tensor, if the models differ."""

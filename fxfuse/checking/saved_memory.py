@@ -14,6 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .shared_memory import sharing
 
+KEPT = "is kept for backward, which raises where a caller writes into it before; the original's may be written to"
+
 
 class Saved(saved_tensors_hooks):
     """While it is entered, notes what autograd keeps; ``among`` says which of some tensors share memory with that.

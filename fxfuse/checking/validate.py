@@ -29,6 +29,7 @@ from fxfuse.weights.packing import load_original_state_dict, original_state_dict
 from .difference import KINDS, Difference, Gap, Kind, Rounding, Spread, Validation, distances
 from .other_weights import vary_weights
 from .runs import Run, coarsest, results_saved, run
+from .saved_memory import KEPT
 
 __all__ = ["Difference", "Rounding", "Spread", "Validation", "validate", "verify"]
 
@@ -334,7 +335,7 @@ class _Check:
         """A result that the original's backward does not look at again is the caller's to write to before that."""
         original, fused = (results_saved(model, call.args, call.kwargs, mode=call.mode) for model in (self.original, self.fused))
         for name in sorted(fused - original) if original is not None and fused is not None else ():
-            gap = Gap.lost("is kept for backward, which raises where a caller writes into it before; the original's may be written to")
+            gap = Gap.lost(KEPT)
             self.result.differences.append(_difference(call, "output", name, gap, self.rtol))
 
     def _pair_in_float64(self, call: _Call, original: nn.Module, fused: nn.Module) -> _Pair:
