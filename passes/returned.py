@@ -101,15 +101,19 @@ class Returned(Assigning):
         """``node``; of a view made under ``no_grad``, the view as torch makes it: without a gradient, and with its base's flag."""
         if value not in self.trace.untracked_views or value not in self.parent:
             return node
-        return self._alone(_UNTRACKED, (self._as_flagged(self.parent[value][0]),), value)
+        base = self.parent[value][0]
+        return self._alone(_UNTRACKED, (self._as_flagged(base) if self._shows_a_flag(base) else self._read(base),), value)
+
+    def _shows_a_flag(self, value: int) -> bool:
+        """Is it, or is it a view of, a view under ``no_grad``?"""
+        while value not in self.trace.untracked_views and value in self.parent:
+            value = self.parent[value][0]
+        return value in self.trace.untracked_views and value in self.parent
 
     def _as_flagged(self, value: int) -> torch.fx.Node:
-        """``value``, which may be a view of a view under ``no_grad``, with the flag that it has in the original."""
-        if value not in self.parent or not any(each in self.trace.untracked_views for each in self._way_back(value)):
-            node: torch.fx.Node = self._read(value)
-            return node
+        """``value``, a view of a view under ``no_grad``, with the flag that it has in the original."""
         base, event = self.parent[value]
-        source = self._as_flagged(base)
+        source = self._as_flagged(base) if self._shows_a_flag(base) else self._in_memory_of_its_own(base)
         if value in self.trace.untracked_views:
             return self._alone(_UNTRACKED, (source,), value)
         return self._called_alone(event, base, source, value)
@@ -136,10 +140,7 @@ class Returned(Assigning):
         if value in made:
             return made[value]
         if value == root:
-            node: torch.fx.Node = self._read(root)
-            if not held:
-                node = self._alone(RETURNED, (self._another(node, root),), value)
-                node.meta["out_stride"] = self.trace.values[root].order()
+            node: torch.fx.Node = self._read(root) if held else self._in_memory_of_its_own(root)
         else:
             origin = self._origin(value)
             assert origin is not None
@@ -153,6 +154,12 @@ class Returned(Assigning):
                 op, args = canonical(torch.Tensor.requires_grad_, (node, *self.flagged[value]), {})
                 node = self._alone(op, args, value)
         made[value] = node
+        return node
+
+    def _in_memory_of_its_own(self, value: int) -> torch.fx.Node:
+        """What results are views of, made once, by itself."""
+        node = self._alone(RETURNED, (self._another(self._read(value), value),), value)
+        node.meta["out_stride"] = self.trace.values[value].order()
         return node
 
     def _another(self, node: torch.fx.Node, value: int) -> torch.fx.Node:
