@@ -317,7 +317,9 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(place):
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == codes.INTERRUPTED, err
+    # 130 in a shell either way: where the signal arrives in an ``exec`` of a string (dataclasses, as torch is imported), CPython notes it
+    # as unhandled, whoever handles it, and ends by the signal itself.
+    assert process.returncode in (codes.INTERRUPTED, -signal.SIGINT), err
     assert err.strip() == "fxfuse: interrupted; nothing was written"
     assert not out
     assert not list(place.glob("*net.pt2*"))
