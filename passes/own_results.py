@@ -28,19 +28,23 @@ def own_results(graph: torch.fx.Graph) -> None:
     """
     (output,) = graph.find_nodes(op="output")
     leaves = [leaf for leaf in dict.fromkeys(output.args[0]) if isinstance(leaf, Node)]
-    shown: dict[Node, None] = dict.fromkeys(leaves)  # results, and what they alone are views of
+    shown = set(leaves)  # results, and what they are views of
     for node in reversed(graph.nodes):
-        if node in shown and (is_view(node) or node.target is untracked_view):
-            source = node.all_input_nodes[0]
-            shown[source] = None
+        if node in shown and _shows(node):
+            shown.add(node.all_input_nodes[0])
     copies: dict[Node, Node] = {}
     for node in [node for node in graph.nodes if node in shown]:
         with graph.inserting_before(output):
             if node.op in ("placeholder", "get_attr"):
                 copies[node] = node
-            elif node.all_input_nodes and node.all_input_nodes[0] in copies and (is_view(node) or node.target is untracked_view):
+            elif _shows(node):
                 copies[node] = graph.node_copy(node, lambda each: copies.get(each, each))
             else:
                 copies[node] = graph.call_function(torch.clone, (node,))
                 copies[node].meta = dict(node.meta)
     output.args = ([copies.get(leaf, leaf) if isinstance(leaf, Node) else leaf for leaf in output.args[0]],)
+
+
+def _shows(node: Node) -> bool:
+    """Is it a view, with its history or without?"""
+    return is_view(node) or node.target is untracked_view

@@ -123,7 +123,8 @@ class _OnMeta(_Runs):
         (output,) = program.graph.find_nodes(op="output")
         self.results = [output.args[0][index] for index in self.told]
         placeholders = program.graph.find_nodes(op="placeholder")
-        recorded = all(new.shape == old.shape for new, old in zip(self.leaves, tree_flatten(lifted.frame.raw)[0], strict=True) if _is(new))
+        given = tree_flatten(lifted.frame.raw)[0]
+        recorded = all(new.shape == old.shape for new, old in zip(self.leaves, given, strict=True) if isinstance(new, Tensor))
         self.leaves = [_without_numbers(leaf) for leaf in self.leaves]
         self.inputs = {index: self.leaves[index] for index in self.inputs}
         self.places = {node: index for index, node in enumerate(placeholders)}
@@ -164,10 +165,6 @@ _IN_ROWS = frozenset("bmm baddbmm mm addmm linear embedding index_select".split(
 def _lies_as_ever(node: torch.fx.Node) -> bool:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return "val" in node.meta and (name in _IN_ROWS or node.op in ("call_module", "get_attr"))
-
-
-def _is(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _without_numbers(value: Any) -> Any:
