@@ -231,6 +231,7 @@ class _Pipeline:
             for state in fused_modules.regions(result).values():
                 state.fallbacks.clear()
                 state.strict = self.options.strict  # from here on: verification itself tries sizes that fall back
+                state.prepare()  # for the mode that the model is in, once measured in another
         set_report(result, self.report)
         return result
 

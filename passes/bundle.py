@@ -246,7 +246,7 @@ def _key(node: Node, of: dict[Node, int], loose: set[Node], considered: tuple[st
     if node.op == "placeholder":
         return ("input", *facts)
     if node.op == "get_attr":
-        return ("attribute", *facts, meta.get("requires_grad"), meta.get("registered"))
+        return ("attribute", *facts, meta.get("requires_grad"), meta.get("registered"), meta.get("pack"))
     if node.op != "call_function" or not isinstance(node.target, Op) or meta.get("alone") or meta.get("distinct"):
         return ("alone", id(node))
     erased = POSITIONS.get(node.target.name, ())

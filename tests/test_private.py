@@ -11,8 +11,10 @@ import subprocess
 import sys
 import tokenize
 import tracemalloc
+import types
 from collections import OrderedDict, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,7 @@ from fxfuse.private import (
     transforms,
     versions,
     vmap_fallback,
+    while_traced,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -529,6 +532,41 @@ def test_parse_to() -> None:
     assert parse_to.parse_to(memory_format=torch.channels_last)[3] is torch.channels_last
     with pytest.raises(TypeError):
         parse_to.parse_to("no such device", 3)
+
+
+def test_while_traced() -> None:
+    """What ``comptime`` gives: objects, the tensors of a call, and a flag that the code which it runs does not see."""
+    from torch._dynamo.comptime import comptime
+
+    box, x = types.SimpleNamespace(number=3), torch.randn(2, 3)
+    seen: list[bool] = []
+
+    def look(context: Any) -> None:
+        seen.append(while_traced.local_object(context, "box") is box)
+        first, (computed, number), text = while_traced.local_example(context, "args")
+        seen.append(first is x)
+        seen.append((computed.shape, computed.stride(), number, text) == ((3, 2), (1, 3), 5, "a"))
+        seen.append(torch.compiler.is_compiling())
+        with while_traced.not_compiling():
+            seen.append(not torch.compiler.is_compiling())
+        seen.append(torch.compiler.is_compiling())
+
+    _LOOK.append(look)
+
+    def inner(box: Any, *args: Any) -> Any:
+        comptime(_look)
+        return args[0] + box.number
+
+    torch.compile(lambda x: inner(box, x, [(x + 1).t(), 5], "a"), backend="eager", fullgraph=True)(x)
+    assert seen == [True] * 6
+    torch.compiler.reset()
+
+
+_LOOK: list[Any] = []
+
+
+def _look(context: Any) -> None:  # comptime calls what has no variables of another function
+    _LOOK[-1](context)
 
 
 def test_dynamo() -> None:

@@ -43,7 +43,7 @@ from fxfuse.private.transforms import transforming
 from fxfuse.recording.casts import without_autocast
 from fxfuse.recording.lengths import tracked_len
 from fxfuse.recording.observe import observe, reads_offsets
-from fxfuse.running.entries import FORWARD, Entry
+from fxfuse.running.entries import FORWARD, INSIDE, Entry
 from fxfuse.running.guards import explain_miss, order_of
 from fxfuse.running.region import STATE, RegionState
 from fxfuse.running.runtime import walk
@@ -167,7 +167,9 @@ def _made(state: RegionState, entry: Entry, casts: Casts | None) -> _Made:
         observation = observe(entry.root(region), entry.args, entry.kwargs)
     if observation.failure:
         raise Unfit(f"the forward raises {observation.failure}")
-    finder, frame = RegionFinder(observation, 2, True), observation.trace.frames[0]
+    inside = f"{INSIDE}." if entry.is_method else ""
+    packed = {inside + member: recipe.name for recipe in whole_recipes(plan) for member in recipe.members}
+    finder, frame = RegionFinder(observation, 2, True, packed), observation.trace.frames[0]
     prepared = Refusal(frame.poison, frame.place) if frame.poison else finder.prepared(frame)
     refusal = prepared if isinstance(prepared, Refusal) else made_relative(prepared.lifted, entry, "")
     if isinstance(prepared, Refusal) or refusal is not None:

@@ -7,6 +7,7 @@ another, and a ``Refusal`` for each module call with something in it that could 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,10 +75,12 @@ def closed_frames(observation: Observation) -> frozenset[int]:
 
 
 class RegionFinder:
-    """Walks the module calls from the outside in."""
+    """Walks the module calls from the outside in. ``packed``: weights that are packed by now, each with its pack: only what lies in one
+    pack is of one class (two layers of one shape, each in a pack, whose weights autocast casts alike).
+    """
 
-    def __init__(self, observation: Observation, min_lanes: int, merge: bool) -> None:
-        self.observation, self.min_lanes, self.merge = observation, min_lanes, merge
+    def __init__(self, observation: Observation, min_lanes: int, merge: bool, packed: Mapping[str, str] | None = None) -> None:
+        self.observation, self.min_lanes, self.merge, self.packed = observation, min_lanes, merge, packed or {}
         self.closed = closed_frames(observation)
         self.regions: list[Region] = []
         self.refusals: list[Refusal] = []
@@ -132,6 +135,8 @@ class RegionFinder:
         if fixed is not None and not lifted.specialised:
             lifted.specialised, lifted.place = fixed.reason, fixed.place
         self._note_fast_path(frame, lifted)
+        for node in lifted.graph.find_nodes(op="get_attr") if self.packed else ():
+            node.meta["pack"] = self.packed.get(str(node.target))
         return prepare(lifted, self.min_lanes, self.merge)
 
     def _note_fast_path(self, frame: Frame, lifted: Lifted) -> None:

@@ -144,10 +144,18 @@ def example_of(placeholder: torch.fx.Node) -> Any:
 
 
 def random_example(fake: Any) -> Any:
-    """A tensor of random numbers with the sizes of ``fake`` (open ones as they are now), and its flags; anything else as it is."""
+    """A tensor of random numbers with the sizes of ``fake`` (open ones as they are now), in its order, and its flags; an open size as a
+    number; anything else as it is.
+    """
+    if isinstance(fake, torch.SymInt):
+        return _hint(fake)
     if not isinstance(fake, Tensor):
         return fake
     made = torch.randn([_hint(size) for size in fake.shape], device=fake.device).to(fake.dtype)
+    strides = [_hint(step) for step in fake.stride()]
+    if made.numel() and [*made.stride()] != strides:
+        held = 1 + sum((size - 1) * step for size, step in zip(made.shape, strides, strict=True))
+        made = torch.randn(held, device=fake.device).to(fake.dtype).as_strided(made.shape, strides)
     if not fake.is_floating_point() and not fake.is_complex():
         made.zero_()  # an index that every table has
     if isinstance(fake, torch.nn.Parameter):

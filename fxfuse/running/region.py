@@ -44,6 +44,7 @@ from .runtime import MISS, Compiled, Source, compile_program, source
 from .serialize import program_from_data, program_to_data
 from .surroundings import Around, Piece
 from .unread import unread
+from .while_traced import count_while_traced, prepare_while_traced
 
 STATE = "_fxfuse"  # the key in a region's __dict__ under which its RegionState lies
 _HOOKS_FOR_ALL = "a hook for all modules is registered"
@@ -54,7 +55,7 @@ def _unsaved() -> dict[str, Any]:
     """What a state has before its first call: never copied or saved."""
     return {
         "ready": None, "current": None, "compiled": {}, "methods": {}, "others": {}, "loading": None, "holders": None,
-        "adapted": {}, "unfit": {}, "around": None, "renewed": None,
+        "adapted": {}, "unfit": {}, "around": None, "renewed": None, "traced_reason": "",
     }
 
 
@@ -83,6 +84,7 @@ class RegionState(Watch):
     others: dict[tuple[str, tuple[bool, ...]], list[Compiled]] = field(default_factory=dict)  # never copied or saved
     adapted: dict[tuple[str, tuple[bool, ...]], list[Compiled]] = field(default_factory=dict)  # made at calls; never saved
     unfit: dict[Any, list[str]] = field(default_factory=dict)  # of the calls that none was made for, why; never copied or saved
+    traced_reason: str = ""  # why the call that dynamo traces now runs the loop; never copied or saved
     extra: dict[str, Tensor] = field(default_factory=dict)  # index tensors that those made later read
     inside: list[Piece] = field(default_factory=list)  # what lies in objects that the modules hold, at installation
     around: Around | None = None  # compares that, and ``plan.outside``, at every call; None: there is nothing
@@ -201,6 +203,22 @@ class RegionState(Watch):
         further = self.methods.get("forward")
         self.current, self.ready = compiled, first_of([compiled, *(further or ())])
         return compiled
+
+    def adapt(self, name: str, program: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, str]:
+        """Make a program for a call that none fits, under autocast or of inputs that lie otherwise. Returns whether there is one now, and
+        why none fitted: ``program`` was the last that was asked.
+        """
+        from fxfuse.building.adapt import adapt  # imports this file
+
+        reason = program.why(args, kwargs)
+        if self.sharding is not None:  # what is made now would be over all lanes
+            late = ", and lanes that are divided among processes are not made anew under autocast" if any_autocast_enabled() else ""
+            return False, reason + late
+        said = adapt(self, name, args, kwargs)
+        if said is None:
+            self.prepare()
+            return True, reason
+        return False, f"{reason}{said and ', and '}{said}"
 
     def compile(self, program: Program, facts: dict[str, Facts] | None = None) -> Compiled:
         """The program as a function over the tensors of this region. ``facts``: what is assumed of them (default: as installed)."""
@@ -322,6 +340,8 @@ class RegionMixin(LaneMixin):
 
     def _fxfuse_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state: RegionState = self.__dict__[STATE]
+        if torch.compiler.is_dynamo_compiling():
+            prepare_while_traced(state, FORWARD, args, kwargs)
         run = state.ready
         reason = "the region changed since its last call, and this one is traced"
         if run is None and not torch.compiler.is_compiling():
@@ -338,12 +358,11 @@ class RegionMixin(LaneMixin):
                     return out
                 current = state.current  # another thread may be about to prepare
                 reason = "the guard did not hold" if current is not None else state._unknown_flags(state.flags())
+                again = current.rebound(self._fxfuse_base.forward, args, kwargs) if current is not None else None
+                if again is not None and (out := run(*again)) is not MISS:
+                    return out
                 if current is not None and not torch.compiler.is_compiling():
-                    again = current.rebound(self._fxfuse_base.forward, self, args, kwargs)
-                    if again is not None and (out := run(*again)) is not MISS:
-                        return out
-                    reason = current.why(*(again or (args, kwargs)))
-                    reason, out = self._fxfuse_adapted(state, FORWARD, reason, *(again or (args, kwargs)))
+                    reason, out = self._fxfuse_adapted(state, FORWARD, current, *(again or (args, kwargs)))
                     if out is not MISS:
                         return out
             except StaleAlias as stale:
@@ -353,6 +372,8 @@ class RegionMixin(LaneMixin):
     def _fxfuse_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As ``_fxfuse_forward``, for another method of the region that holds a loop."""
         state: RegionState = self.__dict__[STATE]
+        if torch.compiler.is_dynamo_compiling():
+            prepare_while_traced(state, name, args, kwargs)
         reason = "the region changed since its last call, and this one is traced"
         if state.ready is None and not torch.compiler.is_compiling():
             prepared = state.prepare()
@@ -370,31 +391,23 @@ class RegionMixin(LaneMixin):
                     out = program.run(args, kwargs)
                     if out is not MISS:
                         return out
-                    if not torch.compiler.is_compiling():
-                        again = program.rebound(getattr(self._fxfuse_base, name), self, args, kwargs)
-                        if again is not None and (out := program.run(*again)) is not MISS:
-                            return out
-                        reason = program.why(*(again or (args, kwargs)))
+                    again = program.rebound(getattr(self._fxfuse_base, name), args, kwargs)
+                    if again is not None and (out := program.run(*again)) is not MISS:
+                        return out
                 if programs and not torch.compiler.is_compiling():
-                    reason, out = self._fxfuse_adapted(state, name, reason, *(again or (args, kwargs)))
+                    reason, out = self._fxfuse_adapted(state, name, programs[-1], *(again or (args, kwargs)))
                     if out is not MISS:
                         return out
             except StaleAlias as stale:
                 reason = str(stale)
         return self._fxfuse_fall_back(state, reason, args, kwargs, name)
 
-    def _fxfuse_adapted(self, state: RegionState, name: str, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
-        """A call that no program fits, under autocast or of inputs that lie otherwise: by one made for it now, or why not, and ``MISS``."""
-        from fxfuse.building.adapt import adapt  # imports this file
-
-        if state.sharding is not None:  # what is made now would be over all lanes
-            late = ", and lanes that are divided among processes are not made anew under autocast" if any_autocast_enabled() else ""
-            return reason + late, MISS
-        said = adapt(state, name, args, kwargs)
-        if said is None:
-            state.prepare()
-            return reason, first_of(state.methods[name])(args, kwargs)
-        return f"{reason}{said and ', and '}{said}", MISS
+    def _fxfuse_adapted(
+        self, state: RegionState, name: str, program: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, Any]:
+        """A call that no program fits, by one made for it now; or why not, the last one being ``program``, and ``MISS``."""
+        made, reason = state.adapt(name, program, args, kwargs)
+        return reason, first_of(state.methods[name])(args, kwargs) if made else MISS
 
     def _fxfuse_fall_back(
         self, state: RegionState, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "forward"
@@ -403,7 +416,9 @@ class RegionMixin(LaneMixin):
         if state.strict:
             raise FallbackError(f"{state.plan.path or type(self).__name__} would run its loop: {reason}")
         forward = getattr(self._fxfuse_base, method)
-        if torch.compiler.is_compiling():  # traced: no counters, no caches
+        if torch.compiler.is_compiling():  # traced: no caches
+            if torch.compiler.is_dynamo_compiling():
+                count_while_traced(state, reason)
             return forward(self, *args, **kwargs)
         with _counting:
             known = reason in state.fallbacks or len(state.fallbacks) < _MOST_REASONS

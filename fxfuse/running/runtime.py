@@ -9,12 +9,11 @@ calls without grad, for as long as object, address, strides and conjugation are 
 from __future__ import annotations
 
 import copy
-import inspect
 import keyword
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from fxfuse.private import pytree
 
 from .for_compilers import biases_apart
 from .guards import Facts, compile_guard, explain_miss
+from .spelling import Call, Spelling, spelling_of
 from .weight_views import are_views, hoist
 
 
@@ -104,41 +104,39 @@ class Compiled:
     sources: list[tuple[str, Source]]
     facts: list[Facts]
     hold: Callable[[bool], None]
+    spellings: dict[Any, Spelling | None] = field(default_factory=dict)  # by the form of the call
 
-    def rebound(
-        self, forward: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The same call spelled as it was recorded (``f(x, mask=None)`` for ``f(x=x)``), None where it is another call."""
+    def spelling(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spelling | None:
+        """Where a call of this form has the arguments of the recorded one; None where it has that form, or is another call."""
         positional, keywords = self.program.in_spec.children()
-        names = list(keywords.context) if keywords.num_children else []
-        if len(args) == positional.num_children and list(kwargs) == names:
+        recorded = positional.num_children, tuple(keywords.context) if keywords.num_children else ()
+        called = len(args), tuple(kwargs)
+        if called == recorded:
             return None
-        try:
-            signature = inspect.signature(forward)
-            bound = signature.bind(module, *args, **kwargs)
-        except (TypeError, ValueError):
-            return None
-        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
-            return None
-        given = dict(bound.arguments)
-        bound.apply_defaults()
-        order = list(signature.parameters)[1:]
-        first = order[: positional.num_children]
-        if len(first) < positional.num_children or set(first) & set(names) or not set(names) <= set(order):
-            return None
-        for name in order:  # what the recorded call left out has to have its default
-            if name not in first and name not in names and name in given and given[name] is not signature.parameters[name].default:
-                return None
-        return tuple(bound.arguments[name] for name in first), {name: bound.arguments[name] for name in names}
+        if called not in self.spellings and not torch.compiler.is_dynamo_compiling():  # nothing that dynamo could trace
+            self.spellings[called] = spelling_of(forward, recorded, called)
+        return self.spellings.get(called)
+
+    def rebound(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The same call spelled as it was recorded (``f(x, mask=None)`` for ``f(x=x)``), None where it is another call."""
+        spelling = self.spelling(forward, args, kwargs)
+        return None if spelling is None else spelling.respelled(args, kwargs)
+
+    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Would ``run`` answer this call?"""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        return spec == self.program.in_spec and explain_miss(self.program.guard, leaves, self.facts, self._tensors()) is None
 
     def why(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Why ``run`` missed, in a sentence."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.program.in_spec:
             return f"called with {_form(args, kwargs, leaves)}, recorded {_recorded_form(self.program.in_spec)}"
-        tensors = [place.fetch() for _, place in self.sources]
-        reason = explain_miss(self.program.guard, leaves, self.facts, tensors)
+        reason = explain_miss(self.program.guard, leaves, self.facts, self._tensors())
         return reason or "the guard did not hold"
+
+    def _tensors(self) -> list[Any]:
+        return [place.fetch() for _, place in self.sources]
 
 
 def compile_program(

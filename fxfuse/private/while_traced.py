@@ -1,0 +1,47 @@
+"""What runs while torch.compile traces a call, and is not traced itself.
+
+Private: ``torch._dynamo.comptime``, of which the documented part does not give objects, only numbers and tensors; the flag behind
+``torch.compiler.is_compiling``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import Proxy
+
+from .dynamo import example_of
+from .pytree import tree_map_only
+
+
+def comptime() -> Any:
+    """What calls a function with a context while dynamo traces the call, and does nothing else. Imported late: dynamo takes a second."""
+    from torch._dynamo.comptime import comptime
+
+    return comptime
+
+
+def local_object(context: Any, name: str) -> Any:
+    """The object that a local variable holds in the function that is being traced. ``context``: what ``comptime()`` calls with."""
+    return context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker().realize().value
+
+
+def local_example(context: Any, name: str) -> Any:
+    """Numbers, tensors, and tuples, lists and dicts of such that a local variable may hold in the call that is being traced: the caller's
+    own where they are inputs of the graph, else random numbers that lie alike. Raises (what, is torch's) where it holds anything else.
+    """
+    return tree_map_only(Proxy, lambda proxy: example_of(proxy.node), context.get_local(name).as_proxy())
+
+
+@contextmanager
+def not_compiling() -> Iterator[None]:
+    """``torch.compiler.is_compiling()`` is False: the code inside is run, not traced."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
