@@ -84,6 +84,21 @@ def test_the_program_is_traced_whatever_was_done_before(change: str, training: b
     assert not fxfuse.report(fused).fallbacks
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_so_is_it_exported(change: str, strict: bool) -> None:
+    model = networks().eval()
+    fused = CHANGES[change](fxfuse.optimize(model, X, tune=False, validate=False))
+    exported = torch.export.export(fused, (X,), strict=strict)
+    products = [node for node in exported.graph.nodes if "mm" in str(node.target) or "linear" in str(node.target)]
+    assert len(products) == 2
+    close(exported.module(check_guards=False)(X).detach(), model(X).detach())
+    with torch.no_grad():
+        for _ in range(2):
+            close(fused(X), model(X))
+    assert not fxfuse.report(fused).fallbacks
+
+
 def test_it_is_ready_once_optimized() -> None:
     for training in (True, False):
         for mode in ("train", "infer"):

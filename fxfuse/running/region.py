@@ -344,9 +344,11 @@ class RegionMixin(LaneMixin):
             prepare_while_traced(state, FORWARD, args, kwargs)
         run = state.ready
         reason = "the region changed since its last call, and this one is traced"
-        if run is None and not torch.compiler.is_compiling():
+        if run is None and not torch.compiler.is_dynamo_compiling():
             prepared = state.prepare()
             run, reason = (None, prepared) if isinstance(prepared, str) else (state.ready, "")
+            if torch.compiler.is_compiling():  # exported, on weights without data: views of them are no use to the calls that follow
+                state.ready = None
         if hooks_for_all():
             run, reason = None, _HOOKS_FOR_ALL
         if run is not None and state.around is not None and (changed := state.around.changed()):
