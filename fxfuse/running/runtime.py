@@ -169,13 +169,15 @@ def compile_program(
         "out_spec": program.out_spec,
     }
     tensors, fetches = [], []
+    owners: dict[int, str] = {}  # one name for each: dynamo asks at every call whether two still name one object
     for i, (_, place) in enumerate(places):
-        scope[f"owner{i}"] = place.owner
+        owner = owners.setdefault(id(place.owner), f"owner{i}")
+        scope[owner] = place.owner
         tensors.append(f"t{i}")
         if place.store is None:
-            fetches.append(f"t{i} = getattr(owner{i}, {place.name!r})")
+            fetches.append(f"t{i} = getattr({owner}, {place.name!r})")
         else:
-            fetches.append(f"t{i} = owner{i}.{place.store}[{place.name!r}]")
+            fetches.append(f"t{i} = {owner}.{place.store}[{place.name!r}]")
     for i, module in enumerate(modules):
         scope[f"module{i}"] = module
     everything = [*inputs, *tensors]
