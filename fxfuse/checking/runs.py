@@ -24,6 +24,7 @@ from fxfuse.private.pytree import tree_leaves
 from fxfuse.private.versions import version
 from fxfuse.recording.draws import FollowedDraws
 from fxfuse.recording.fast_path import has_fast_path
+from fxfuse.running.region import RegionState
 from fxfuse.weights.lane import by_original_name
 from fxfuse.weights.packing import original_gradients, original_named_parameters
 
@@ -88,7 +89,8 @@ def run(
     versions = {name: version(leaf) for name, leaf in inputs.items()}
     hidden = hidden_parameters(model, unregistered(model))
     saved = {p: p.grad for p in [*model.parameters(), *hidden.values()]}
-    before, missed = _fallbacks(model), _missed(model)
+    fused = regions(model)
+    before, missed = _fallbacks(model, fused), _missed(fused)
     held = [vars(model.get_submodule(path)).get(name) for path, name in attributes]
     random = FollowedDraws() if follow else Derandomized()
     with preserved_state(model), torch.set_grad_enabled(gradients):
@@ -98,7 +100,7 @@ def run(
             if mode != "given":
                 model.train(mode == "train")
             result.usual_strides = dtype is not torch.float64 or not has_fast_path(model)
-            with _precise(dtype), random, _counted(model, result.calls):
+            with _precise(dtype), random, _counted(fused, result.calls):
                 out = model(*args, **kwargs)
                 leaves = dict(named_leaves(out, "output"))
                 for (path, name), value in zip(attributes, held, strict=True):
@@ -121,7 +123,7 @@ def run(
             result.inputs = {n: (version(leaf) != versions[n], leaf.detach()) for n, leaf in inputs.items()}
             if gradients:
                 result.input_gradients = {n: leaf.grad for n, leaf in inputs.items() if leaf.requires_grad and leaf.is_leaf}
-                gradients_now = {**_gradients(model), **{name: p.grad for name, p in hidden.items()}}
+                gradients_now = {**_gradients(model, fused), **{name: p.grad for name, p in hidden.items()}}
                 result.parameter_gradients = gradients_now  # owned by this run: ``grad`` was None before
             if buffers:
                 result.buffers = _buffers(model)
@@ -131,7 +133,7 @@ def run(
         finally:
             for p, grad in saved.items():
                 p.grad = grad
-    result.fallbacks, result.missed = _fallbacks(model) - before, _missed(model) - missed
+    result.fallbacks, result.missed = _fallbacks(model, fused) - before, _missed(fused) - missed
     result.precisions, result.undefined = random.precisions, random.undefined
     return result
 
@@ -246,25 +248,28 @@ def _precise(dtype: torch.dtype | None) -> Iterator[None]:
         yield
 
 
-def _fallbacks(model: nn.Module) -> Counter[str]:
+Regions = dict[str, RegionState]  # by path
+
+
+def _fallbacks(model: nn.Module, fused: Regions) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for path, state in regions(model).items():
+    for path, state in fused.items():
         for reason, number in state.fallbacks.items():
             counts[f"{path or type(model).__name__}: {reason}"] += number
     return counts
 
 
-def _missed(model: nn.Module) -> Counter[str]:
+def _missed(fused: Regions) -> Counter[str]:
     """Calls of each region itself, not of another of its methods, that ran the loop."""
     counts: Counter[str] = Counter()
-    for path, state in regions(model).items():
+    for path, state in fused.items():
         others = tuple(f"{method}: " for method in state.plan.methods)
         counts[path] += sum(number for reason, number in state.fallbacks.items() if not (others and reason.startswith(others)))
     return counts
 
 
 @contextmanager
-def _counted(model: nn.Module, calls: Counter[str]) -> Iterator[None]:
+def _counted(fused: Regions, calls: Counter[str]) -> Iterator[None]:
     """Counts the calls of the fused regions."""
 
     def counting(path: str) -> Callable[..., None]:
@@ -273,7 +278,7 @@ def _counted(model: nn.Module, calls: Counter[str]) -> Iterator[None]:
 
         return count
 
-    handles = [state.region.register_forward_pre_hook(counting(path)) for path, state in regions(model).items()]
+    handles = [state.region.register_forward_pre_hook(counting(path)) for path, state in fused.items()]
     try:
         yield
     finally:
@@ -281,9 +286,9 @@ def _counted(model: nn.Module, calls: Counter[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
+def _gradients(model: nn.Module, fused: Regions) -> dict[str, Tensor | None]:
     """By the original's names. An original is asked itself: what finds lanes in packs must not be what says that none are missing."""
-    return original_gradients(model) if regions(model) else {name: p.grad for name, p in model.named_parameters()}
+    return original_gradients(model) if fused else {name: p.grad for name, p in model.named_parameters()}
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
