@@ -562,6 +562,37 @@ def test_while_traced() -> None:
     torch.compiler.reset()
 
 
+def test_a_trace_that_starts_anew() -> None:
+    """Another trace for each attempt, the same one within; what was traced before is left."""
+    from torch._dynamo.comptime import comptime
+
+    traces: list[Any] = []
+    graphs: list[torch.fx.GraphModule] = []
+
+    def look(context: Any) -> None:
+        traces.append(while_traced.trace_now())
+        if len(traces) == 2:
+            while_traced.start_anew("a test")
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def traced(x: Tensor) -> Tensor:
+        comptime(_look)
+        x = x + len(graphs)
+        comptime(_look)
+        return x
+
+    _LOOK.append(look)
+    torch.compile(traced, backend=keep, fullgraph=True)(torch.zeros(2))
+    assert len(traces) == 4
+    assert traces[0] is traces[1] is not traces[2] is traces[3]
+    assert [node.op for node in graphs[0].graph.nodes].count("call_function") == 1
+    assert while_traced.trace_now() is None
+    torch.compiler.reset()
+
+
 _LOOK: list[Any] = []
 
 

@@ -196,6 +196,23 @@ def test_autocast_inside_of_what_is_compiled() -> None:
     assert not fxfuse.report(fused).fallbacks
 
 
+def test_a_region_called_twice_in_one_graph_of_which_the_second_call_needs_a_program_of_its_own() -> None:
+    model, x = networks().float(), X.float()
+    fused = fxfuse.optimize(model, x, tune=False)
+
+    def both(net: nn.Module, x: Tensor) -> Tensor:
+        y = net(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return y + net(scale=None, x=x)
+
+    counting = Counting()
+    call = torch.compile(lambda x: both(fused, x), backend=counting, fullgraph=True)
+    for _ in range(2):
+        close(call(x), both(model, x), 2e-2)
+    assert [counting.heavy(i) for i in range(len(counting.graphs))] == [4]
+    assert not fxfuse.report(fused).fallbacks
+
+
 def test_a_method_under_autocast() -> None:
     def double(self: nn.Module, x: Tensor) -> Tensor:
         return 2 * torch.cat([net(x[:, 4 * i : 4 * i + 4]) for i, net in enumerate(self.nets)], 1)

@@ -1,14 +1,15 @@
 """What runs while torch.compile traces a call, and is not traced itself.
 
-Private: ``torch._dynamo.comptime``, of which the documented part does not give objects, only numbers and tensors; the flag behind
-``torch.compiler.is_compiling``.
+Private: ``torch._dynamo.comptime``, of which the documented part does not give objects, only numbers and tensors;
+``UnspecializeRestartAnalysis``, by which dynamo traces a call once more, whatever way it goes then; ``torch._guards.TracingContext``, one
+for each trace; the flag behind ``torch.compiler.is_compiling``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.fx import Proxy
@@ -34,6 +35,20 @@ def local_example(context: Any, name: str) -> Any:
     own where they are inputs of the graph, else random numbers that lie alike. Raises (what, is torch's) where it holds anything else.
     """
     return tree_map_only(Proxy, lambda proxy: example_of(proxy.node), context.get_local(name).as_proxy())
+
+
+def trace_now() -> Any:
+    """An object that stands for the trace that runs now: another one where dynamo starts anew."""
+    from torch._guards import TracingContext
+
+    return TracingContext.try_get()
+
+
+def start_anew(reason: str) -> NoReturn:
+    """Leave what was traced so far, and trace the call from its beginning."""
+    from torch._dynamo.exc import UnspecializeRestartAnalysis
+
+    raise UnspecializeRestartAnalysis(restart_reason=reason)
 
 
 @contextmanager

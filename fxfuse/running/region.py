@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 import torch.fx
@@ -55,7 +56,7 @@ def _unsaved() -> dict[str, Any]:
     """What a state has before its first call: never copied or saved."""
     return {
         "ready": None, "current": None, "compiled": {}, "methods": {}, "others": {}, "loading": None, "holders": None,
-        "adapted": {}, "unfit": {}, "around": None, "renewed": None, "traced_reason": "",
+        "adapted": {}, "unfit": {}, "around": None, "renewed": None, "traced_reason": "", "traced_by": None,
     }
 
 
@@ -85,6 +86,7 @@ class RegionState(Watch):
     adapted: dict[tuple[str, tuple[bool, ...]], list[Compiled]] = field(default_factory=dict)  # made at calls; never saved
     unfit: dict[Any, list[str]] = field(default_factory=dict)  # of the calls that none was made for, why; never copied or saved
     traced_reason: str = ""  # why the call that dynamo traces now runs the loop; never copied or saved
+    traced_by: ref[Any] | None = None  # the trace of dynamo's in which it was called last; never copied or saved
     extra: dict[str, Tensor] = field(default_factory=dict)  # index tensors that those made later read
     inside: list[Piece] = field(default_factory=list)  # what lies in objects that the modules hold, at installation
     around: Around | None = None  # compares that, and ``plan.outside``, at every call; None: there is nothing

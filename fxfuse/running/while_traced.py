@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
-from fxfuse.private.while_traced import comptime, local_example, local_object, not_compiling
+from fxfuse.private.while_traced import comptime, local_example, local_object, not_compiling, start_anew, trace_now
 
 from .entries import FORWARD
 from .runtime import Compiled
@@ -31,10 +32,12 @@ def count_while_traced(state: RegionState, reason: str) -> None:
 
 
 def _prepare(context: Any) -> None:
+    state: RegionState | None = None
+    before = None
     try:
-        state: RegionState = local_object(context, "state")
+        state = local_object(context, "state")
         name: str = local_object(context, "name")
-        state.traced_reason = ""
+        state.traced_reason, before = "", state.ready
         with not_compiling():
             if state.ready is None:
                 state.prepare()
@@ -44,6 +47,11 @@ def _prepare(context: Any) -> None:
                 state.traced_reason = _made_to_fit(state, programs, name, tuple(args), dict(kwargs))
     except Exception:  # an argument that is no tensor, number, or container of such, as torch says in many ways: the trace goes on without
         log.debug("nothing is prepared for a traced call", exc_info=True)
+    if state is not None:
+        trace = trace_now()
+        if state.ready is not before and state.traced_by is not None and state.traced_by() is trace:
+            start_anew("a program was made for a later call of a region")
+        state.traced_by = None if trace is None else ref(trace)
 
 
 def _programs(state: RegionState, name: str) -> list[Compiled]:
