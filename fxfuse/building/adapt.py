@@ -83,7 +83,8 @@ def adapt(state: RegionState, name: str, args: tuple[Any, ...], kwargs: dict[str
         return ""
     key = (name, flags, casts, tuple((leaf.dtype, order_of(leaf)) for leaf in leaves if isinstance(leaf, Tensor)))
     with _lock:
-        if any(explain_miss(c.program.guard, leaves) is None for c in state.adapted.get((name, flags), ())):
+        made_before = [c.program for c in state.adapted.get((name, flags), ()) if c.program.in_spec == spec]
+        if any(explain_miss(program.guard, leaves) is None for program in made_before):
             return None  # another thread was first
         if key not in state.unfit and len(state.unfit) >= _MOST_CALLS:
             return ""

@@ -213,6 +213,8 @@ class RegionState(Watch):
         from fxfuse.building.adapt import adapt  # imports this file
 
         reason = program.why(args, kwargs)
+        if torch.compiler.is_compiling():  # exported: there are no numbers to compare
+            return False, reason
         if self.sharding is not None:  # what is made now would be over all lanes
             late = ", and lanes that are divided among processes are not made anew under autocast" if any_autocast_enabled() else ""
             return False, reason + late
@@ -365,7 +367,7 @@ class RegionMixin(LaneMixin):
                 again = current.rebound(self._fxfuse_base.forward, args, kwargs) if current is not None else None
                 if again is not None and (out := run(*again)) is not MISS:
                     return out
-                if current is not None and not torch.compiler.is_compiling():
+                if current is not None and not torch.compiler.is_dynamo_compiling():
                     reason, out = self._fxfuse_adapted(state, FORWARD, current, *(again or (args, kwargs)))
                     if out is not MISS:
                         return out
@@ -398,7 +400,7 @@ class RegionMixin(LaneMixin):
                     again = program.rebound(getattr(self._fxfuse_base, name), args, kwargs)
                     if again is not None and (out := program.run(*again)) is not MISS:
                         return out
-                if programs and not torch.compiler.is_compiling():
+                if programs and not torch.compiler.is_dynamo_compiling():
                     reason, out = self._fxfuse_adapted(state, name, programs[-1], *(again or (args, kwargs)))
                     if out is not MISS:
                         return out
@@ -420,13 +422,14 @@ class RegionMixin(LaneMixin):
         if state.strict:
             raise FallbackError(f"{state.plan.path or type(self).__name__} would run its loop: {reason}")
         forward = getattr(self._fxfuse_base, method)
-        if torch.compiler.is_compiling():  # traced: no caches
-            if torch.compiler.is_dynamo_compiling():
-                count_while_traced(state, reason)
+        if torch.compiler.is_dynamo_compiling():
+            count_while_traced(state, reason)
             return forward(self, *args, **kwargs)
         with _counting:
             known = reason in state.fallbacks or len(state.fallbacks) < _MOST_REASONS
             state.fallbacks[reason if known else "other reasons"] += 1
+        if torch.compiler.is_compiling():  # exported: no caches
+            return forward(self, *args, **kwargs)
         # Methods may call forward, and that a program, which reads the pack itself.
         own = nullcontext() if state.plan.methods.keys() - {FORWARD} else own_buffers(state.written_packs())
         with shared_views(), gathered_once(), _in_the_loop(state), own:

@@ -27,7 +27,7 @@ from fxfuse.private import pytree
 
 from .for_compilers import biases_apart
 from .guards import Facts, compile_guard, explain_miss
-from .spelling import Call, Spelling, spelling_of
+from .spelling import Call, Spellings
 from .weight_views import are_views, hoist
 
 
@@ -104,22 +104,17 @@ class Compiled:
     sources: list[tuple[str, Source]]
     facts: list[Facts]
     hold: Callable[[bool], None]
-    spellings: dict[Any, Spelling | None] = field(default_factory=dict)  # by the form of the call
-
-    def spelling(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spelling | None:
-        """Where a call of this form has the arguments of the recorded one; None where it has that form, or is another call."""
-        positional, keywords = self.program.in_spec.children()
-        recorded = positional.num_children, tuple(keywords.context) if keywords.num_children else ()
-        called = len(args), tuple(kwargs)
-        if called == recorded:
-            return None
-        if called not in self.spellings and not torch.compiler.is_dynamo_compiling():  # nothing that dynamo could trace
-            self.spellings[called] = spelling_of(forward, recorded, called)
-        return self.spellings.get(called)
+    spellings: Spellings = field(default_factory=Spellings)
 
     def rebound(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The same call spelled as it was recorded (``f(x, mask=None)`` for ``f(x=x)``), None where it is another call."""
-        spelling = self.spelling(forward, args, kwargs)
+        positional, keywords = self.program.in_spec.children()
+        names = keywords.context if keywords.num_children else ()
+        if len(args) == positional.num_children and [*kwargs] == [*names]:
+            return None
+        if not torch.compiler.is_dynamo_compiling():  # nothing that it could trace: it finds what was looked up beside the trace
+            self.spellings.look_up(forward, (positional.num_children, names), args, kwargs)
+        spelling = self.spellings.of(args, kwargs)
         return None if spelling is None else spelling.respelled(args, kwargs)
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

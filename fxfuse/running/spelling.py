@@ -76,3 +76,24 @@ def spelling_of(forward: Callable[..., Any], recorded: tuple[int, Sequence[str]]
         tuple((name, found[name]) for name in names),
         tuple((found[name], parameters[name].default) for name in left_out),
     )
+
+
+class Spellings:
+    """Of each form of a call that came, its ``Spelling`` or None; each is an attribute of its own, so that dynamo guards that one alone."""
+
+    def look_up(
+        self, forward: Callable[..., Any], recorded: tuple[int, Sequence[str]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Work out what is not known yet."""
+        form = _form(args, kwargs)
+        if not hasattr(self, form):
+            setattr(self, form, spelling_of(forward, recorded, (len(args), tuple(kwargs))))
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spelling | None:
+        """What was worked out."""
+        found: Spelling | None = getattr(self, _form(args, kwargs), None)
+        return found
+
+
+def _form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return f"{len(args)} {' '.join(kwargs)}"

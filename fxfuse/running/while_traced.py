@@ -33,11 +33,11 @@ def count_while_traced(state: RegionState, reason: str) -> None:
 
 def _prepare(context: Any) -> None:
     state: RegionState | None = None
-    before = None
+    before: Any = None
     try:
         state = local_object(context, "state")
         name: str = local_object(context, "name")
-        state.traced_reason, before = "", state.ready
+        state.traced_reason, before = "", _shown(state)
         with not_compiling():
             if state.ready is None:
                 state.prepare()
@@ -49,9 +49,14 @@ def _prepare(context: Any) -> None:
         log.debug("nothing is prepared for a traced call", exc_info=True)
     if state is not None:
         trace = trace_now()
-        if state.ready is not before and state.traced_by is not None and state.traced_by() is trace:
+        if _shown(state) != before and state.traced_by is not None and state.traced_by() is trace:
             start_anew("a program was made for a later call of a region")
         state.traced_by = None if trace is None else ref(trace)
+
+
+def _shown(state: RegionState) -> Any:
+    """What the traced code finds, as it is now."""
+    return id(state.ready), id(state.current), {name: [*map(id, programs)] for name, programs in state.methods.items()}
 
 
 def _programs(state: RegionState, name: str) -> list[Compiled]:
@@ -61,13 +66,12 @@ def _programs(state: RegionState, name: str) -> list[Compiled]:
 
 
 def _made_to_fit(state: RegionState, programs: list[Compiled], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Let a program fit the call; why none fitted, where it should run the loop all the same."""
+    """Let a program fit the call; why none fitted, where it should run the loop all the same. Asks as the traced code does."""
     forward = getattr(state.region._fxfuse_base, name)
-    for program in programs:  # the trace looks up what each finds here
-        again = program.rebound(forward, args, kwargs) or (args, kwargs)
-        if program.fits(args, kwargs) or program.fits(*again):
-            return ""
-    return state.adapt(name, programs[-1], *again)[1]
+    spelled = [program.rebound(forward, args, kwargs) or (args, kwargs) for program in (programs[:1] if name == FORWARD else programs)]
+    if any(program.fits(*call) for program in programs for call in ((args, kwargs), *spelled)):
+        return ""
+    return state.adapt(name, programs[0] if name == FORWARD else programs[-1], *spelled[-1])[1]
 
 
 def _count(context: Any) -> None:
