@@ -7,11 +7,14 @@ copy; under autocast; however the call gives its arguments. Where the loop is tr
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from compiling import Counting, step
 from torch import Tensor, nn
 
@@ -245,6 +248,118 @@ def test_strict_raises_where_the_loop_would_be_traced() -> None:
     fused = fxfuse.optimize(networks(), X, tune=False, strict=True)
     with pytest.raises(Exception, match="would run its loop"):
         torch.compile(fused, backend="eager", fullgraph=True)(X, 2.0)
+
+
+@dataclass
+class Both:
+    x: Tensor
+    scale: Tensor
+
+
+pytree.register_dataclass(Both)
+CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
+    "dict": lambda x: {"x": x, "scale": x[:1]}, "OrderedDict": lambda x: OrderedDict(x=x, scale=x[:1]),
+    "list": lambda x: [[None, x], x[:1], 3], "tuple": lambda x: ((x,), (x[:1], "a")), "dataclass": lambda x: Both(x, x[:1].clone()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_arguments_in_containers(kind: str, by_name: bool) -> None:
+    def scaled(self: nn.Module, o: Any) -> Tensor:
+        x, scale = [leaf for leaf in pytree.tree_leaves(o) if isinstance(leaf, Tensor)] if not isinstance(o, Both) else (o.x, o.scale)
+        return torch.cat([net(x[:, 4 * i : 4 * i + 4]) for i, net in enumerate(self.nets)], 1) * scale
+
+    model, x = randomized(model_of(scaled, nets=networks().nets)).float(), X.float()
+    given = CONTAINERS[kind](x)
+    fused = fxfuse.optimize(model, (given,), tune=False)
+    assert fxfuse.report(fused).fused
+    counting = Counting()
+    call = torch.compile(fused, backend=counting)
+    for casts in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            got, expected = (call(o=given), model(o=given)) if by_name else (call(given), model(given))
+        close(got, expected, 2e-2 if casts else 1e-5)
+        assert counting.heavy() == 2
+    assert not fxfuse.report(fused).fallbacks
+
+
+SPELLED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "two": lambda n, x: n(x=x) + n(x, None), "four": lambda n, x: n(x) + n(x, None) + n(x=x) + n(scale=None, x=x),
+    "one of them the loop": lambda n, x: n(x=x) + n(x, 2.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPELLED)
+def test_several_spellings_in_one_graph(how: str) -> None:
+    model = networks()
+    fused = fxfuse.optimize(model, X, tune=False)
+    counting = Counting()
+    call = torch.compile(lambda x: SPELLED[how](fused, x), backend=counting, fullgraph=True)
+    for _ in range(2):
+        close(call(X).detach(), SPELLED[how](model, X).detach())
+    assert [counting.heavy(i) for i in range(len(counting.graphs))] == [{"two": 4, "four": 8}.get(how, 2 + 2 * LANES)]
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = networks().nets
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        y = torch.cat([net(x[:, 4 * i : 4 * i + 4]) for i, net in enumerate(self.nets)], 1)  # type: ignore[arg-type, operator]
+        return y if gate is None else y * gate
+
+
+def twice(self: Any, x: Tensor) -> Tensor:
+    return self.a(x) + self.a(x, gate=x.sigmoid())  # type: ignore[no-any-return]
+
+
+def thrice(self: Any, x: Tensor) -> Tensor:
+    return self.a(self.a(x), gate=x.sigmoid()) + self.a(x, None)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("compile_first", [False, True])
+@pytest.mark.parametrize("forward", [twice, thrice])
+def test_calls_of_several_forms_under_autocast(forward: Callable[..., Tensor], compile_first: bool) -> None:
+    model, x = randomized(model_of(forward, a=Inner())).float(), X.float()
+    fused = fxfuse.optimize(model, x, tune=False)
+    counting = Counting()
+    calls = [torch.compile(fused, backend=counting, fullgraph=True), fused]
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in calls if compile_first else calls[::-1]:
+            close(call(x), model(x), 4e-2)
+    assert counting.heavy() == (4 if forward is twice else 6)
+    assert not fxfuse.report(fused).fallbacks
+
+
+def test_a_method_called_plainly_and_then_under_autocast_in_one_graph() -> None:
+    def double(self: nn.Module, x: Tensor, scale: float = 2.0) -> Tensor:
+        return scale * torch.cat([net(x[:, 4 * i : 4 * i + 4]) for i, net in enumerate(self.nets)], 1)
+
+    model: Any = networks().float()
+    type(model).double_of = double
+    x = X.float()
+    fused: Any = fxfuse.optimize(model, x, methods={"double_of": x}, tune=False, strict=True)
+
+    def both(net: Any, x: Tensor) -> Tensor:
+        y = net.double_of(x) + net.double_of(x=x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return y + net.double_of(x, 2.0)  # type: ignore[no-any-return]
+
+    counting = Counting()
+    close(torch.compile(both, backend=counting, fullgraph=True)(fused, x), both(model, x), 4e-2)
+    assert counting.heavy() == 6
+
+
+def test_an_export_that_holds_the_loop_says_so() -> None:
+    model = networks().float().eval()
+    fused = fxfuse.optimize(model, X.float(), tune=False)
+    torch.export.export(fused, (X.float(), 2.0), strict=False)
+    assert [reason for reason in fxfuse.report(fused).fallbacks if reason.startswith("called with 2")]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.export.export(fused, (X.float(),), strict=False)
+    assert "autocast is on for cpu" in fxfuse.report(fused).fallbacks
 
 
 def test_arguments_that_are_objects() -> None:

@@ -7,6 +7,7 @@ for each trace; the flag behind ``torch.compiler.is_compiling``.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -27,14 +28,32 @@ def comptime() -> Any:
 
 def local_object(context: Any, name: str) -> Any:
     """The object that a local variable holds in the function that is being traced. ``context``: what ``comptime()`` calls with."""
-    return context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker().realize().value
+    return _variable(context, name).realize().value
 
 
 def local_example(context: Any, name: str) -> Any:
-    """Numbers, tensors, and tuples, lists and dicts of such that a local variable may hold in the call that is being traced: the caller's
-    own where they are inputs of the graph, else random numbers that lie alike. Raises (what, is torch's) where it holds anything else.
+    """Numbers, tensors, containers and objects that a local variable may hold in the call that is being traced: the caller's own where they
+    are inputs of the graph, else random numbers that lie alike. Raises (what, is torch's) where dynamo holds something in another way.
     """
-    return tree_map_only(Proxy, lambda proxy: example_of(proxy.node), context.get_local(name).as_proxy())
+    return _example(_variable(context, name))
+
+
+def _example(variable: Any) -> Any:
+    variable = variable.realize()
+    kind = variable.python_type()
+    if kind in (tuple, list):
+        return kind([_example(item) for item in variable.items])
+    if kind in (dict, OrderedDict):
+        held = getattr(variable, "_dict_vt", variable)  # of an OrderedDict
+        return kind((key.vt.as_python_constant(), _example(item)) for key, item in held.items.items())
+    try:
+        return tree_map_only(Proxy, lambda proxy: example_of(proxy.node), variable.as_proxy())
+    except Exception:
+        return variable.value
+
+
+def _variable(context: Any, name: str) -> Any:
+    return context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
 
 
 def trace_now() -> Any:
