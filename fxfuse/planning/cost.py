@@ -229,7 +229,7 @@ def _copies(name: str, given: list[Any], made: Any) -> bool:
         return not given[0].is_contiguous()
     try:
         given[0].view(made.shape)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return True
     return False
 

@@ -44,7 +44,7 @@ def _example(variable: Any) -> Any:
     if kind in (tuple, list):
         return kind([_example(item) for item in variable.items])
     if kind in (dict, OrderedDict):
-        held = getattr(variable, "_dict_vt", variable)  # of an OrderedDict
+        held = getattr(variable, "_base_vt", None) or getattr(variable, "_dict_vt", variable)  # of an OrderedDict, as torch names it
         return kind((key.vt.as_python_constant(), _example(item)) for key, item in held.items.items())
     try:
         return tree_map_only(Proxy, lambda proxy: example_of(proxy.node), variable.as_proxy())
