@@ -302,3 +302,26 @@ def test_more_classes_than_dynamo_compiles_one_function_for():
         fused = fxfuse.optimize(model, X, objective="launches", tune=False)
         assert fxfuse.report(fused).fused
         assert_close(torch.compile(fused, backend="eager", fullgraph=True)(X), model(X), f"class {number}")
+
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Linear(3, 4) for _ in range(9))
+        self.register_buffer("count", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.stack([net(x) for net in self.nets], 1) * (self.count + 1)
+
+
+def test_another_trace_that_dynamo_asks_for_is_no_failure(recwarn):
+    """A buffer of one float64 number becomes one of Python's in a second trace, which the inner backend's compiler asks for."""
+    model = randomized(Counter())
+    counting = Counting(lookup_backend("aot_eager"))
+    call = torch.compile(model, backend=fxfuse.backend(counting, lowering="bmm"), fullgraph=True)
+    for count in (1.0, 5.0):
+        model.count.fill_(count)
+        assert_close(call(randn(5, 3)), model(randn(5, 3)), f"count {count}")
+    assert len(counting.graphs) == 2
+    assert counting.heavy() == 1
+    assert not [str(w.message) for w in recwarn if "fxfuse" in str(w.message)]

@@ -229,6 +229,23 @@ def test_the_pass_inside_inductor():
         torch.testing.assert_close(call(X), model(X), rtol=1e-10, atol=1e-12)
 
 
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_pass_costs_views_of_stand_ins(caplog):
+    """Lanes that are joined by columns: a stand-in that cannot be viewed raises another error than a tensor."""
+
+    def columns(self, x):
+        return torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+
+    model = randomized(model_of(columns, nets=nn.ModuleList(nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(9))))
+    with caplog.at_level("INFO", logger="fxfuse"):
+        call = torch.compile(model, options={"pre_grad_custom_pass": fxfuse.inductor_pass()})
+        torch.testing.assert_close(call(randn(5, 9)), model(randn(5, 9)), rtol=1e-10, atol=1e-12)
+    assert "looked at" in caplog.text
+    assert "fxfuse failed" not in caplog.text
+
+
 def test_the_pass_has_an_identity_of_its_settings_and_its_source(monkeypatch, tmp_path):
     assert fxfuse.inductor_pass().uuid() == fxfuse.inductor_pass().uuid()
     assert fxfuse.inductor_pass().uuid() != fxfuse.inductor_pass(lowering="bmm").uuid()

@@ -15,7 +15,7 @@ import torch.fx
 from torch import Tensor
 
 from fxfuse.graph import Recipe, Refusal
-from fxfuse.private.dynamo import Compiler, keep_origin, stand_in
+from fxfuse.private.dynamo import Compiler, is_dynamos, keep_origin, stand_in
 from fxfuse.running.for_compilers import biases_apart_here
 
 from .call import Call, Pack, without_autocast
@@ -65,6 +65,8 @@ def _with_graphs(graph: torch.fx.GraphModule, inputs: list[Any], settings: Setti
 
 
 def _dynamos_own(graph: torch.fx.GraphModule, inputs: list[Any], inner: Compiler, error: Exception) -> Callable[..., Any]:
+    if is_dynamos(error):
+        raise error
     log.debug("failed", exc_info=True)
     tell(Refusal(f"it fails on the fused one ({type(error).__name__}: {first_line(error)})"))
     return inner(graph, inputs)

@@ -21,7 +21,7 @@ from fxfuse.graph import Recipe
 from fxfuse.private.known_result import joined
 from fxfuse.private.storages import holders, storage_key
 from fxfuse.private.versions import version
-from fxfuse.weights.alias import Alias
+from fxfuse.weights.alias import Alias, in_own_parts
 from fxfuse.weights.recipes import lane_view, pack
 
 _binding = threading.RLock()
@@ -91,11 +91,11 @@ class SharedPack:
         if bound is None or not bound.begin(members):
             bound = self._bind(members)
             if bound is None:
-                return pack(self.recipe, members)
+                return in_own_parts(pack(self.recipe, members))
         if torch.is_grad_enabled():
             bound.note_writes(members)
             if any(map(_requires_grad, members)):
-                return _aliased(bound.buffer, self.recipe, members)
+                return in_own_parts(_aliased(bound.buffer, self.recipe, members))
         return bound.buffer
 
     def bound(self, members: Sequence[Tensor]) -> Bound | None:

@@ -70,7 +70,7 @@ def write(captured: Captured, rewritten: Rewritten, outside: Collection[str], ev
     for recipe in packs:
         held[recipe.name] = _in_order(graph, _gradient_in_rows(graph, held[recipe.name], recipe), recipe)
     for recipe in inside:
-        held[recipe.name] = _packed(graph, recipe, [held[member] for member in recipe.members])
+        held[recipe.name] = _with_own_gradient(graph, _packed(graph, recipe, [held[member] for member in recipe.members]), recipe)
     writes = any(node.meta.get("update") for node in source.nodes)
     for node in source.nodes:
         if node.op == "get_attr":
@@ -121,6 +121,13 @@ def _packed(graph: torch.fx.Graph, recipe: Recipe, members: list[Node]) -> Node:
         return graph.call_function(torch.cat, (members,))
     stacked = graph.call_function(torch.stack, (members,))
     return _in_order(graph, stacked, recipe)
+
+
+def _with_own_gradient(graph: torch.fx.Graph, made: Node, recipe: Recipe) -> Node:
+    """``weights.alias.with_own_gradient``, as a node."""
+    if recipe.kind != "parameter" or not recipe.requires_grad:
+        return made
+    return graph.call_function(torch.mul, (made, 1))
 
 
 def _filled(graph: torch.fx.Graph, member: Node, recipe: Recipe, index: int) -> Node:

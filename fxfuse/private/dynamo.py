@@ -1,9 +1,9 @@
 """What a backend needs of torch.compile: other backends by name, and stand-ins for inputs that dynamo's graph does not have.
 
-Private: ``torch._dynamo.lookup_backend``; ``torch._inductor``: ``compile_fx`` with ``config_patches``, ``list_mode_options``,
-``config.get_config_copy``; ``torch._guards``: ``detect_fake_mode``, ``TracingContext.tensor_to_context``; ``HigherOrderOperator``; the
-attribute ``_dynamo_source`` of placeholders, ``grapharg`` in their ``meta``, and the names ``_dynamo_static_input_type`` and
-``_param_name_to_source``, by which AOTAutograd knows weights.
+Private: ``torch._dynamo``: ``lookup_backend``, ``exc.RestartAnalysis``; ``torch._inductor``: ``compile_fx`` with ``config_patches``,
+``list_mode_options``, ``config.get_config_copy``; ``torch._guards``: ``detect_fake_mode``, ``TracingContext.tensor_to_context``;
+``HigherOrderOperator``; the attribute ``_dynamo_source`` of placeholders, ``grapharg`` in their ``meta``, and the names
+``_dynamo_static_input_type`` and ``_param_name_to_source``, by which AOTAutograd knows weights.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ def attributes_of_users(tensor: Tensor) -> list[str]:
     ['label']
     """
     return [name for name in tensor.__dict__ if name != _STATIC]
+
+
+def is_dynamos(error: Exception) -> bool:
+    """Does dynamo speak to itself by this exception (trace once more, otherwise)? Then it is no failure of whoever sees it pass."""
+    from torch._dynamo.exc import RestartAnalysis
+
+    return isinstance(error, RestartAnalysis)
 
 
 def backend_named(name: str) -> Compiler:

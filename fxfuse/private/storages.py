@@ -1,9 +1,13 @@
-"""One number per storage, for as long as a reference (weak or not) to it is held; and how many hold it.
+"""One number per storage, for as long as a reference (weak or not) to it is held; how many hold it; and whether somebody has a gradient.
 
-Private: ``UntypedStorage._cdata``, ``torch._C._storage_Use_Count``. ``data_ptr()`` is 0 for every empty and every meta storage.
+Private: ``UntypedStorage._cdata``, ``torch._C._storage_Use_Count``, ``Tensor._use_count``. ``data_ptr()`` is 0 for every empty and every
+meta storage.
 """
 
 from __future__ import annotations
+
+import sys
+from functools import cache
 
 import torch
 
@@ -27,3 +31,41 @@ def holders(tensor: torch.Tensor) -> int:
 
 def _count(tensor: torch.Tensor) -> int:
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+def own_memory(gradient: torch.Tensor) -> torch.Tensor:
+    """A hook of a tensor whose gradient is handed on in parts, each of which autograd then keeps as it is: the gradient, copied if anything
+    else has it, or memory that it lies in (the caller of ``backward``, another tensor that is waiting for the same gradient).
+
+    >>> x, given = torch.zeros(2, requires_grad=True), torch.ones(2)
+    >>> whole = 1 * x
+    >>> _ = whole.register_hook(own_memory)
+    >>> whole.view(2).backward(given)
+    >>> x.grad.data_ptr() == given.data_ptr()
+    False
+    """
+    if gradient.layout is not torch.strided:
+        return gradient
+    return gradient if _references(gradient) == _fewest() else gradient.clone()
+
+
+def _references(gradient: torch.Tensor) -> tuple[int, ...]:
+    if type(gradient) is not torch.Tensor or not hasattr(gradient, "_use_count"):
+        return ()
+    return int(gradient._use_count()), sys.getrefcount(gradient), _count(gradient)
+
+
+@cache
+def _fewest() -> tuple[int, ...] | None:
+    """What is counted in a hook, of a gradient that nobody else has."""
+    found: list[tuple[int, ...]] = []
+
+    def count(gradient: torch.Tensor) -> torch.Tensor:
+        found.append(_references(gradient))
+        return gradient
+
+    with torch.inference_mode(False), torch.enable_grad():
+        whole = torch.zeros(2, requires_grad=True) * 2
+        whole.register_hook(count)  # type: ignore[no-untyped-call]
+        (whole * 3).sum().backward()  # type: ignore[no-untyped-call]
+    return found[0] or None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
 from fxfuse.models.unregistered import Held
+from fxfuse.private.storages import own_memory
 
 from .recipes import lane_view, lane_views, pack
 
@@ -45,6 +46,27 @@ class Alias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *lane_views(ctx.recipe, grads[0]))
+
+
+def in_own_parts(packed: Tensor) -> Tensor:
+    """The pack, whose gradient becomes its members' in parts: these keep the memory, which must be nobody else's. Two packs that are added
+    have one gradient, and a pack that is returned has its caller's.
+    """
+    if packed.requires_grad:
+        packed.register_hook(own_memory)  # type: ignore[no-untyped-call]
+    return packed
+
+
+def with_own_gradient(packed: Tensor) -> Tensor:
+    """The same where it is traced: times one, whose backward makes a tensor of its own. Inductor takes out what is known as a copy, also
+    where two of its results are one then.
+
+    >>> first, second = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    >>> sum(with_own_gradient(torch.stack([one])) for one in (first, second)).sum().backward()
+    >>> first.grad.data_ptr() == second.grad.data_ptr()
+    False
+    """
+    return packed * 1
 
 
 @dataclass(eq=False)
@@ -75,7 +97,7 @@ class AliasPack:
         if torch.compiler.is_compiling():  # a traced graph cannot look at addresses: it packs at every call
             if self.written:
                 raise StaleAlias(f"{self.recipe.name} is updated, and a traced call would update a copy of it")
-            return pack(self.recipe, members)
+            return with_own_gradient(pack(self.recipe, members)) if self.recipe.kind == "parameter" else pack(self.recipe, members)
         bound = self.bound
         if bound is None or _lie(members) != bound[1]:
             with _binding:
@@ -84,8 +106,7 @@ class AliasPack:
                     bound = self.bind(members)
         buffer = bound[0]
         if torch.is_grad_enabled() and self.recipe.kind == "parameter":
-            result: Tensor = Alias.apply(buffer, self.recipe, *members)  # type: ignore[no-untyped-call]
-            return result
+            return in_own_parts(Alias.apply(buffer, self.recipe, *members))  # type: ignore[no-untyped-call]
         return buffer
 
     def lies_in(self, buffer: Tensor) -> None:
