@@ -109,6 +109,24 @@ def test_parameters_that_stay(name: str, backend: str) -> None:
     hold(fused, torch.compile(fused, backend=backend) if backend else fused, reference)
 
 
+@pytest.mark.parametrize("name", ["RNNCell", "a Parameter added"])
+def test_several_backwards_at_once(name: str) -> None:
+    """``vmap`` runs the hook on tensors without memory."""
+    model = randomized(MODELS[name]())
+    reference = copy.deepcopy(model)
+    fused: Any = fxfuse.optimize(model, tune=False, lowering="bmm")
+    x = randn(ROWS, LANES)
+    fused(x)
+    found = []
+    for owner in (fused, reference):
+        out = owner(x).sum(0).flatten()
+        seeds = torch.eye(out.numel(), dtype=out.dtype)
+        found.append(torch.autograd.grad(out, [*owner.parameters()], seeds, is_grads_batched=True))
+    assert fxfuse.report(fused).fused
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_a_gradient_that_nobody_else_has_is_not_copied() -> None:
     kept: list[bool] = []
 

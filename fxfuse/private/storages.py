@@ -50,9 +50,13 @@ def own_memory(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _references(gradient: torch.Tensor) -> tuple[int, ...]:
+    """Nothing where it cannot be said, as of the tensors of ``vmap``, which have no memory."""
     if type(gradient) is not torch.Tensor or not hasattr(gradient, "_use_count"):
         return ()
-    return int(gradient._use_count()), sys.getrefcount(gradient), _count(gradient)
+    try:
+        return int(gradient._use_count()), sys.getrefcount(gradient), _count(gradient)
+    except RuntimeError:
+        return ()
 
 
 @cache
