@@ -102,6 +102,23 @@ def test_so_is_it_exported(change: str, strict: bool) -> None:
     assert not fxfuse.report(fused).fallbacks
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_so_is_a_method_that_an_exported_model_calls(strict: bool) -> None:
+    def double(self: nn.Module, x: Tensor) -> Tensor:
+        return 2 * torch.cat([net(x[:, 4 * i : 4 * i + 4]) for i, net in enumerate(self.nets)], 1)
+
+    model: Any = networks().eval()
+    type(model).double_of = double
+    fused: Any = fxfuse.optimize(model, X, methods={"double_of": X}, tune=False).to(torch.float64)
+    outer = model_of(lambda self, x: self.inner.double_of(x), inner=fused)
+    exported = torch.export.export(outer, (X,), strict=strict)
+    assert len([node for node in exported.graph.nodes if "mm" in str(node.target) or "linear" in str(node.target)]) == 2
+    close(exported.module(check_guards=False)(X).detach(), model.double_of(X).detach())
+    with torch.no_grad():
+        close(fused.double_of(X), model.double_of(X))
+    assert not fxfuse.report(fused).fallbacks
+
+
 def test_it_is_ready_once_optimized() -> None:
     for training in (True, False):
         for mode in ("train", "infer"):

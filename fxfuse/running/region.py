@@ -380,15 +380,17 @@ class RegionMixin(LaneMixin):
         state: RegionState = self.__dict__[STATE]
         if torch.compiler.is_dynamo_compiling():
             prepare_while_traced(state, name, args, kwargs)
-        reason = "the region changed since its last call, and this one is traced"
-        if state.ready is None and not torch.compiler.is_compiling():
+        ready, reason = state.ready, "the region changed since its last call, and this one is traced"
+        if ready is None and not torch.compiler.is_dynamo_compiling():
             prepared = state.prepare()
-            reason = prepared if isinstance(prepared, str) else ""
+            ready, reason = state.ready, prepared if isinstance(prepared, str) else ""
+            if torch.compiler.is_compiling():  # exported: see above
+                state.ready = None
         if hooks_for_all():
             reason = _HOOKS_FOR_ALL
-        elif state.ready is not None and state.around is not None and (changed := state.around.changed()):
+        elif ready is not None and state.around is not None and (changed := state.around.changed()):
             reason = changed
-        elif state.ready is not None:
+        elif ready is not None:
             programs = state.methods[name]
             mode = {True: "train", False: "eval"}.get(self.training)
             reason = "the guard did not hold" if programs else f"no program was recorded in {mode} mode"
