@@ -11,7 +11,7 @@ class to one node leaves the graph acyclic; merging two classes with no path bet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.fx
 from fxfuse.ops import Op
 
 from .numbers import loosened, numbers_of
+from .places import read_apart
 from .unequal import Group, blurred_numbers, unequal_groups
 
 Node = torch.fx.Node
@@ -125,20 +126,27 @@ def find_bundles(
     """
     merged: dict[Node, Node] = {}
     loose: set[Node] = set()
+    apart: set[Node] = set()
     grouped = {member: group for group in groups for member in group.members}
-    classes, of = _classes(graph, merged, loose, grouped)
+    classes, of = _classes(graph, merged, loose, grouped, apart)
     for _ in range(MOST_MERGES):
-        more = loosened(graph.nodes, of, loose, lambda node, of=of: _key(node, of, {node}))  # type: ignore[misc]
+        more = read_apart(classes, of, POSITIONS) - apart
+        if not more:
+            break
+        apart |= more
+        classes, of = _classes(graph, merged, loose, grouped, apart)
+    for _ in range(MOST_MERGES):
+        more = loosened(graph.nodes, of, loose, lambda node, of=of: _key(node, of, {node}, apart=apart))  # type: ignore[misc]
         if not more:
             break
         loose |= more
-        classes, of = _classes(graph, merged, loose, grouped)
+        classes, of = _classes(graph, merged, loose, grouped, apart)
     for _ in range(MOST_MERGES if is_heavy is not None else 0):
         pair = _mergeable(classes, of, is_heavy) if is_heavy is not None else None
         if pair is None:
             break
         merged[pair[1]] = pair[0]
-        classes, of = _classes(graph, merged, loose, grouped)
+        classes, of = _classes(graph, merged, loose, grouped, apart)
     active = {
         b.index
         for b in classes
@@ -163,10 +171,10 @@ def widths_apart(graph: torch.fx.Graph, min_lanes: int) -> list[Group]:
 
 
 def _classes(
-    graph: torch.fx.Graph, merged: dict[Node, Node], loose: set[Node], grouped: dict[Node, Group]
+    graph: torch.fx.Graph, merged: dict[Node, Node], loose: set[Node], grouped: dict[Node, Group], apart: set[Node]
 ) -> tuple[list[Bundle], dict[Node, int]]:
     """Classes of equal nodes. ``merged`` sends the first member of a class to that of the class it is to join; nodes in ``loose`` may
-    differ in their numbers; those in ``grouped`` are of one class with their group."""
+    differ in their numbers; those in ``grouped`` are of one class with their group; those in ``apart`` are one only by place."""
     classes: list[Bundle] = []
     of: dict[Node, int] = {}
     by_key: dict[Any, int] = {}
@@ -174,7 +182,7 @@ def _classes(
         if node.op == "output":
             continue
         group = grouped.get(node)
-        key = _key(node, of, loose) if group is None else ("unequal", id(group))
+        key = _key(node, of, loose, apart=apart) if group is None else ("unequal", id(group))
         index = by_key.get(key)
         if index is None:
             index = of[merged[node]] if node in merged else len(classes)
@@ -240,7 +248,9 @@ def _is_tuple(bundle: Bundle) -> bool:
     return any(isinstance(user.target, Op) and user.target.name == "item" for user in users)
 
 
-def _key(node: Node, of: dict[Node, int], loose: set[Node], considered: tuple[str, ...] = FACTS) -> Any:
+def _key(
+    node: Node, of: dict[Node, int], loose: set[Node], considered: tuple[str, ...] = FACTS, apart: Collection[Node] = frozenset()
+) -> Any:
     meta = node.meta
     facts = tuple(meta.get(name) for name in considered)
     if node.op == "placeholder":
@@ -249,7 +259,7 @@ def _key(node: Node, of: dict[Node, int], loose: set[Node], considered: tuple[st
         return ("attribute", *facts, meta.get("requires_grad"), meta.get("registered"), meta.get("pack"))
     if node.op != "call_function" or not isinstance(node.target, Op) or meta.get("alone") or meta.get("distinct"):
         return ("alone", id(node))
-    erased = POSITIONS.get(node.target.name, ())
+    erased = POSITIONS.get(node.target.name, ()) if node not in apart else ()
     if node in loose:
         erased = numbers_of(node)
     args = tuple(

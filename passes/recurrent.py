@@ -2,7 +2,8 @@
 
 Comes in: per lane (axis 0 of everything) what the input adds to the gates, for all time steps, and the state before the first. Goes out:
 the states after every step. One batched product and a few elementwise ops per step, whatever the number of lanes. Weights come
-transposed, ``[G, H, gates * H]``; gates in torch's order; ``gates`` over time as ``[G, T, N, gates * H]``.
+transposed, ``[G, H, gates * H]``; gates in torch's order; ``gates`` over time as ``[G, T, N, gates * H]``. Where nobody reads the outputs
+(``stacked`` is False), the last state stands in their place.
 """
 
 from __future__ import annotations
@@ -45,32 +46,39 @@ def rnn_step(gates: Tensor, h: Tensor, weight: Tensor, relu: bool) -> Tensor:
 
 
 def lstm_over_time(
-    gates: Tensor, h: Tensor, c: Tensor, weight: Tensor, projection: Tensor | None, backwards: bool, dim: int
+    gates: Tensor, h: Tensor, c: Tensor, weight: Tensor, projection: Tensor | None, backwards: bool, dim: int, stacked: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All steps of one LSTM layer in one direction: outputs with time at ``dim``, and the last ``h`` and ``c``."""
     outputs: list[Tensor] = []
     for step in _steps(gates, backwards):
         h, c = lstm_step(step, h, c, weight, projection)
-        outputs.append(h)
-    return _stacked(outputs, backwards, dim), h, c
+        if stacked:
+            outputs.append(h)
+    return (_stacked(outputs, backwards, dim) if stacked else h), h, c
 
 
-def gru_over_time(gates: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, backwards: bool, dim: int) -> tuple[Tensor, Tensor]:
+def gru_over_time(
+    gates: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, backwards: bool, dim: int, stacked: bool = True
+) -> tuple[Tensor, Tensor]:
     """All steps of one GRU layer in one direction: outputs with time at ``dim``, and the last state."""
     outputs: list[Tensor] = []
     for step in _steps(gates, backwards):
         h = gru_step(step, h, weight, bias)
-        outputs.append(h)
-    return _stacked(outputs, backwards, dim), h
+        if stacked:
+            outputs.append(h)
+    return (_stacked(outputs, backwards, dim) if stacked else h), h
 
 
-def rnn_over_time(gates: Tensor, h: Tensor, weight: Tensor, relu: bool, backwards: bool, dim: int) -> tuple[Tensor, Tensor]:
+def rnn_over_time(
+    gates: Tensor, h: Tensor, weight: Tensor, relu: bool, backwards: bool, dim: int, stacked: bool = True
+) -> tuple[Tensor, Tensor]:
     """All steps of one Elman layer in one direction: outputs with time at ``dim``, and the last state."""
     outputs: list[Tensor] = []
     for step in _steps(gates, backwards):
         h = rnn_step(step, h, weight, relu)
-        outputs.append(h)
-    return _stacked(outputs, backwards, dim), h
+        if stacked:
+            outputs.append(h)
+    return (_stacked(outputs, backwards, dim) if stacked else h), h
 
 
 def _steps(gates: Tensor, backwards: bool) -> tuple[Tensor, ...]:
@@ -80,3 +88,6 @@ def _steps(gates: Tensor, backwards: bool) -> tuple[Tensor, ...]:
 
 def _stacked(outputs: list[Tensor], backwards: bool, dim: int) -> Tensor:
     return torch.stack(outputs[::-1] if backwards else outputs, dim)
+
+
+OVER_TIME = (lstm_over_time, gru_over_time, rnn_over_time)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from fxfuse.functional import drop_unused, index_write, index_write_
 
+from .last_step import read_last_steps
 from .views import shorten_views
 
 # What these return is new memory, and not needed for their backward.
@@ -37,6 +38,7 @@ _SPLITTING = (torch.unflatten, torch.unsqueeze, torch.flatten, torch.squeeze)
 def tidy(graph: torch.fx.Graph) -> None:
     """Shorten chains of views, and write activations in place."""
     shorten_views(graph)
+    read_last_steps(graph)
     _drop_round_trips(graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in _SPLITTING:

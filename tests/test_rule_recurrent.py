@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -470,3 +471,101 @@ def test_steps_are_those_of_torch(kind: str) -> None:
     checks.assert_close(out[0], want[..., 4:], "outputs")
     for state, wanted in zip(states, last if isinstance(last, tuple) else (last,), strict=True):
         checks.assert_close(state[0], wanted[1], "last state")
+
+
+class LastStep(nn.Module):
+    """Forecasters of one channel each: a recurrent network, and a head on what its last step says (``reading`` says how)."""
+
+    def __init__(self, kind: str, reading: str, **options: Any) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(network(kind, 1, 4, **options) for _ in range(3))
+        width = (options.get("proj_size") or 4) * (2 if options.get("bidirectional") else 1)
+        self.heads = nn.ModuleList(nn.Linear(width, 2) for _ in range(3))
+        self.reading, self.time = reading, 1 if options.get("batch_first") else 0
+
+    def read(self, out: Tensor, state: Any) -> Tensor:
+        last = out.select(self.time, -1)
+        if self.reading == "state":
+            return state[0][-1] if isinstance(state, tuple) else state[-1]
+        if self.reading == "first too":
+            return last + out.select(self.time, 0)
+        if self.reading == "twice":
+            return last * torch.sigmoid(out.select(self.time, -1))
+        if self.reading == "summary":
+            return torch.cat([last[..., :4], out.select(self.time, 0)[..., 4:]], -1)
+        if self.reading == "both states":
+            both = state[0] if isinstance(state, tuple) else state
+            return torch.cat([both[-2], both[-1]], -1)
+        if self.reading == "state too":
+            return last + (state[0][-1] if isinstance(state, tuple) else state[-1])
+        return last
+
+    def forward(self, x: Tensor) -> Tensor:
+        lanes = enumerate(zip(self.networks, self.heads, strict=True))
+        return torch.stack([head(self.read(*net(x[..., i : i + 1]))) for i, (net, head) in lanes], -1)
+
+
+def stacking(fused: nn.Module) -> list[bool]:
+    """Of every recurrence in the fused graph, whether it stacks its outputs."""
+    program = next(iter(fxfuse.report(fused).fused[0].programs.values()))
+    calls = [node for node in program.graph.nodes if "over_time" in getattr(node.target, "__name__", "")]
+    return [len(node.args) < len(inspect.signature(node.target).parameters) for node in calls]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("reading", "options", "stacked"),
+    [
+        ("last", {}, [False]),
+        ("last", {"batch_first": True}, [False]),
+        ("last", {"num_layers": 2}, [True, False]),
+        ("last", {"bidirectional": True, "batch_first": True}, [False, True]),
+        ("last", {"bidirectional": True, "num_layers": 2}, [True, True, False, True]),
+        ("twice", {"batch_first": True}, [False]),
+        ("state", {}, [False]),
+        ("first too", {}, [True]),
+        ("state too", {}, [False]),
+        ("summary", {"bidirectional": True, "batch_first": True}, [False, False]),
+        ("summary", {"bidirectional": True}, [False, False]),
+        ("both states", {"bidirectional": True}, [False, False]),
+    ],
+)
+def test_outputs_that_nobody_reads_are_not_stacked(kind: str, reading: str, options: dict[str, Any], stacked: list[bool]) -> None:
+    model = checks.randomized(LastStep(kind, reading, **options))
+    x = checks.randn(3, 5, 3)
+    fused = checks.assert_fused_equals(model, x, batches=(1,), **checks.QUICK)
+    assert stacking(fused) == stacked
+
+
+def test_the_last_step_of_projected_states() -> None:
+    model = checks.randomized(LastStep("lstm", "last", proj_size=2, batch_first=True))
+    fused = checks.assert_fused_equals(model, checks.randn(3, 5, 3), batches=(1,), **checks.QUICK)
+    assert stacking(fused) == [False]
+
+
+def test_one_step_is_first_and_last() -> None:
+    model = checks.randomized(LastStep("gru", "first too"))
+    fused = checks.assert_fused_equals(model, checks.randn(1, 5, 3), batches=(), **checks.QUICK)
+    assert fxfuse.report(fused).fused
+
+
+class BothResults(nn.Module):
+    """The last step as one result and the last state as another: tensors of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(nn.GRU(1, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        made = [net(x[..., i : i + 1]) for i, net in enumerate(self.networks)]
+        return torch.stack([out[-1] for out, _ in made]), torch.stack([state[0] for _, state in made])
+
+
+def test_last_step_and_state_are_not_one_tensor() -> None:
+    model = checks.randomized(BothResults())
+    x = checks.randn(4, 5, 3)
+    fused = checks.assert_fused_equals(model, x, batches=(1,), **checks.QUICK)
+    last, state = fused(x)
+    with torch.no_grad():
+        last.zero_()
+    checks.assert_close(state, model(x)[1], "the state")

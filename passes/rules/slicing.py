@@ -73,6 +73,11 @@ def _fork(emitter: Emitter, bundle: Bundle, node: Node, dim: int, places: list[t
     free = bundle.members[0].args[1] in bundle.members[0].args[0].meta["dyn"]  # type: ignore[union-attr]
     if bundle.name == "select":
         indices = [place[0] for place in places]
+        if min(indices) < 0 and not free:  # counted from the end, of a size that is fixed
+            indices = [index % size for index in indices]
+            first = indices[0]
+        elif min(indices) < 0 and len(set(indices)) > 1:
+            return emitter.call(torch.stack, [emitter.call(torch.select, node, dim, index) for index in indices], dim)
         if indices == list(range(size)) and not free:
             return node
         stride = indices[1] - first if count > 1 else 1
