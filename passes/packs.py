@@ -23,6 +23,7 @@ class Packs:
     unpackable: dict[str, str] = field(default_factory=dict)  # member -> why it must stay as it is
     kinds: dict[str, Literal["parameter", "buffer"]] = field(default_factory=dict)  # of the members that may be packed
     holder: str = "packed"
+    members_stay: bool = False  # Parameters of their own, whose gradients are parts of the pack's
 
     def name(self, members: tuple[str, ...]) -> str:
         """A readable name for the pack: the members' common path, without the part that differs from lane to lane."""

@@ -536,3 +536,24 @@ def test_an_exception_leaves_autocast_as_it_was() -> None:
         assert torch.is_autocast_enabled("cpu")
         assert fused(x, torch.tensor([2, 1])).dtype is BF16
     assert not fxfuse.report(fused).fallbacks
+
+
+class UnequalBiases(nn.Module):
+    """Every other lane has a bias: what reads all of them takes them in another order, by an index that the region holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(2, 4, bias=i % 2 == 0), nn.ReLU(), nn.Linear(4, 3)) for i in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([net(x[:, 2 * i : 2 * i + 2]) for i, net in enumerate(self.nets)], 1)
+
+
+def test_indices_of_a_program_made_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = UnequalBiases()
+    x = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    fused = fxfuse.optimize(model, x, objective="launches")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused(x), model(x), rtol=2e-2, atol=2e-2)
+    assert not fxfuse.report(fused).fallbacks

@@ -110,6 +110,16 @@ def test_channels_last(last: bool) -> None:
     assert not fxfuse.report(fused).fallbacks
 
 
+def test_channels_last_after_another_order() -> None:
+    """A program made at a call with transposed images is none for channels last."""
+    model = randomized(Images())
+    x = randn(2, 3, 8, 8)
+    fused = fxfuse.optimize(model, x, objective="launches", tune=False)
+    assert_lies_alike(model, fused, x.mT.contiguous().mT)
+    assert_lies_alike(model, fused, x.to(memory_format=torch.channels_last))
+    assert not fxfuse.report(fused).fallbacks
+
+
 def gradients_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     model(x).square().sum().backward()

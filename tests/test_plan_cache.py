@@ -326,3 +326,21 @@ def test_where_the_platforms_keep_caches(monkeypatch, system, variables, expecte
 def test_the_device_s_name():
     assert device_name(torch.device("cpu")).endswith(f"{torch.get_num_threads()} threads")
     assert device_name(torch.device("meta")) == "meta"
+
+
+@pytest.mark.usefixtures("certain", "timed")
+def test_a_damaged_key_of_a_lowering_is_as_no_file() -> None:
+    options = {"tune_for": [2, 2048]}
+    fuse(x=torch.randn(16, 8), **options)
+    damaged = 0
+    for file in files():
+        held = json.loads(file.read_text())
+        if "plan" in held:
+            for lowering in ([["linear", 4], "baddbmm"], [[], "dot"]):
+                held["plan"]["sizes"] = [[0, [lowering], 1, False, [[2, 1e-3, 5e-4]], [0]], [64, [], 1, True, [[2048, 1e-3, 5e-4]], [1]]]
+                file.write_text(json.dumps(held))
+                again = fuse(x=torch.randn(16, 8), **options)
+                assert again.fused, again
+                assert "fxfuse failed" not in str(again)
+                damaged += not again.fused[0].cached
+    assert damaged

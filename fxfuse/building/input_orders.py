@@ -29,12 +29,13 @@ from fxfuse.running.guards import order_of
 
 # Of more inputs it is not asked which of them it is.
 MOST_INPUTS = 4
+MOST_ORDERS = 5  # in which one input is laid
 
 
 def held_to_order(program: Program, lifted: Lifted, root: nn.Module, flags: Sequence[bool]) -> Program:
     """``program`` with the order of such inputs in its guard. ``flags``: the modes of all modules of ``root`` in the recording.
 
-    The forward of the recorded call runs once and up to four times more; with several inputs, as often again for each. Nothing of it stays.
+    The forward of the recorded call runs once and up to five times more; with several inputs, as often again for each. Nothing of it stays.
     """
     if lifted.frame.raw is None:
         return program
@@ -98,7 +99,7 @@ class _Runs:
         return {index: self.inputs[index] for index in every if not several or self._differs(usual, [index])}
 
     def _differs(self, usual: Any, which: list[int]) -> bool:
-        for turned in range(4):
+        for turned in range(MOST_ORDERS):
             other = {index: _relaid(self.inputs[index], turned) for index in which}
             if any(tensor is not None for tensor in other.values()):
                 try:
@@ -202,3 +203,4 @@ def _orders(order: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     yield (*order[:-2], order[-1], order[-2])
     yield (order[1], order[0], *order[2:])
     yield order[::-1]
+    yield (0, *range(2, len(order)), 1)  # channels last, in whatever order it was recorded

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fxfuse.private.dynamo import run_as_they_are
+from fxfuse.private.storages import FRAMES
 
 from .shared import Bound, FrozenPack, SharedPack
 
@@ -58,13 +62,28 @@ class Call:
 
 def _watch(out: Any, watched: list[tuple[Bound, Sequence[Tensor]]]) -> None:
     """Before a backward from ``out`` runs, note what was written to the members since."""
-
-    def note(gradients: Any) -> None:
-        for bound, members in watched:
-            bound.note_writes(members)
-
+    note = _Note(watched)
     for node in {o.grad_fn for o in out if isinstance(o, Tensor) and o.grad_fn is not None}:
         node.register_prehook(note)
+
+
+class _Note:
+    """What is called then."""
+
+    def __init__(self, watched: list[tuple[Bound, Sequence[Tensor]]]) -> None:
+        self.watched = watched
+
+    def __call__(self, gradients: Any) -> None:
+        if torch.compiler.is_compiling():  # compiled autograd has taken what was saved by now
+            return
+        for bound, members in self.watched:
+            bound.note_writes(members)
+
+
+@cache
+def leave_hooks_alone() -> None:
+    """In a training step that is compiled as a whole, dynamo would compile each hook as a frame of its own."""
+    run_as_they_are(_Note.__call__, Bound.note_writes, *FRAMES)
 
 
 def without_autocast(kind: str | None) -> AbstractContextManager[Any]:

@@ -83,7 +83,8 @@ class Captured(nn.Module):
                 slot.place, slot.number = places.get(shown), int(shown) if shown.isdigit() else None
                 if slot.place is None and slot.number is None and slot.node.users:
                     raise Uncaptured(f"the graph takes a number ({slot.node.name}) that is the size of no tensor")
-        self.hold(apart(weights))
+        # A computed weight (``functional_call``, a parametrization) ends here: no backward of ours goes into the caller's own graph.
+        self.hold(apart({name: tensor if tensor.is_leaf else _alias(tensor) for name, tensor in weights.items()}))
         self.tracked = torch.is_grad_enabled()  # by the caller: the graph is compiled for this
         self.take(graph, frozenset() if self.tracked else _buffer_writes(self.slots, graph))
 

@@ -21,7 +21,8 @@ from fxfuse.models.collector import paused
 from fxfuse.models.determinism import preserved_state
 from fxfuse.models.exclusive import alone
 from fxfuse.models.quiet import quiet
-from fxfuse.private.dynamo import is_open
+from fxfuse.private.dynamo import is_open, without_compiled_autograd
+from fxfuse.private.saved_hooks import unseen_by_hooks
 
 from .captured import NUMBERS, Captured
 from .check import check
@@ -40,7 +41,8 @@ def rewritten_or_refused(graph: torch.fx.Graph, inputs: Sequence[Any], settings:
     """The graph rewritten and checked, or why it stays. Never raises; what was done is logged."""
     start = time.perf_counter()
     try:
-        with alone(), paused():  # a collection goes through all that dynamo holds: 0.3 s for 128 lanes
+        # A collection goes through all that dynamo holds: 0.3 s for 128 lanes.
+        with alone(), unseen_by_hooks(), without_compiled_autograd(), paused():
             made = _rewritten(graph, inputs, settings)
     except Exception as error:  # a failure inside fxfuse must not cost anybody a compilation
         log.debug("failed", exc_info=True)

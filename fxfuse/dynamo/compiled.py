@@ -18,7 +18,7 @@ from fxfuse.graph import Recipe, Refusal
 from fxfuse.private.dynamo import Compiler, is_dynamos, keep_origin, stand_in
 from fxfuse.running.for_compilers import biases_apart_here
 
-from .call import Call, Pack, without_autocast
+from .call import Call, Pack, leave_hooks_alone, without_autocast
 from .captured import Captured
 from .checked import first_line, rewritten_or_refused, tell
 from .outside import outside_form, worth_sharing
@@ -101,6 +101,7 @@ def _call(
         packs.append((FrozenPack(form) if frozen else SharedPack(form), [numbers[member] for member in form.members]))
     if not packs and written.kept == list(range(len(inputs))) and not constants and kind is None:
         return run
+    leave_hooks_alone()
     return Call(run, written.kept, packs, constants, kind, written.writes)
 
 

@@ -79,7 +79,8 @@ def rewrite(captured: Captured, settings: Settings) -> Rewritten | Refusal:
         objective="launches" if asked else "time",
     )  # fmt: skip
     bench = captured.alias()  # gradients are asked of what is timed, and the user's tensors may have hooks
-    planner = Planner(prepared, bench, Packs(kinds=kinds, holder="packed"), options, compiled=settings.inner == "inductor")
+    packs = Packs(kinds=kinds, holder="packed", members_stay=True)
+    planner = Planner(prepared, bench, packs, options, compiled=settings.inner == "inductor")
     choice = planner.plan()
     if choice.refusal is not None or choice.vectorized is None:
         return choice.refusal or Refusal("nothing is left to fuse")

@@ -75,7 +75,8 @@ def from_data(data: dict[str, Any]) -> tuple[Choice, str | None] | None:
     >>> from_data(to_data(made)) == (made, None)
     True
     >>> large = SizeChoice(64, {}, 1, True, ((256, 2.0, 2.0),), (1,))
-    >>> apart = Choice(None, {}, sizes=(SizeChoice(0, {("linear", 2): "dot"}, 4, False, ((8, 2.0, 1.0),), (0,)), large), told_by=(0, 1))
+    >>> small = SizeChoice(0, {("linear", 2, ((5, 1), (6, 1))): "dot"}, 4, False, ((8, 2.0, 1.0),), (0,))
+    >>> apart = Choice(None, {}, sizes=(small, large), told_by=(0, 1))
     >>> from_data(to_data(apart)) == (apart, None)
     True
     >>> from_data({"chunks": "many"}) is None
@@ -93,6 +94,8 @@ def from_data(data: dict[str, Any]) -> tuple[Choice, str | None] | None:
         sound = sound and leaf >= 0 and dim >= 0
         if not sound or not all(isinstance(name, str) for name in [*lowering.values(), *(name for name, _ in tried)]):
             return None
+        for each in (lowering, *(size.lowering for size in sizes)):
+            in_words(each, 1)  # raises on keys that are none
         if sizes and ([each.above for each in sizes] != sorted({each.above for each in sizes}) or sizes[0].above != 0):
             return None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fxfuse.ops import Op
 from fxfuse.passes.packs import Packs
 from fxfuse.passes.program import resolve_packed
 from fxfuse.passes.vectorize import Prepared, Vectorized, vectorize
@@ -36,6 +37,14 @@ def the_loop(prepared: Prepared, packs: Packs, prefer: str = "") -> Vectorized |
     if made is not None:
         resolve_packed(made.graph, made.packs)
     return made
+
+
+def _has_sparse_gradients(graph: torch.fx.Graph) -> bool:
+    """Whether a look-up gives its table a sparse gradient, which a view of a pack, as the loop would read it, cannot take."""
+    for node in graph.nodes:
+        if isinstance(node.target, Op) and "sparse" in node.target.names and node.args[node.target.names.index("sparse")] is True:
+            return True
+    return False
 
 
 @dataclass
@@ -91,7 +100,7 @@ class PlannerBySize(Planner):
     def _points(self) -> tuple[tuple[int, int], list[_Point]] | None:
         """The free size of an input by which the cases can be told apart, as (leaf, dim), and the sizes in order."""
         lifted = self.prepared.lifted
-        if len(self.benches) < 2 or lifted.specialised:
+        if len(self.benches) < 2 or lifted.specialised or _has_sparse_gradients(lifted.graph):
             return None
         rows = [tree_flatten(bench.case)[0] for bench in self.benches]
         for index, leaf in enumerate(lifted.frame.leaves):

@@ -1,14 +1,16 @@
 """What a backend needs of torch.compile: other backends by name, and stand-ins for inputs that dynamo's graph does not have.
 
-Private: ``torch._dynamo``: ``lookup_backend``, ``exc.RestartAnalysis``; ``torch._inductor``: ``compile_fx`` with ``config_patches``,
-``list_mode_options``, ``config.get_config_copy``; ``torch._guards``: ``detect_fake_mode``, ``TracingContext.tensor_to_context``;
-``HigherOrderOperator``; the attribute ``_dynamo_source`` of placeholders, ``grapharg`` in their ``meta``, and the names
-``_dynamo_static_input_type`` and ``_param_name_to_source``, by which AOTAutograd knows weights.
+Private: ``torch._dynamo``: ``lookup_backend``, ``exc.RestartAnalysis``, ``eval_frame.skip_code``, ``compiled_autograd._disable``;
+``torch._inductor``: ``compile_fx`` with ``config_patches``, ``list_mode_options``, ``config.get_config_copy``; ``torch._guards``:
+``detect_fake_mode``,
+``TracingContext.tensor_to_context``; ``HigherOrderOperator``; the attribute ``_dynamo_source`` of placeholders, ``grapharg`` in their
+``meta``, and the names ``_dynamo_static_input_type`` and ``_param_name_to_source``, by which AOTAutograd knows weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +42,24 @@ def is_dynamos(error: Exception) -> bool:
     from torch._dynamo.exc import RestartAnalysis
 
     return isinstance(error, RestartAnalysis)
+
+
+def run_as_they_are(*functions: Callable[..., Any]) -> None:
+    """dynamo does not compile these by themselves where they are called in a frame that it watches, as hooks are in a compiled training
+    step. What it traces may still call them."""
+    from torch._dynamo.eval_frame import skip_code
+
+    for function in functions:
+        skip_code(function.__code__)
+
+
+@contextmanager
+def without_compiled_autograd() -> Iterator[None]:
+    """Within, a backward is not compiled, whatever the caller has asked for."""
+    from torch._dynamo import compiled_autograd
+
+    with compiled_autograd._disable():
+        yield
 
 
 def backend_named(name: str) -> Compiler:

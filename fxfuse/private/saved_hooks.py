@@ -5,6 +5,8 @@ Private: ``torch._C._autograd._top_saved_tensors_default_hooks``; the public con
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,3 +23,26 @@ def saved_hooks() -> Any:
     True
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+@contextmanager
+def unseen_by_hooks() -> Iterator[None]:
+    """Within, hooks that somebody else set see nothing of what autograd keeps: ``checkpoint`` counts it, ``save_on_cpu`` moves it.
+
+    >>> seen = []
+    >>> x = torch.ones(1, requires_grad=True)
+    >>> with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor):
+    ...     with unseen_by_hooks():
+    ...         _ = x * x
+    >>> seen
+    []
+    """
+    if saved_hooks() is None:
+        yield
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            yield
+
+
+def _as_it_is(tensor: Any) -> Any:
+    return tensor

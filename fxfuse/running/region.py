@@ -113,7 +113,9 @@ class RegionState(Watch):
             compiled.hold(False)
         self.adapted.clear()
         self.unfit.clear()
-        self.extra.clear()
+        if self.extra:  # in a trial, a program made later is the plan's only one
+            read = {str(node.target) for program in self.plan.all_programs() for node in program.graph.find_nodes(op="get_attr")}
+            self.extra = {name: tensor for name, tensor in self.extra.items() if name in read}
         self.ready = None
 
     def removed(self, region: nn.Module) -> None:

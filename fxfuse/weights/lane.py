@@ -31,6 +31,7 @@ from fxfuse.private.module_hooks import BOOKKEEPING
 from fxfuse.private.state_dicts import forget_version
 from fxfuse.private.transforms import transforming
 
+from .dense_gradient import dense_gradient
 from .own_buffers import assign_own, own_buffer
 from .recipes import lane_view, lane_views
 
@@ -547,7 +548,7 @@ _CONTAINER_READS = ("__iter__", "__len__", "__getitem__", "__contains__", "keys"
 def _property(name: str) -> property:
     def read(self: Any) -> Tensor:
         slot: Slot = self.__dict__[LANE].slots[name]
-        return slot.view()
+        return slot.view() if self.__dict__.get("sparse") is not True else dense_gradient(slot.view())
 
     def write(self: Any, value: Any) -> None:
         setattr(self, name, value)

@@ -163,6 +163,8 @@ def _own_tables(emitter: Emitter, bundle: Bundle, nodes: list[Node], frequency: 
             raise CannotVectorize(f"{bundle.name} with sparse gradients of tables that are computed")
         rows = int(nodes[0].meta["shape"][0])
         return emitter.call(torch.flatten, emitter.at(stacked, 0), 0, 1), [lane * rows for lane in range(len(nodes))]
+    if sparse and emitter.packs.members_stay:
+        raise CannotVectorize(f"{bundle.name} with sparse gradients: the tables stay Parameters, and parts of a pack's gradient are dense")
     found = emitter.table(nodes)
     if isinstance(found, str):
         raise CannotVectorize(f"{bundle.name}: {found}")
