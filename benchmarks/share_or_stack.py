@@ -62,15 +62,16 @@ def compiled(lanes: int, inner: str, seconds: float) -> None:
         dynamo.outside.SHARED_MEMBERS, dynamo.outside.SHARED_BYTES = (1, 1) if share else (1 << 30, 1 << 60)
         torch.compiler.reset()
         model, x = of_its_own()(lanes, 32), torch.randn(64, lanes)
+        parameters = [*model.parameters()]
         with fresh_cache():
             start = time.perf_counter()
             call = torch.compile(model, backend=fxfuse.backend(inner, validate=False))
-            train(call, model, x)
+            train(call, parameters, x)
             cold.append(time.perf_counter() - start)
             with torch.no_grad():
                 call(x)
         calls.append(lambda call=call, x=x: torch.no_grad()(call)(x))
-        steps.append(lambda call=call, model=model, x=x: train(call, model, x))
+        steps.append(lambda call=call, parameters=parameters, x=x: train(call, parameters, x))
     found = [f"cold {cold[0]:.1f} / {cold[1]:.1f} s"]
     for name, each in (("inference", calls), ("forward + backward", steps)):
         shared, stacked = medians(each, budget=10 * seconds, most=2000)

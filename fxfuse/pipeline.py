@@ -19,6 +19,7 @@ from torch import nn
 
 from fxfuse.private.module_hooks import hooks_for_all
 from fxfuse.private.pytree import tree_map_only
+from fxfuse.private.saved_hooks import unseen_by_hooks
 
 from . import fused as fused_modules
 from .building.build import Builder, Recorded, refuse
@@ -105,7 +106,8 @@ def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool
             # What the model warns of, it warns of when it is called; here it runs dozens of times, and in ways that are not the user's.
             # Recorded without autocast, whoever calls: a region makes programs for calls under it when the first of them comes.
             # Random numbers are drawn on the way (rules are tried, candidates timed): the caller's come as if nothing had been drawn.
-            with quiet(), deeper(model), torch.inference_mode(False), without_autocast(), paused(), preserved_state():
+            # A first call may come from within ``checkpoint``, which counts what autograd keeps.
+            with quiet(), deeper(model), torch.inference_mode(False), without_autocast(), unseen_by_hooks(), paused(), preserved_state():
                 return _Pipeline(model, entries, options, report, undo).run(inplace)
         finally:
             given.restore()  # a cache among the example inputs is as it was

@@ -101,3 +101,32 @@ def test_hooks_of_the_caller_are_the_callers() -> None:
         out = fused(X.clone().requires_grad_())
     assert kept
     out.sum().backward()
+
+
+class Columns(nn.Module):
+    """A network per column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+
+
+@pytest.mark.parametrize("casts", [False, True])
+def test_checkpoint_around_a_call_that_makes_a_program(casts: bool) -> None:
+    """The first call of a model optimized without inputs, and one that makes a program for autocast."""
+    model = randomized(Columns()).float()
+    x = randn(5, 6).float().requires_grad_()
+    fused = fxfuse.optimize(model, x.detach(), objective="launches") if casts else fxfuse.optimize(model)
+    gradients = []
+    for call in (model, fused):
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            checkpoint(call, x, use_reentrant=False).float().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=5e-2 if casts else 1e-4, atol=5e-2 if casts else 1e-5)
+    report = fxfuse.report(fused)
+    assert report.fused
+    assert not report.fallbacks

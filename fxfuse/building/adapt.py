@@ -39,6 +39,7 @@ from fxfuse.passes.program import make_program, resolve_packed
 from fxfuse.passes.vectorize import vectorize
 from fxfuse.private.autocast import autocast_on
 from fxfuse.private.pytree import tree_flatten, tree_map_only
+from fxfuse.private.saved_hooks import unseen_by_hooks
 from fxfuse.private.transforms import transforming
 from fxfuse.recording.casts import without_autocast
 from fxfuse.recording.lengths import tracked_len
@@ -110,7 +111,8 @@ def adapt(state: RegionState, name: str, args: tuple[Any, ...], kwargs: dict[str
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Recording and comparing in the middle of somebody's call."""
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad(), without_autocast(), preserved_state():
+    modes = torch.inference_mode(False), torch.enable_grad()
+    with warnings.catch_warnings(), modes[0], modes[1], without_autocast(), unseen_by_hooks(), preserved_state():
         warnings.simplefilter("ignore")
         yield
 
