@@ -22,7 +22,7 @@ import torch.fx
 from fxfuse.ops import Op
 
 from .numbers import loosened, numbers_of
-from .places import read_apart
+from .places import operands_of, read_apart
 from .unequal import Group, blurred_numbers, unequal_groups
 
 Node = torch.fx.Node
@@ -373,17 +373,11 @@ def _operand_positions(bundle: Bundle, bundles: Bundles) -> list[Any] | None:
         order = {s: i for i, s in enumerate(dict.fromkeys(sources))}
         inner = [bundles.position.get(s, order[s]) for s in sources]
         return [(i, member.args[at]) for i, member in zip(inner, bundle.members, strict=True)]
-    flat = [_flat_operands(member) for member in bundle.members]
-    for column in range(len(_flat_operands(first))):
+    flat = [operands_of(member) for member in bundle.members]
+    for column in range(len(operands_of(first))):
         nodes = [operands[column] for operands in flat]
         if all(n is nodes[0] for n in nodes):
             continue
         if all(n in bundles.position for n in nodes):
             return [(bundles.classes[bundles.of[n]].number, bundles.position[n]) for n in nodes]
     return None
-
-
-def _flat_operands(node: Node) -> list[Node]:
-    found: list[Node] = []
-    torch.fx.node.map_arg(node.args, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
-    return found

@@ -55,7 +55,7 @@ def _one_by_one(
                 return False
     readers = dict.fromkeys(user for node in places for user in node.users)
     for user in readers:
-        for slot, operand in enumerate(_operands(user)):
+        for slot, operand in enumerate(operands_of(user)):
             if operand in places:
                 read.setdefault((of[user], slot), []).append(operand)
     return bool(read) and all(
@@ -64,7 +64,8 @@ def _one_by_one(
     )
 
 
-def _operands(node: Node) -> list[Node]:
+def operands_of(node: Node) -> list[Node]:
+    """The nodes among its arguments, in their order, each as often as it is one."""
     found: list[Node] = []
     torch.fx.node.map_arg((node.args, node.kwargs), lambda operand: found.append(operand) or operand)  # type: ignore[func-returns-value]
     return found

@@ -138,3 +138,5 @@ def test_rows_counted_from_the_end_of_a_free_size() -> None:
     for rows in (5, 2, 7):
         x = checks.randn(rows, 4)
         checks.assert_close(fused(x), model(x), "rows")
+    assert fxfuse.report(fused).fused
+    assert not fxfuse.report(fused).fallbacks

@@ -111,8 +111,14 @@ def adapt(state: RegionState, name: str, args: tuple[Any, ...], kwargs: dict[str
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Recording and comparing in the middle of somebody's call."""
-    modes = torch.inference_mode(False), torch.enable_grad()
-    with warnings.catch_warnings(), modes[0], modes[1], without_autocast(), unseen_by_hooks(), preserved_state():
+    with (
+        warnings.catch_warnings(),
+        unseen_by_hooks(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        without_autocast(),
+        preserved_state(),
+    ):
         warnings.simplefilter("ignore")
         yield
 
