@@ -27,9 +27,9 @@ import fxfuse.dynamo.compiled
 from benchmarks.compile_backend import of_its_own, train
 from fxfuse import dynamo
 from fxfuse.dynamo.outside import SHARED_BYTES, SHARED_MEMBERS
-from fxfuse.dynamo.shared import SharedPack
 from fxfuse.graph import Recipe
 from fxfuse.planning.timing import medians
+from fxfuse.weights.shared import SharedPack
 
 
 def both(count: int, numbers: int, train: bool) -> tuple[Callable[[], object], Callable[[], object]]:

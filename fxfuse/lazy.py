@@ -10,24 +10,37 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
+from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
+from fxfuse.private.dynamo import run_as_they_are, without_compiling
+from fxfuse.private.ordinary import out_of_the_ordinary
 from fxfuse.private.pytree import tree_map_only
+from fxfuse.private.while_traced import comptime, local_example, local_object, not_compiling, start_anew
 
 from .models.exclusive import alone_now
 from .options import Options
 from .report import Report
 from .store import set_report
 
+log = logging.getLogger(__name__)
+
 
 class FirstCall:
-    """Stands in for ``forward`` on the instance until the first call; then it fuses the model and is gone."""
+    """Stands in for ``forward`` on the instance until the first call; then it fuses the model and is gone. Asked for its signature, it
+    gives that of forward. A call that is run by a transform of ``torch.func``, traced or exported runs as it is written: a later one fuses.
+    """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
+        forward = type(model).forward
+        update_wrapper(self, MethodType(forward, model), updated=())
+        self.__code__ = getattr(forward, "__code__", None)  # torch.export reads it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FirstCall:
         return FirstCall(copy.deepcopy(self.model, memo), self.options)
@@ -37,25 +50,60 @@ class FirstCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
+        if torch.compiler.is_dynamo_compiling():
+            fuse_while_traced(self, args, kwargs)
+            return type(model).forward(model, *args, **kwargs)
+        without_compiling(self.attempt)(args, kwargs)
+        forward = model.forward
+        return type(model).forward(model, *args, **kwargs) if forward is self else forward(*args, **kwargs)
+
+    def attempt(self, args: Any, kwargs: Any) -> None:
+        """Fuse the model if this is a call to do so at."""
+        model = self.model
+        if out_of_the_ordinary(args, kwargs):
+            return
         # Where another thread is fusing, this call runs as the model was written; it does not wait.
         with alone_now() as mine:
             if mine and model.__dict__.get("forward") is self:
                 del model.__dict__["forward"]
                 try:
-                    self._fuse(args, kwargs)
+                    self.fuse(args, kwargs)
                 except BaseException:  # interrupted: the next call tries again
                     model.__dict__["forward"] = self
                     raise
-        forward = model.forward
-        return type(model).forward(model, *args, **kwargs) if forward is self else forward(*args, **kwargs)
 
-    def _fuse(self, args: Any, kwargs: Any) -> None:
+    def fuse(self, args: Any, kwargs: Any) -> None:
+        """Fuse the model on the inputs of this call, whose forward this is no longer."""
         from .pipeline import run
 
         # The call's own tensors belong to somebody's autograd graph: what is recorded and timed must not.
         inputs = tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))
         with torch.enable_grad():
             run(self.model, inputs, self.options, inplace=True)
+
+
+# dynamo then compiles the forward that is called there, as it finds it at later calls, too.
+run_as_they_are(FirstCall.__call__, without_compiling)
+
+
+def fuse_while_traced(first: FirstCall, args: Any, kwargs: Any) -> None:
+    """In a call that dynamo traces: fuse beside the trace, which then begins anew; without inputs that are like the call's, not now."""
+    comptime()(_fuse)
+
+
+def _fuse(context: Any) -> None:
+    try:
+        first: FirstCall = local_object(context, "first")
+        with not_compiling():
+            args, kwargs = local_example(context, "args"), local_example(context, "kwargs")
+    except Exception:  # an argument that is no tensor, number, or container of such, as torch says in many ways
+        log.debug("a traced call is not fused", exc_info=True)
+        return
+    with not_compiling():
+        first.attempt(tuple(args), dict(kwargs))
+    if first.model.__dict__.get("forward") is first:
+        return
+    start_anew("a model was fused at its first call")
 
 
 def _again(model: nn.Module, options: Options) -> FirstCall:

@@ -25,6 +25,11 @@ class Packs:
     holder: str = "packed"
     members_stay: bool = False  # Parameters of their own, whose gradients are parts of the pack's
 
+    def stored(self, order: tuple[int, ...]) -> tuple[int, ...]:
+        """The order of dims in which a pack is stored that is read in ``order``: this one, but where members stay their own, which tools
+        flatten as they lie."""
+        return tuple(range(len(order))) if self.members_stay else order
+
     def name(self, members: tuple[str, ...]) -> str:
         """A readable name for the pack: the members' common path, without the part that differs from lane to lane."""
         split = [member.split(".") for member in members]

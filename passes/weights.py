@@ -41,7 +41,7 @@ class WeightReader(Writer):
                 return self._repack(nodes, targets, order, style)
             stored = "cat" if len(shape) == 1 else style if shape else "stack"
             recipe = Recipe(
-                self.packs.name(targets), targets, shape, order, "cat" if stored == "cat" else "stack",
+                self.packs.name(targets), targets, shape, self.packs.stored(order), "cat" if stored == "cat" else "stack",
                 self.packs.kinds.get(targets[0], "parameter"), bool(meta.get("requires_grad")), _own_shapes(nodes),
             )  # fmt: skip
             self.packs.recipes[targets] = recipe

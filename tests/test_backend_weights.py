@@ -15,8 +15,9 @@ from torch import nn
 
 import fxfuse
 from checks import model_of, randn, randomized
-from fxfuse.dynamo.shared import FrozenPack, SharedPack
+from fxfuse.dynamo.frozen_pack import FrozenPack
 from fxfuse.graph import Recipe
+from fxfuse.weights.shared import SharedPack
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 X = randn(5, 10)
@@ -381,7 +382,7 @@ def test_packs_stay_shared_while_requires_grad_and_modes_change(monkeypatch):
     model = nam()
     call, counting = compiled(model)
     assert_same_step(model, call, X)
-    monkeypatch.setattr("fxfuse.dynamo.shared.pack", lambda *args: pytest.fail("stacked"))
+    monkeypatch.setattr("fxfuse.weights.shared.pack", lambda *args: pytest.fail("stacked"))
     for requires_grad in (False, True, False):
         model.requires_grad_(requires_grad)
         assert_same_step(model, call, X)
@@ -407,13 +408,13 @@ def test_the_packed_tensor_is_the_members_memory_and_reaches_them(model, inputs,
     """Forward copies nothing, and every member gets its own slice of the gradient."""
     model = randomized(model)
     seen = []
-    aliased = fxfuse.dynamo.shared._aliased
+    aliased = fxfuse.weights.shared._aliased
 
     def watching(buffer, recipe, members):
         seen.append((buffer, aliased(buffer, recipe, members)))
         return seen[-1][1]
 
-    monkeypatch.setattr("fxfuse.dynamo.shared._aliased", watching)
+    monkeypatch.setattr("fxfuse.weights.shared._aliased", watching)
     call, _ = compiled(model)
     for _ in range(2):
         assert_same_step(model, call, inputs)
@@ -458,5 +459,5 @@ def test_packs_are_made_anew_as_often_as_the_weights_go_elsewhere(monkeypatch):
     for seed in range(20):
         model.nets[3][0].weight = nn.Parameter(randn(6, 1, seed=seed))
         same(call, model)
-    monkeypatch.setattr("fxfuse.dynamo.shared.pack", lambda *args: pytest.fail("stacked"))
+    monkeypatch.setattr("fxfuse.weights.shared.pack", lambda *args: pytest.fail("stacked"))
     assert_same_step(model, call, X)

@@ -19,12 +19,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from fxfuse.private import (
     aotinductor,
     asserts,
     autocast,
+    compiled_backward,
     custom_pass,
     dispatch,
     dynamo,
@@ -32,6 +36,7 @@ from fxfuse.private import (
     fake_tensors,
     known_result,
     module_hooks,
+    ordinary,
     parse_to,
     profiler,
     pt2_archives,
@@ -335,6 +340,60 @@ def test_transforms() -> None:
     torch.vmap(lambda x: kept.append(x) or x.sum())(torch.zeros(2, 3))  # type: ignore[func-returns-value]
     assert transforms.of_a_transform(kept[0])
     assert not transforms.of_a_transform(torch.zeros(3))
+    assert not transforms.in_dual_level()
+    with torch.autograd.forward_ad.dual_level():
+        assert transforms.in_dual_level()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_ordinary_calls() -> None:
+    inside: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        inside.append(ordinary.out_of_the_ordinary((x,), {}))
+        return x.sum()
+
+    x = torch.zeros(2, 3)
+    look(x)
+    with torch.inference_mode():
+        look(x)
+    assert inside == [False, False]
+    torch.vmap(look)(x)
+    torch.jit.trace(look, x, check_trace=False)
+    make_fx(look)(x)
+    with FakeTensorMode():
+        look(torch.zeros(2, 3))
+    torch.fx.symbolic_trace(look)
+    assert inside == [False, False, True, True, True, True, True]
+
+
+class _Twice(torch.autograd.Function):
+    """A node that keeps its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0] * (2 + 0 * x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's, of what it traces
+def test_before_compiled_autograd_takes_what_was_saved() -> None:
+    told: list[str] = []
+    x = torch.ones(2, requires_grad=True)
+    out: Tensor = _Twice.apply(1 * x)  # type: ignore[no-untyped-call]
+    assert out.grad_fn is not None
+    compiled_backward.before_it_is_taken(out.grad_fn, lambda: told.append("taken"))
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        out.view(2, 1).sum().backward()  # type: ignore[no-untyped-call]
+    assert told == ["taken"]
+    assert x.grad is not None
+    assert x.grad.tolist() == [2, 2]
+    compiled_backward.before_it_is_taken((x * x).grad_fn, lambda: told.append("never"))
 
 
 def test_vmap_fallback() -> None:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fxfuse.private.dynamo import run_as_they_are
 from fxfuse.private.storages import FRAMES
+from fxfuse.weights.late_writes import LateWrites, Writes, watch
+from fxfuse.weights.shared import SharedPack
 
-from .shared import Bound, FrozenPack, SharedPack
+from .frozen_pack import FrozenPack
 
 Pack = SharedPack | FrozenPack
 
@@ -54,36 +56,16 @@ class Call:
             pack, each = members[index]
             pack.write_back(each, packed[index])
         if torch.is_grad_enabled():
-            watched = [(bound, each) for pack, each in members if (bound := pack.bound(each)) is not None]
+            watched = [(bound.writes, each) for pack, each in members if (bound := pack.bound(each)) is not None]
             if watched:
-                _watch(out, watched)
+                watch(out, watched)
         return out
-
-
-def _watch(out: Any, watched: list[tuple[Bound, Sequence[Tensor]]]) -> None:
-    """Before a backward from ``out`` runs, note what was written to the members since."""
-    note = _Note(watched)
-    for node in {o.grad_fn for o in out if isinstance(o, Tensor) and o.grad_fn is not None}:
-        node.register_prehook(note)
-
-
-class _Note:
-    """What is called then."""
-
-    def __init__(self, watched: list[tuple[Bound, Sequence[Tensor]]]) -> None:
-        self.watched = watched
-
-    def __call__(self, gradients: Any) -> None:
-        if torch.compiler.is_compiling():  # compiled autograd has taken what was saved by now
-            return
-        for bound, members in self.watched:
-            bound.note_writes(members)
 
 
 @cache
 def leave_hooks_alone() -> None:
     """In a training step that is compiled as a whole, dynamo would compile each hook as a frame of its own."""
-    run_as_they_are(_Note.__call__, Bound.note_writes, *FRAMES)
+    run_as_they_are(LateWrites.__call__, LateWrites.note, Writes.note, *FRAMES)
 
 
 def without_autocast(kind: str | None) -> AbstractContextManager[Any]:

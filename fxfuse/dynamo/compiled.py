@@ -17,15 +17,16 @@ from torch import Tensor
 from fxfuse.graph import Recipe, Refusal
 from fxfuse.private.dynamo import Compiler, is_dynamos, keep_origin, stand_in
 from fxfuse.running.for_compilers import biases_apart_here
+from fxfuse.weights.shared import SharedPack, may_share, memory_form
 
 from .call import Call, Pack, leave_hooks_alone, without_autocast
 from .captured import Captured
 from .checked import first_line, rewritten_or_refused, tell
-from .outside import outside_form, worth_sharing
+from .frozen_pack import FrozenPack
+from .outside import worth_sharing
 from .pieces import holds_graphs, in_pieces, inlined
 from .rewrite import Rewritten
 from .settings import Settings
-from .shared import FrozenPack, SharedPack, may_share
 from .written import constants_of, write
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def _call(
 
 def _outside(recipe: Recipe, weights: dict[str, Tensor], frozen: bool) -> Recipe | None:
     """The form in which a pack is made outside of the graph; None where it is stacked at every call."""
-    form = outside_form(recipe)
+    form = memory_form(recipe)
     members = [weights[member] for member in recipe.members]
     if frozen:
         return form if recipe.kind == "parameter" else None

@@ -7,8 +7,6 @@ Parameters could become views of it, and whether that is worth it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
 
 from torch import Tensor
 
@@ -21,12 +19,6 @@ from fxfuse.graph import Recipe
 # bounds nothing is gained, and the user's memory stays where it is.
 SHARED_MEMBERS = 8
 SHARED_BYTES = 1 << 18
-
-
-def outside_form(recipe: Recipe) -> Recipe:
-    """The recipe of the same members, each in its own layout."""
-    style: Literal["stack", "rows", "padded"] = "stack" if recipe.style == "cat" else recipe.style
-    return replace(recipe, order=tuple(range(len(recipe.shape))), style=style)
 
 
 def members_lie_whole(form: Recipe) -> bool:

@@ -29,9 +29,10 @@ from fxfuse.planning.plan import Planner
 from fxfuse.planning.timing import medians
 from fxfuse.planning.workbench import Workbench
 from fxfuse.weights.recipes import pack
+from fxfuse.weights.shared import memory_form
 
 from .captured import Captured
-from .outside import outside_form, worth_sharing
+from .outside import worth_sharing
 from .settings import Settings
 
 # What the packed form has to gain, compiled, in inference and in training. What is made of two forms that are as fast by this estimate
@@ -172,7 +173,7 @@ def _packs(made: Vectorized, captured: Captured, frozen: bool) -> tuple[list[tup
         members = [weights[name] for name in recipe.members]
         if recipe.name not in used:
             continue
-        if frozen or worth_sharing(outside_form(recipe), members):
+        if frozen or worth_sharing(memory_form(recipe), members):
             shared.append(members)
         else:
             stacked.append((recipe, [member.detach() for member in members]))

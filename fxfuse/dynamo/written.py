@@ -124,7 +124,7 @@ def _packed(graph: torch.fx.Graph, recipe: Recipe, members: list[Node]) -> Node:
 
 
 def _with_own_gradient(graph: torch.fx.Graph, made: Node, recipe: Recipe) -> Node:
-    """``weights.alias.with_own_gradient``, as a node."""
+    """``weights.own_gradients.with_own_gradient``, as a node."""
     if recipe.kind != "parameter" or not recipe.requires_grad:
         return made
     return graph.call_function(torch.mul, (made, 1))

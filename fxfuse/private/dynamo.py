@@ -1,14 +1,15 @@
 """What a backend needs of torch.compile: other backends by name, and stand-ins for inputs that dynamo's graph does not have.
 
-Private: ``torch._dynamo``: ``lookup_backend``, ``exc.RestartAnalysis``, ``eval_frame.skip_code``, ``compiled_autograd._disable``;
+Private: ``torch._dynamo``: ``lookup_backend``, ``exc.RestartAnalysis``, ``compiled_autograd._disable``;
 ``torch._inductor``: ``compile_fx`` with ``config_patches``, ``list_mode_options``, ``config.get_config_copy``; ``torch._guards``:
-``detect_fake_mode``,
+``detect_fake_mode``, ``torch._C._dynamo.eval_frame``,
 ``TracingContext.tensor_to_context``; ``HigherOrderOperator``; the attribute ``_dynamo_source`` of placeholders, ``grapharg`` in their
 ``meta``, and the names ``_dynamo_static_input_type`` and ``_param_name_to_source``, by which AOTAutograd knows weights.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,11 +47,19 @@ def is_dynamos(error: Exception) -> bool:
 
 def run_as_they_are(*functions: Callable[..., Any]) -> None:
     """dynamo does not compile these by themselves where they are called in a frame that it watches, as hooks are in a compiled training
-    step. What it traces may still call them."""
-    from torch._dynamo.eval_frame import skip_code
-
+    step. What it traces may still call them. dynamo itself is not imported."""
+    frames: Any = torch._C._dynamo.eval_frame
+    skipped = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
     for function in functions:
-        skip_code(function.__code__)
+        frames.set_code_exec_strategy(function.__code__, skipped)
+
+
+def without_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, of which dynamo compiles nothing, whoever calls it."""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    apart: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return apart
 
 
 @contextmanager

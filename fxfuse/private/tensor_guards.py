@@ -17,8 +17,9 @@ def never(*tensors: Any) -> bool:
     return False
 
 
-def alike(tensors: Sequence[Any]) -> Callable[..., bool]:
-    """A function that is true of tensors of the same types, dtypes, devices, layouts, sizes and ``requires_grad``, whatever their strides.
+def alike(tensors: Sequence[Any], strides: bool = False) -> Callable[..., bool]:
+    """A function that is true of tensors of the same types, dtypes, devices, layouts, sizes and ``requires_grad``, whatever their strides;
+    with ``strides``, of those of the same strides.
 
     It may also be false of such tensors, inside another mode of torch. ``never``, where one of ``tensors`` is no plain tensor.
 
@@ -26,13 +27,16 @@ def alike(tensors: Sequence[Any]) -> Callable[..., bool]:
     >>> same = alike([torch.zeros(2, 3), torch.zeros(4)])
     >>> same(torch.ones(2, 3), torch.ones(4)), same(torch.ones(2, 3), torch.ones(5))
     (True, False)
+    >>> same = alike([torch.zeros(3, 3)], strides=True)
+    >>> same(torch.ones(3, 3)), same(torch.ones(3, 3).t())
+    (True, False)
     """
     if not tensors or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
         return never
     guards = TensorGuards(
         *tensors,
         dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],  # type: ignore[misc]  # of each tensor
-        dynamic_dims_strides=[[None] * tensor.dim() for tensor in tensors],  # type: ignore[misc]
+        dynamic_dims_strides=[list(tensor.stride()) if strides else [None] * tensor.dim() for tensor in tensors],  # type: ignore[misc]
     )
     check: Callable[..., bool] = guards.check
     return check

@@ -1,6 +1,7 @@
-"""Is this code run by a transform of ``torch.func`` (vmap, grad, functional_call inside one)?
+"""Is this code run by a transform of ``torch.func`` (vmap, grad, functional_call inside one), or in forward-mode differentiation?
 
-Private: ``torch._C._are_functorch_transforms_active``, ``torch._C._functorch.is_functorch_wrapped_tensor``. Tensors made inside a transform
+Private: ``torch._C._are_functorch_transforms_active``, ``torch._C._functorch.is_functorch_wrapped_tensor``,
+``torch.autograd.forward_ad._current_level``. Tensors made inside a transform
 are dead outside of it; nothing public tells.
 """
 
@@ -16,6 +17,16 @@ def transforming() -> bool:
     False
     """
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def in_dual_level() -> bool:
+    """True within ``torch.autograd.forward_ad.dual_level()``, where any tensor may have a tangent.
+
+    >>> with torch.autograd.forward_ad.dual_level():
+    ...     in_dual_level()
+    True
+    """
+    return bool(torch.autograd.forward_ad._current_level >= 0)
 
 
 def of_a_transform(tensor: torch.Tensor) -> bool:

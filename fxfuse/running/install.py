@@ -309,12 +309,8 @@ def _operate(
             places = [(cast(nn.Module, walk(region, m.rpartition(".")[0])), m.rpartition(".")[2]) for m in recipe.members]
             unseen = [surgery.hidden[owner] for owner, _ in places if owner in surgery.hidden]
             held = Held.on_the_way(region, unseen) if unseen else None
-            state.aliases[recipe.name] = AliasPack(recipe, places, written=updates and recipe.kind == "buffer", held=held)
-            members = state.aliases[recipe.name].members()
-            if moved is not None and recipe.kind == "parameter":
-                state.aliases[recipe.name].lies_in(moved.pack(plan.path, recipe, members))
-            undo.keep_data(members)
-            _ = state.aliases[recipe.name].tensor  # binds
+            alias = state.aliases[recipe.name] = AliasPack(recipe, places, written=updates and recipe.kind == "buffer", held=held)
+            alias.settle(undo, moved, plan.path)
     for name, tensor in plan.constants.items():
         owner = _container(root, name, state, {})
         owner.register_buffer(name.rpartition(".")[2], tensor, persistent=False)
@@ -328,8 +324,8 @@ def _operate(
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 try:
-                    alias = state.aliases.get(node.target)
-                    tensor = alias.tensor if alias is not None else source(region, node.target).fetch()
+                    kept = state.aliases.get(node.target)
+                    tensor = kept.tensor if kept is not None else source(region, node.target).fetch()
                     state.facts[node.target] = Facts.of(node.target, tensor)
                 except AttributeError as error:
                     raise FxfuseError(f"the program reads {node.target}, which {plan.path or 'the region'} does not have") from error

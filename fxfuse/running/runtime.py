@@ -24,6 +24,8 @@ from fxfuse.errors import FxfuseError
 from fxfuse.functional import untracked_view
 from fxfuse.graph import Program
 from fxfuse.private import pytree
+from fxfuse.weights.alias import AliasPack
+from fxfuse.weights.late_writes import watch
 
 from .for_compilers import biases_apart
 from .guards import Facts, compile_guard, explain_miss
@@ -219,6 +221,7 @@ def compile_program(
         scope.update(switch=torch.set_autocast_enabled, autocast=torch.autocast, kind=autocast[0])
         lines += ["    if is_compiling():", f"        with autocast(kind, enabled=False): {compiled}"]
         lines += ["    else:", "        switch(kind, False)", f"        try: {call}", "        finally: switch(kind, True)"]
+    lines.extend(_watch(program, [place.owner for _, place in places], scope))
     if program.stores:
         lines.extend(_stores(program, root, scope))
     lines.append(f"    return {_result(program.out_spec)}")
@@ -394,6 +397,16 @@ def _opened(spec: Any, name: str, first: int, scope: dict[str, Any]) -> list[str
     if names:
         lines.append(f"{', '.join(names)}, = {name}{'.values()' if spec.type is dict else ''}")
     return lines + inner
+
+
+def _watch(program: Program, owners: list[Any], scope: dict[str, Any]) -> list[str]:
+    """Lines that have a backward ask what was written since to Parameters that stay in their modules, and lie in packs."""
+    scope["aliases"] = [owner for owner in owners if isinstance(owner, AliasPack) and owner.recipe.kind == "parameter"]
+    if not scope["aliases"]:
+        return []
+    scope.update(watch=watch, is_grad_enabled=torch.is_grad_enabled)
+    asked = "not is_compiling()" if program.tracked else "is_grad_enabled() and not is_compiling()"
+    return [f"    if {asked}: watch(out, [pair for alias in aliases for pair in alias.watched()])"]
 
 
 def _stores(program: Program, root: nn.Module, scope: dict[str, Any]) -> list[str]:

@@ -1,15 +1,16 @@
 """Packs that share memory with the original Parameters, for optimizers that were built before fusing.
 
 Comes in: a recipe and the places of its members, which stay registered Parameters. Goes out: ``AliasPack.tensor``, the packed
-tensor, whose gradient reaches each Parameter as its slice. The members' data are views of one buffer, so that in-place
-updates are seen without a copy; before every use it is checked that they still are, and where not, they are packed anew.
+tensor, whose gradient reaches each Parameter as its slice. The members' data are views of one buffer, each in its own order, so that
+in-place updates are seen without a copy; before every use it is checked that they still are, and where not, they are packed anew. Members
+that somebody else holds the memory of (a state dict, a flat vector, another process), or that lie in another order, stay where they are,
+and are packed at every call.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,56 +18,40 @@ from torch import Tensor, nn
 
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
+from fxfuse.models.undo import Undo
 from fxfuse.models.unregistered import Held
-from fxfuse.private.storages import own_memory
+from fxfuse.private.tensor_guards import alike
+from fxfuse.private.transforms import in_dual_level, of_a_transform, transforming
 
-from .recipes import lane_view, lane_views, pack
-
-_binding = threading.RLock()
+from .large import Moved
+from .late_writes import Writes
+from .own_gradients import in_own_parts, in_rows, with_own_gradient
+from .recipes import pack
+from .shared import Bound, SharedPack, lie_in_rows, memory_form, why_fixed
 
 
 class StaleAlias(FxfuseError):
     """The members of a pack no longer agree in shape, dtype or device; the region answers through its loop."""
 
 
-def _lie(members: Sequence[Tensor]) -> list[Any]:
-    """Where and how the members lie in memory: ``p.data = p.data.t()`` of a square weight, or ``.conj()``, stays at its address."""
-    lazy = map(Tensor.is_conj, members) if members[0].is_complex() else ()
-    return [*map(Tensor.data_ptr, members), *map(Tensor.stride, members), *lazy]
+@dataclass(eq=False)
+class _Lying:
+    """Where and how members lay when they were last looked at, and the packed tensor, as programs read it."""
 
+    bound: Bound
+    packed: Tensor
+    asks: list[Callable[..., bool]]  # do they lie so still? Each knows of one mode of torch, and who requires gradients
 
-class Alias(torch.autograd.Function):
-    """The buffer as a function of the Parameters that are views of it: no copy forward, slices backward."""
+    def still(self, members: Sequence[Tensor]) -> bool:
+        """Are these members where they were? ``p.data = p.data.t()``, ``p.data[:2]`` and ``.conj()`` begin there, too."""
+        return self.bound.begin(members) and (self.asks[-1](*members) or self._otherwise(members))
 
-    @staticmethod
-    def forward(ctx: Any, buffer: Tensor, recipe: Recipe, *members: Tensor) -> Tensor:
-        ctx.recipe = recipe
-        return buffer.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *lane_views(ctx.recipe, grads[0]))
-
-
-def in_own_parts(packed: Tensor) -> Tensor:
-    """The pack, whose gradient becomes its members' in parts: these keep the memory, which must be nobody else's. Two packs that are added
-    have one gradient, and a pack that is returned has its caller's.
-    """
-    if packed.requires_grad:
-        packed.register_hook(own_memory)  # type: ignore[no-untyped-call]
-    return packed
-
-
-def with_own_gradient(packed: Tensor) -> Tensor:
-    """The same where it is traced: times one, whose backward makes a tensor of its own. Inductor takes out what is known as a copy, also
-    where two of its results are one then.
-
-    >>> first, second = (torch.zeros(2, requires_grad=True) for _ in range(2))
-    >>> sum(with_own_gradient(torch.stack([one])) for one in (first, second)).sum().backward()
-    >>> first.grad.data_ptr() == second.grad.data_ptr()
-    False
-    """
-    return packed * 1
+    def _otherwise(self, members: Sequence[Tensor]) -> bool:
+        if not any(ask(*members) for ask in self.asks):
+            if not self.bound.holds(members):
+                return False
+            self.asks = [*self.asks[-3:], alike(members, strides=True)]
+        return True
 
 
 @dataclass(eq=False)
@@ -75,18 +60,36 @@ class AliasPack:
 
     recipe: Recipe
     places: list[tuple[nn.Module, str]]  # the owner and the name of each member
-    # The buffer, and where the members lay in memory when they were packed: one value, which other threads read whole.
-    bound: tuple[Tensor, list[Any]] | None = None
     written: bool = False  # a program updates it: running statistics
     held: Held | None = None  # the plain lists and dicts in which owners are
+    shared: SharedPack = field(init=False)  # in which the members lie
+    lying: _Lying | None = None
+
+    def __post_init__(self) -> None:
+        self.shared = SharedPack(memory_form(self.recipe))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "bound": None}  # a copy's members lie apart: packed at its first call
+        return {**self.__dict__, "shared": None, "lying": None}  # a copy's members lie apart: packed at its first call
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def members(self) -> list[Tensor]:
         """The members as they are registered now."""
         store = "_parameters" if self.recipe.kind == "parameter" else "_buffers"
         return [getattr(owner, store)[name] for owner, name in self.places]
+
+    def settle(self, undo: Undo, moved: Moved | None, path: str) -> None:
+        """Let the members lie in one buffer from now on, if they may. ``moved``: the packs into which large models move, by region."""
+        members, whole = self.members(), lie_in_rows(self.shared.recipe)
+        self._fit(members)
+        free = whole and why_fixed(members) is None  # asked first: ``undo`` holds their memory
+        undo.keep_data(members)
+        if whole and moved is not None and self.recipe.kind == "parameter":
+            self.shared.adopt(moved.pack(path, self.shared.recipe, members), members)
+        elif free:
+            self.shared.move(members)
 
     @property
     def tensor(self) -> Tensor:
@@ -95,26 +98,50 @@ class AliasPack:
             raise StaleAlias(f"a module was replaced, added or removed in the plain {next(iter(self.held.attributes))}")
         members = self.members()
         if torch.compiler.is_compiling():  # a traced graph cannot look at addresses: it packs at every call
-            if self.written:
-                raise StaleAlias(f"{self.recipe.name} is updated, and a traced call would update a copy of it")
-            return with_own_gradient(pack(self.recipe, members)) if self.recipe.kind == "parameter" else pack(self.recipe, members)
-        bound = self.bound
-        if bound is None or _lie(members) != bound[1]:
-            with _binding:
-                members, bound = self.members(), self.bound
-                if bound is None or _lie(members) != bound[1]:  # no other thread has done it meanwhile
-                    bound = self.bind(members)
-        buffer = bound[0]
+            return self._packed_as_traced(members)
+        if (transforming() or in_dual_level()) and (self.recipe.kind == "parameter" or any(map(of_a_transform, members))):
+            return self._packed_as_traced(members)  # what autograd records is not all that is recorded
+        bound = self._where(members)
+        if bound is None:
+            return in_own_parts(pack(self.recipe, members))
         if torch.is_grad_enabled() and self.recipe.kind == "parameter":
-            return in_own_parts(Alias.apply(buffer, self.recipe, *members))  # type: ignore[no-untyped-call]
-        return buffer
+            return self._in_order(in_rows(self.shared.of(bound, members)))
+        assert self.lying is not None
+        return self.lying.packed
 
-    def lies_in(self, buffer: Tensor) -> None:
-        """The members' data are views of ``buffer``, each at its place."""
-        self.bound = buffer, _lie(self.members())
+    def watched(self) -> list[tuple[Writes, list[Tensor]]]:
+        """What a backward from the pack has to ask of, to know what was written to the members since: nothing, or one pair."""
+        if self.lying is None or transforming() or in_dual_level():
+            return []
+        return [(self.lying.bound.writes, self.members())]
 
-    def bind(self, members: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
-        """Pack the members' current values and make their data views of the pack."""
+    def _where(self, members: list[Tensor]) -> Bound | None:
+        """The buffer in which the members lie, moved there if need be; None where they may not."""
+        last = self.lying
+        if last is not None and last.still(members):
+            return last.bound
+        self._fit(members)
+        bound = self.shared.bind(members) if lie_in_rows(self.shared.recipe) else None
+        if bound is None and self.written:
+            why = why_fixed(members) or "some lie apart"
+            raise StaleAlias(f"{self.recipe.name} is updated, and its members must stay where they are: {why}")
+        self.lying = None if bound is None else _Lying(bound, self._in_order(bound.buffer), [alike(members, strides=True)])
+        return bound
+
+    def _packed_as_traced(self, members: list[Tensor]) -> Tensor:
+        if self.written:
+            raise StaleAlias(f"{self.recipe.name} is updated, and a traced call would update a copy of it")
+        packed = pack(self.recipe, members)
+        return with_own_gradient(packed) if self.recipe.kind == "parameter" else packed
+
+    def _in_order(self, memory: Tensor) -> Tensor:
+        """The tensor that programs read, of the one whose memory the members share."""
+        order = self.recipe.order
+        if order != self.shared.recipe.order:
+            memory = memory.permute(0, *(1 + dim for dim in order))
+        return memory.flatten(0, 1) if self.recipe.style == "cat" else memory
+
+    def _fit(self, members: Sequence[Tensor]) -> None:
         first = members[0]
         for index, (name, member) in enumerate(zip(self.recipe.members, members, strict=True)):
             if tuple(member.shape) != self.recipe.member_shape(index):
@@ -125,9 +152,3 @@ class AliasPack:
                 raise StaleAlias(f"{name} is on {member.device}, {self.recipe.members[0]} on {first.device}")
         if len(set(map(id, members))) < len(members):
             raise StaleAlias(f"two members of {self.recipe.name} are one tensor now")
-        with torch.no_grad():
-            buffer = pack(self.recipe, [member.detach() for member in members])
-            for index, member in enumerate(members):
-                member.data = lane_view(self.recipe, buffer, index)
-        self.bound = buffer, _lie(members)
-        return self.bound

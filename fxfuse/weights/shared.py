@@ -11,8 +11,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
-from weakref import WeakValueDictionary, ref
+from dataclasses import replace
+from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from fxfuse.graph import Recipe
 from fxfuse.private.known_result import joined
 from fxfuse.private.storages import holders, storage_key
-from fxfuse.private.versions import version
-from fxfuse.weights.alias import Alias, in_own_parts
-from fxfuse.weights.recipes import lane_view, pack
+
+from .late_writes import Writes
+from .own_gradients import in_own_parts
+from .recipes import lane_view, lane_views, pack
 
 _binding = threading.RLock()
 MOST_MODELS = 16  # of one class that are called in turn through one compiled graph; further ones are packed at every call
@@ -35,7 +37,7 @@ class Bound:
         self.recipe, self.buffer = recipe, buffer
         self.addresses = [*map(Tensor.data_ptr, members)]
         self.lie = _lie(members)
-        self.versions = [*map(version, members)]
+        self.writes = Writes(buffer, members)
 
     def holds(self, members: Sequence[Tensor]) -> bool:
         """Do the members lie in the buffer, each at its place, of the size and in the order that it had there?"""
@@ -50,21 +52,25 @@ class Bound:
         """Does anything but this lie in the buffer's memory?"""
         return holders(self.buffer) > 1
 
-    def note_writes(self, members: Sequence[Tensor]) -> None:
-        """Count writes to the members as writes to the buffer: what autograd saved of it is then found to be stale, as of a Parameter."""
-        now = [*map(version, members)]
-        if now != self.versions:
-            self.versions = now
-            with torch.no_grad():
-                self.buffer.view(-1)[:0].zero_()
-
 
 def _lie(members: Sequence[Tensor]) -> list[Any]:
-    return [(type(m), m.dtype, m.device, m.shape, m.stride()) for m in members]
+    return [(type(m), m.dtype, m.device, m.shape, m.stride(), m.is_conj(), m.is_neg()) for m in members]
 
 
 _bound: WeakValueDictionary[Any, Bound] = WeakValueDictionary()  # of all graphs, by what they pack and where it begins
 _buffers: WeakValueDictionary[int, Bound] = WeakValueDictionary()  # the same by the buffer's storage
+
+
+def memory_form(recipe: Recipe) -> Recipe:
+    """The recipe of the same members, each in its own order."""
+    style: Literal["stack", "rows", "padded"] = "stack" if recipe.style == "cat" else recipe.style
+    return replace(recipe, order=tuple(range(len(recipe.shape))), style=style)
+
+
+def lie_in_rows(form: Recipe) -> bool:
+    """Would every member, as a view of the pack, be contiguous? Optimizers and tools flatten Parameters by ``view(-1)``. Not so between
+    the zeros that fill up smaller ones."""
+    return form.own_shapes is None or form.style == "stack" or all(own[1:] == form.shape[1:] for own in form.own_shapes)
 
 
 def _geometry(recipe: Recipe) -> Any:
@@ -89,11 +95,15 @@ class SharedPack:
         """The packed tensor of the members' current values; its gradient reaches each of them."""
         bound = self.known.get(members[0].data_ptr())
         if bound is None or not bound.begin(members):
-            bound = self._bind(members)
+            bound = self.bind(members)
             if bound is None:
                 return in_own_parts(pack(self.recipe, members))
+        return self.of(bound, members)
+
+    def of(self, bound: Bound, members: Sequence[Tensor]) -> Tensor:
+        """The packed tensor where it is known that the members lie in ``bound``."""
         if torch.is_grad_enabled():
-            bound.note_writes(members)
+            bound.writes.note(members)
             if any(map(_requires_grad, members)):
                 return in_own_parts(_aliased(bound.buffer, self.recipe, members))
         return bound.buffer
@@ -102,7 +112,8 @@ class SharedPack:
         """The buffer in which ``packed`` found the members; None where it stacked them."""
         return self.known.get(members[0].data_ptr())
 
-    def _bind(self, members: Sequence[Tensor]) -> Bound | None:
+    def bind(self, members: Sequence[Tensor]) -> Bound | None:
+        """Where the members lie now, moved there if they may be; None where they may not, or were not asked this time."""
         self.calls += 1
         if self.refused and self.calls < 2 * self.refused:  # it takes a while to ask: less and less often
             return None
@@ -114,12 +125,28 @@ class SharedPack:
                 if len(self.known) >= MOST_MODELS or why_fixed(members) is not None:
                     self.refused = self.calls
                     return None
-                bound = _moved(self.recipe, members)
-                _bound[members[0].data_ptr(), _geometry(self.recipe)] = bound
-                _buffers[storage_key(bound.buffer.untyped_storage())] = bound
+                return self.move(members)
             self.refused = 0
             self.known[members[0].data_ptr()] = bound
             return bound
+
+    def move(self, members: Sequence[Tensor]) -> Bound:
+        """Move the members into one buffer, of which their data are views then; whoever calls this knows that they may be moved."""
+        with torch.inference_mode(False), torch.no_grad():
+            buffer = pack(self.recipe, [member.detach() for member in members])
+            for index, member in enumerate(members):
+                member.data = lane_view(self.recipe, buffer, index)
+        return self.adopt(buffer, members)
+
+    def adopt(self, buffer: Tensor, members: Sequence[Tensor]) -> Bound:
+        """The members lie in ``buffer``, each at its place."""
+        bound = Bound(self.recipe, buffer, members)
+        with _binding:
+            _bound[members[0].data_ptr(), _geometry(self.recipe)] = bound
+            _buffers[storage_key(buffer.untyped_storage())] = bound
+            self.refused = 0
+            self.known[members[0].data_ptr()] = bound
+        return bound
 
     def write_back(self, members: Sequence[Tensor], packed: Tensor) -> None:
         """Running statistics that were updated in a copy go where they belong."""
@@ -127,6 +154,19 @@ class SharedPack:
             with torch.no_grad():
                 for index, member in enumerate(members):
                     member.copy_(lane_view(self.recipe, packed, index))
+
+
+class Alias(torch.autograd.Function):
+    """The buffer as a function of the Parameters that are views of it: no copy forward, slices backward."""
+
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, recipe: Recipe, *members: Tensor) -> Tensor:
+        ctx.recipe = recipe
+        return buffer.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *lane_views(ctx.recipe, grads[0]))
 
 
 def _aliased(buffer: Tensor, recipe: Recipe, members: Sequence[Tensor]) -> Tensor:
@@ -141,15 +181,6 @@ def _aliased(buffer: Tensor, recipe: Recipe, members: Sequence[Tensor]) -> Tenso
 
 def _requires_grad(tensor: Tensor) -> bool:
     return tensor.requires_grad
-
-
-def _moved(recipe: Recipe, members: Sequence[Tensor]) -> Bound:
-    """Move the members into one buffer, of which their data are views then."""
-    with torch.inference_mode(False), torch.no_grad():
-        buffer = pack(recipe, [member.detach() for member in members])
-        for index, member in enumerate(members):
-            member.data = lane_view(recipe, buffer, index)
-    return Bound(recipe, buffer, members)
 
 
 def why_fixed(members: Sequence[Tensor]) -> str | None:
@@ -172,44 +203,3 @@ def why_fixed(members: Sequence[Tensor]) -> str | None:
     if any(holders(of[key]) > number + (key in _buffers) for key, number in inside.items()):
         return "another tensor holds its memory"
     return None
-
-
-class FrozenPack:
-    """A pack that is made once of each model's weights, for inference with weights that do not change any more."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.made: dict[tuple[int, ...], _Frozen] = {}  # by where the members begin
-
-    def packed(self, members: Sequence[Tensor]) -> Tensor:
-        """The packed tensor of the values at the first call."""
-        addresses = tuple(map(Tensor.data_ptr, members))
-        known = self.made.get(addresses)
-        if known is None or not known.valid:
-            with torch.inference_mode(False), torch.no_grad():
-                made = pack(self.recipe, [member.detach() for member in members])
-            self.made = {at: each for at, each in list(self.made.items()) if each.valid}
-            known = self.made[addresses] = _Frozen(made, members)
-        return known.packed
-
-    def bound(self, members: Sequence[Tensor]) -> Bound | None:
-        """None: writes to the members are not looked at."""
-        return None
-
-    def write_back(self, members: Sequence[Tensor], packed: Tensor) -> None:
-        """Only Parameters are frozen, which no graph writes."""
-
-
-class _Frozen:
-    """A pack, and whether the memory that it was made of is still there: another model's may begin at the same addresses later."""
-
-    def __init__(self, packed: Tensor, members: Sequence[Tensor]) -> None:
-        self.packed, self.valid = packed, True
-        mine = ref(self)
-
-        def gone(_: object) -> None:
-            if (frozen := mine()) is not None:
-                frozen.valid = False
-
-        # Of the memory, not of the members: see above. It stays the same object for as long as any tensor lies in it.
-        self.storages = [ref(storage, gone) for storage in {id(s): s for s in map(Tensor.untyped_storage, members)}.values()]

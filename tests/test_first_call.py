@@ -1,0 +1,432 @@
+"""``fxfuse.optimize(model)``: fused at its first call, Parameters stay what they were for everyone who has them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector, parametrizations, prune, vector_to_parameters
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxfuse
+from checks import assert_close, randn, randomized
+
+X = randn(5, 6, 3)
+ROUNDING = 1e-13  # a bias before a norm has no gradient
+
+
+class Lane(nn.Module):
+    def __init__(self, width: int, norm: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, width), nn.Linear(width, 2)
+        self.norm = nn.BatchNorm1d(width) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.norm(self.first(x))))
+        return out
+
+
+class Lanes(nn.Module):
+    def __init__(self, widths: tuple[int, ...], norm: bool) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(Lane(width, norm) for width in widths)
+        self.head = nn.Linear(2 * len(widths), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.cat([net(x[:, i]) for i, net in enumerate(self.nets)], -1))
+        return out
+
+
+def pair(*, norm: bool = False, unequal: bool = False, called: bool = True) -> tuple[nn.Module, nn.Module]:
+    """The original, and one that is set to fuse at its first call, which was already where it is ``called``."""
+    model = randomized(Lanes((4, 5, 4, 6, 4, 5) if unequal else (4,) * 6, norm))
+    lazy = fxfuse.optimize(copy.deepcopy(model), tune=False)
+    if called:
+        lazy.eval()(X)
+        lazy.train()
+        assert fxfuse.report(lazy).fused
+    return model, lazy
+
+
+def gradients(model: nn.Module, x: Tensor = X) -> list[Tensor | None]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def assert_same(model: nn.Module, lazy: nn.Module, fallbacks: int = 0) -> None:
+    expected, found = model(X), lazy(X)
+    assert_close(found, expected, "output")
+    for (name, _), a, b in zip(model.named_parameters(), gradients(model), gradients(lazy), strict=True):
+        assert a is not None
+        assert b is not None
+        assert_close(b, a, name, floor=ROUNDING)
+        assert b.stride() == a.stride(), name
+    for name, buffer in model.named_buffers():
+        assert_close(lazy.get_buffer(name), buffer, name)
+    assert sum(fxfuse.report(lazy).fallbacks.values()) == fallbacks
+
+
+def squared(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: model(x).square().sum()
+
+
+# -- calls within something ------------------------------------------------------------------------------------------------------------
+
+TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
+    "vmap": lambda m: torch.vmap(m)(X[None])[0],
+    "grad": lambda m: torch.func.grad(squared(m))(X),
+    "jacrev": lambda m: torch.func.jacrev(m)(X),
+    "jvp": lambda m: torch.func.jvp(m, (X,), (X,))[1],
+    "hessian": lambda m: torch.func.hessian(squared(m))(X),
+    "dual": lambda m: tangent(lambda: m(forward_ad.make_dual(X, X))),
+    "fake": lambda m: fake(m),
+    "flops": lambda m: flops(m),
+    "trace": lambda m: torch.jit.trace(m, X, check_trace=False)(X),
+    "export": lambda m: torch.export.export(m, (X,)).module()(X),
+    "meta": lambda m: m(X) if next(m.parameters()).is_meta else X,
+}
+
+
+def tangent(call: Callable[[], Tensor]) -> Any:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(call()).tangent
+
+
+def fake(model: nn.Module) -> Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        shape = model(mode.from_tensor(X)).shape
+    return torch.zeros(shape)
+
+
+def flops(model: nn.Module) -> Tensor:
+    with FlopCounterMode(display=False):
+        out: Tensor = model(X)
+    return out
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("how", TRANSFORMS)
+def test_calls_within_something(how: str, called: bool) -> None:
+    """The first ordinary call fuses, none before it raises, and later ones are right."""
+    model, lazy = pair(called=called)
+    expected, found = TRANSFORMS[how](model), TRANSFORMS[how](lazy)
+    assert_close(found, expected, how)
+    lazy(X)
+    assert fxfuse.report(lazy).fused
+    assert_same(model, lazy, fallbacks=int(how == "flops" and called))  # it hooks all modules
+
+
+def test_weights_of_a_transform() -> None:
+    model, lazy = pair()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(net: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+        return lambda w, x: functional_call(net, w, (x,)).square().sum()
+
+    def one(net: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+        return lambda w, x: loss(net)(w, x[None])
+
+    for around in (lambda f: torch.func.grad(f)(weights, X), lambda f: torch.func.hessian(f)(weights, X)["head.weight"]):
+        for name, a in around(loss(model)).items():
+            assert_close(around(loss(lazy))[name], a, name)
+    each = [torch.vmap(torch.func.grad(one(net)), (None, 0))(weights, X) for net in (model, lazy)]
+    for name, a in each[0].items():
+        assert_close(each[1][name], a, name)
+    assert_same(model, lazy)
+
+
+def test_an_ensemble_of_fused_models() -> None:
+    pairs = [pair() for _ in range(3)]
+    for number, (model, lazy) in enumerate(pairs):
+        for parameter, other in zip(model.parameters(), lazy.parameters(), strict=True):
+            parameter.data.mul_(1 + number)
+            other.data.mul_(1 + number)
+    base = pairs[0][1]
+    weights, buffers = torch.func.stack_module_state([lazy for _, lazy in pairs])
+    found = torch.vmap(lambda w, b: functional_call(base, (w, b), (X,)))(weights, buffers)
+    for out, (model, _) in zip(found, pairs, strict=True):
+        assert_close(out, model(X), "output")
+
+
+def test_weights_with_tangents() -> None:
+    model, lazy = pair()
+
+    def call(net: nn.Module) -> Any:
+        duals = {name: forward_ad.make_dual(p.detach() * 2, p.detach() * 0.3) for name, p in model.named_parameters()}
+        return functional_call(net, duals, (X,))
+
+    assert_close(tangent(lambda: call(lazy)), tangent(lambda: call(model)), "tangent")
+    assert_same(model, lazy)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_first_call_that_is_compiled_fuses(fresh_dynamo: None, fullgraph: bool) -> None:
+    model, lazy = pair(called=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    call = torch.compile(lazy, backend=counter, fullgraph=fullgraph)
+    for _ in range(2):
+        expected, found = model(X), call(X)
+        assert_close(found, expected, "output")
+        found.square().sum().backward()
+        expected.square().sum().backward()
+    for (name, a), b in zip(model.named_parameters(), lazy.parameters(), strict=True):
+        assert_close(b.grad, a.grad, name)
+    assert fxfuse.report(lazy).fused
+    assert counter.frame_count == 1
+    (graph,) = counter.graphs
+    assert len([node for node in graph.graph.nodes if "linear" in str(node.target)]) <= 1  # the head
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_first_call_within_a_compiled_function_fuses(fresh_dynamo: None) -> None:
+    model, lazy = pair(called=False)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(x: Tensor) -> Tensor:
+        out: Tensor = lazy(2 * x).square().sum()
+        return out
+
+    call = torch.compile(step, backend=counter, fullgraph=True)
+    for _ in range(2):
+        assert_close(call(X), model(2 * X).square().sum(), "loss")
+    assert fxfuse.report(lazy).fused
+    assert counter.frame_count == 1
+    assert_same(model, lazy)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), nullcontext])
+def test_contexts_of_the_first_call(context: Any) -> None:
+    model, lazy = pair(called=False)
+    with context():
+        assert_close(lazy(X), model(X), "output", 0.05 if torch.is_autocast_enabled("cpu") else 1e-9)
+    assert fxfuse.report(lazy).fused
+    assert_same(model, lazy)
+
+
+def test_signature() -> None:
+    model, lazy = pair(called=False)
+    assert inspect.signature(lazy.forward) == inspect.signature(model.forward)
+    assert lazy.forward.__name__ == "forward"
+    assert inspect.signature(copy.deepcopy(lazy).forward) == inspect.signature(model.forward)
+
+
+# -- who else has the Parameters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_parameters_lie_as_they_did(unequal: bool) -> None:
+    model, lazy = pair(unequal=unequal)
+    for (name, a), b in zip(model.named_parameters(), lazy.parameters(), strict=True):
+        assert (a.shape, a.stride()) == (b.shape, b.stride()), name
+    assert_same(model, lazy)
+    flat = parameters_to_vector(model.parameters()).detach()
+    assert_close(parameters_to_vector(lazy.parameters()).detach(), flat, "vector")
+    together = {p.untyped_storage().data_ptr() for p in lazy.nets.parameters()}
+    assert len(together) < len(list(lazy.nets.parameters()))
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_optimizers_that_flatten(unequal: bool) -> None:
+    model, lazy = pair(unequal=unequal, called=False)
+    for net in (model, lazy):
+        optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
+
+        def closure(net: nn.Module = net, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = squared(net)(X)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+    assert_same(model, lazy)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_flat_vector_that_the_parameters_are_views_of(late: bool) -> None:
+    """As in evolution strategies: what is written to the vector is in the model."""
+    model, lazy = pair(called=late)
+    vectors = [parameters_to_vector(model.parameters()).detach().clone() for _ in range(2)]
+    for net, vector in zip((model, lazy), vectors, strict=True):
+        vector_to_parameters(vector, net.parameters())
+    for step in range(3):
+        for vector in vectors:
+            vector.add_(0.1 * step)
+        assert_same(model, lazy)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_state_dict_that_is_held(late: bool) -> None:
+    """It shares memory with the Parameters, as torch's does."""
+    model, lazy = pair(called=late)
+    held = lazy.state_dict()
+    assert_same(model, lazy)
+    for net in (model, lazy):
+        torch.optim.SGD(net.parameters(), 0.1).step()
+    for name, parameter in lazy.named_parameters():
+        assert held[name].data_ptr() == parameter.data_ptr()
+    assert_same(model, lazy)
+
+
+def test_memory_of_several_processes() -> None:
+    model, lazy = pair()
+    lazy.share_memory()
+    assert_same(model, lazy)
+    assert all(parameter.is_shared() for parameter in lazy.parameters())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_statistics_that_somebody_holds(norm: bool) -> None:
+    model, lazy = pair(norm=norm, called=False)
+    held = [buffer.detach() for buffer in lazy.buffers()]
+    before = copy.deepcopy(lazy)
+    assert_same(model, lazy, fallbacks=sum(fxfuse.report(lazy).fallbacks.values()))
+    for kept, (name, _) in zip(held, model.named_buffers(), strict=norm):
+        buffer = lazy.get_buffer(name)
+        assert kept.data_ptr() == buffer.data_ptr()
+    del held
+    for _ in range(8):
+        lazy(X)
+        model(X)
+    assert_same(model, lazy, fallbacks=sum(fxfuse.report(lazy).fallbacks.values()))
+    assert before is not lazy
+
+
+def test_a_shape_that_changes_in_place() -> None:
+    _, lazy = pair()
+    weight = lazy.get_parameter("nets.2.first.weight")
+    weight.data = weight.data[:2]
+    with pytest.raises(RuntimeError, match="size of the tensor"):
+        lazy(X)
+
+
+# -- what else is done to a model ------------------------------------------------------------------------------------------------------
+
+
+def pruned(net: nn.Module) -> None:
+    prune.l1_unstructured(net.nets[2].first, "weight", amount=0.5)
+
+
+def parametrized(net: nn.Module) -> None:
+    torch.manual_seed(0)
+    parametrizations.spectral_norm(net.nets[1].first)
+    net.eval()
+
+
+def replaced(net: nn.Module) -> None:
+    net.nets[0].first.weight = nn.Parameter(randn(4, 3, seed=5))
+
+
+def swapped(net: nn.Module) -> None:
+    net.nets[0], net.nets[1] = net.nets[1], net.nets[0]
+
+
+def assigned(net: nn.Module) -> None:
+    net.load_state_dict({name: 2 * value for name, value in net.state_dict().items()}, assign=True)
+    net.requires_grad_(True)
+
+
+def emptied(net: nn.Module) -> None:
+    saved = {name: value.clone() for name, value in net.state_dict().items()}
+    net.to_empty(device="cpu").load_state_dict(saved)
+
+
+def there_and_back(net: nn.Module) -> None:
+    net.float().double()
+
+
+@pytest.mark.parametrize("change", [pruned, parametrized, replaced, swapped, assigned, emptied, there_and_back])
+@pytest.mark.parametrize("called", [False, True])
+def test_changes(change: Callable[[nn.Module], None], called: bool) -> None:
+    model, lazy = pair(called=called, norm=True)
+    for net in (model, lazy):
+        change(net)
+    for _ in range(2):
+        assert_close(lazy(X), model(X), "output")
+    for a, b in zip(gradients(model), gradients(lazy), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert_close(b, a, "gradient", floor=ROUNDING)
+
+
+@pytest.mark.parametrize("frozen", [1, 6])
+def test_frozen_lanes(frozen: int) -> None:
+    for called in (False, True):
+        model, lazy = pair(called=called)
+        for net in (model, lazy):
+            for lane in list(net.nets)[:frozen]:
+                lane.requires_grad_(False)
+        for _ in range(2):
+            for a, b in zip(gradients(model), gradients(lazy), strict=True):
+                assert (a is None) == (b is None)
+                if a is not None and b is not None:
+                    assert_close(b, a, "gradient", floor=ROUNDING)
+        for net in (model, lazy):
+            net.requires_grad_(True)
+        assert_same(model, lazy)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_copies_on_disk(called: bool) -> None:
+    model, lazy = pair(called=called, norm=True)
+    file = io.BytesIO()
+    torch.save(lazy, file)
+    file.seek(0)
+    made = [copy.deepcopy(lazy), pickle.loads(pickle.dumps(lazy)), torch.load(file, weights_only=False)]
+    for each in made:
+        assert_same(copy.deepcopy(model), each)
+    assert_same(model, lazy)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant: bool) -> None:
+    model, lazy = pair()
+    found = []
+    for net in (model, lazy):
+        x = X.clone().requires_grad_()
+        checkpoint(net, x, use_reentrant=reentrant).square().sum().backward()
+        found.append([x.grad, *(parameter.grad for parameter in net.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert_close(b, a, "gradient", floor=ROUNDING)
+
+
+def test_gradients_of_gradients() -> None:
+    model, lazy = pair()
+    found = []
+    for net in (model, lazy):
+        weights = list(net.parameters())
+        first = torch.autograd.grad(squared(net)(X), weights, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), weights, allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(b, a, "gradient", floor=ROUNDING)
+
+
+def test_hooks_of_parameters() -> None:
+    model, lazy = pair()
+    seen: list[list[str]] = []
+    for net in (model, lazy):
+        told: list[str] = []
+        for name, parameter in net.named_parameters():
+            parameter.register_hook(lambda g, name=name, told=told: told.append(name) or 2 * g)
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name, told=told: told.append(f"{name} has it"))
+        seen.append(told)
+    assert_same(model, lazy)
+    assert sorted(seen[0]) == sorted(seen[1])
