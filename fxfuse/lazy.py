@@ -74,12 +74,17 @@ class FirstCall:
 
     def fuse(self, args: Any, kwargs: Any) -> None:
         """Fuse the model on the inputs of this call, whose forward this is no longer."""
+        from .fused import regions
         from .pipeline import run
 
-        # The call's own tensors belong to somebody's autograd graph: what is recorded and timed must not.
-        inputs = tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))
-        with torch.enable_grad():
+        # The call's own tensors belong to somebody's autograd graph: what is recorded and timed must not. Autograd takes none of those
+        # that were made in inference mode.
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = tree_map_only(torch.Tensor, _apart, (args, kwargs))
             run(self.model, inputs, self.options, inplace=True)
+        for state in regions(self.model).values():
+            for alias in state.aliases.values():  # what was recorded held their memory
+                alias.settle_at_next_call()
 
 
 # dynamo then compiles the forward that is called there, as it finds it at later calls, too.
@@ -104,6 +109,11 @@ def _fuse(context: Any) -> None:
     if first.model.__dict__.get("forward") is first:
         return
     start_anew("a model was fused at its first call")
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    own = tensor.clone() if tensor.is_inference() else tensor
+    return own.detach().requires_grad_(tensor.requires_grad)
 
 
 def _again(model: nn.Module, options: Options) -> FirstCall:

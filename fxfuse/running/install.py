@@ -28,7 +28,7 @@ from fxfuse.weights.all_or_nothing import loads_whole
 from fxfuse.weights.lane import LANE, LaneInfo, LaneMixin, Pack, Slot, become
 from fxfuse.weights.large import Moved
 from fxfuse.weights.norm_pack import LayerNormPack, norm_nodes
-from fxfuse.weights.recipes import check, pack
+from fxfuse.weights.recipes import check, pack, packed_shape
 
 from .guards import Facts
 from .region import STATE, RegionMixin, RegionState, hooks_of
@@ -325,8 +325,11 @@ def _operate(
             if node.op == "get_attr":
                 try:
                     kept = state.aliases.get(node.target)
-                    tensor = kept.tensor if kept is not None else source(region, node.target).fetch()
-                    state.facts[node.target] = Facts.of(node.target, tensor)
+                    if kept is None:
+                        state.facts[node.target] = Facts.of(node.target, source(region, node.target).fetch())
+                    else:
+                        first = kept.members()[0]
+                        state.facts[node.target] = Facts(node.target, packed_shape(kept.recipe), first.dtype, first.device)
                 except AttributeError as error:
                     raise FxfuseError(f"the program reads {node.target}, which {plan.path or 'the region'} does not have") from error
     if plan.spelled is not None:

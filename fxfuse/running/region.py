@@ -446,9 +446,16 @@ class RegionMixin(LaneMixin):
         return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As of any module (``to``, ``half``, ``cuda``): the memory of the old weights is let go of."""
+        """As of any module (``to``, ``half``, ``cuda``): the memory of the old weights is let go of. What the program alone reads is in no
+        state dict that would fill it again after ``to_empty``."""
         result = super()._apply(fn, recurse)
-        self.__dict__[STATE].moved()
+        state: RegionState = self.__dict__[STATE]
+        state.moved()
+        for name, known in state.plan.constants.items() if recurse else ():
+            constant = source(self, name).fetch()
+            if constant is not known and type(constant) is Tensor and not constant.is_meta:
+                with torch.no_grad():
+                    constant.copy_(known)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -23,6 +23,7 @@ from fxfuse.models.unregistered import Held
 from fxfuse.private.tensor_guards import alike
 from fxfuse.private.transforms import in_dual_level, of_a_transform, transforming
 
+from .filled import FilledPack, can_be_gathered
 from .large import Moved
 from .late_writes import Writes
 from .own_gradients import in_own_parts, in_rows, with_own_gradient
@@ -39,7 +40,7 @@ class _Lying:
     """Where and how members lay when they were last looked at, and the packed tensor, as programs read it."""
 
     bound: Bound
-    packed: Tensor
+    packed: Tensor | None  # where no launch makes it
     asks: list[Callable[..., bool]]  # do they lie so still? Each knows of one mode of torch, and who requires gradients
 
     def still(self, members: Sequence[Tensor]) -> bool:
@@ -63,10 +64,15 @@ class AliasPack:
     written: bool = False  # a program updates it: running statistics
     held: Held | None = None  # the plain lists and dicts in which owners are
     shared: SharedPack = field(init=False)  # in which the members lie
+    whole: bool = field(init=False)  # each as it lay
     lying: _Lying | None = None
 
     def __post_init__(self) -> None:
-        self.shared = SharedPack(memory_form(self.recipe))
+        form = memory_form(self.recipe)
+        in_rows = lie_in_rows(form)
+        filled = not in_rows and self.recipe.kind == "parameter"
+        self.shared = FilledPack(self.recipe) if filled and can_be_gathered(self.recipe) else SharedPack(form)
+        self.whole = in_rows or isinstance(self.shared, FilledPack) or self.recipe.kind == "buffer"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "shared": None, "lying": None}  # a copy's members lie apart: packed at its first call
@@ -82,14 +88,18 @@ class AliasPack:
 
     def settle(self, undo: Undo, moved: Moved | None, path: str) -> None:
         """Let the members lie in one buffer from now on, if they may. ``moved``: the packs into which large models move, by region."""
-        members, whole = self.members(), lie_in_rows(self.shared.recipe)
+        members = self.members()
         self._fit(members)
-        free = whole and why_fixed(members) is None  # asked first: ``undo`` holds their memory
+        free = self.whole and why_fixed(members) is None  # asked first: ``undo`` holds their memory
         undo.keep_data(members)
-        if whole and moved is not None and self.recipe.kind == "parameter":
+        if moved is not None and self.recipe.kind == "parameter":
             self.shared.adopt(moved.pack(path, self.shared.recipe, members), members)
         elif free:
             self.shared.move(members)
+
+    def settle_at_next_call(self) -> None:
+        """Ask again then whether the members may move: who held their memory may be gone."""
+        self.shared.refused = 0
 
     @property
     def tensor(self) -> Tensor:
@@ -103,10 +113,13 @@ class AliasPack:
             return self._packed_as_traced(members)  # what autograd records is not all that is recorded
         bound = self._where(members)
         if bound is None:
-            return in_own_parts(pack(self.recipe, members))
+            return in_rows(in_own_parts(pack(self.recipe, members)))
+        if isinstance(self.shared, FilledPack):
+            return self.shared.of(bound, members)
         if torch.is_grad_enabled() and self.recipe.kind == "parameter":
             return self._in_order(in_rows(self.shared.of(bound, members)))
         assert self.lying is not None
+        assert self.lying.packed is not None
         return self.lying.packed
 
     def watched(self) -> list[tuple[Writes, list[Tensor]]]:
@@ -121,11 +134,12 @@ class AliasPack:
         if last is not None and last.still(members):
             return last.bound
         self._fit(members)
-        bound = self.shared.bind(members) if lie_in_rows(self.shared.recipe) else None
+        bound = self.shared.bind(members) if self.whole else None
         if bound is None and self.written:
             why = why_fixed(members) or "some lie apart"
             raise StaleAlias(f"{self.recipe.name} is updated, and its members must stay where they are: {why}")
-        self.lying = None if bound is None else _Lying(bound, self._in_order(bound.buffer), [alike(members, strides=True)])
+        packed = None if bound is None or isinstance(self.shared, FilledPack) else self._in_order(bound.buffer)
+        self.lying = None if bound is None else _Lying(bound, packed, [alike(members, strides=True)])
         return bound
 
     def _packed_as_traced(self, members: list[Tensor]) -> Tensor:

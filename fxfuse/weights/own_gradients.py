@@ -29,8 +29,13 @@ def in_rows(packed: Tensor) -> Tensor:
     True
     """
     if packed.requires_grad:
-        packed.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
+        packed.register_hook(_rows)  # type: ignore[no-untyped-call]
     return packed
+
+
+def _rows(gradient: Tensor) -> Tensor:
+    """Contiguous, with the strides of rows in dims of size 1, too: DDP compares those with its buckets'."""
+    return gradient.reshape(-1).view(gradient.shape)
 
 
 def with_own_gradient(packed: Tensor) -> Tensor:

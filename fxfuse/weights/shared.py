@@ -118,8 +118,7 @@ class SharedPack:
         if self.refused and self.calls < 2 * self.refused:  # it takes a while to ask: less and less often
             return None
         with _binding:
-            key = (members[0].data_ptr(), _geometry(self.recipe))
-            bound = _bound.get(key)
+            bound = _bound.get((members[0].data_ptr(), self.geometry()))
             if bound is None or not bound.holds(members):
                 self.known = {at: each for at, each in self.known.items() if each.lives()}
                 if len(self.known) >= MOST_MODELS or why_fixed(members) is not None:
@@ -133,20 +132,32 @@ class SharedPack:
     def move(self, members: Sequence[Tensor]) -> Bound:
         """Move the members into one buffer, of which their data are views then; whoever calls this knows that they may be moved."""
         with torch.inference_mode(False), torch.no_grad():
-            buffer = pack(self.recipe, [member.detach() for member in members])
+            buffer = self.joined([member.detach() for member in members])
             for index, member in enumerate(members):
-                member.data = lane_view(self.recipe, buffer, index)
+                member.data = self.place(buffer, index)
         return self.adopt(buffer, members)
 
     def adopt(self, buffer: Tensor, members: Sequence[Tensor]) -> Bound:
         """The members lie in ``buffer``, each at its place."""
         bound = Bound(self.recipe, buffer, members)
         with _binding:
-            _bound[members[0].data_ptr(), _geometry(self.recipe)] = bound
+            _bound[members[0].data_ptr(), self.geometry()] = bound
             _buffers[storage_key(buffer.untyped_storage())] = bound
             self.refused = 0
             self.known[members[0].data_ptr()] = bound
         return bound
+
+    def geometry(self) -> Any:
+        """How members lie in a buffer of this pack; other packs of the same members may lie so, too."""
+        return _geometry(self.recipe)
+
+    def joined(self, members: Sequence[Tensor]) -> Tensor:
+        """A buffer for the members, with their values."""
+        return pack(self.recipe, members)
+
+    def place(self, buffer: Tensor, index: int) -> Tensor:
+        """Where a member lies in it."""
+        return lane_view(self.recipe, buffer, index)
 
     def write_back(self, members: Sequence[Tensor], packed: Tensor) -> None:
         """Running statistics that were updated in a copy go where they belong."""
