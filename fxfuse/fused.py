@@ -26,6 +26,13 @@ from .weights.all_or_nothing import loads_as_before
 from .weights.lane import divided, restore
 
 
+def settle(model: nn.Module) -> None:
+    """Let Parameters that stay, and that somebody held the memory of until now, move into their packs at the next call."""
+    for state in regions(model).values():
+        for alias in state.aliases.values():
+            alias.settle_at_next_call()
+
+
 def regions(model: nn.Module) -> dict[str, RegionState]:
     """The state of every fused region by its module path: ``plan``, ``fallbacks`` (reason -> calls) and so on."""
     return {path: module.__dict__[STATE] for path, module in named_modules(model) if STATE in module.__dict__}

@@ -17,27 +17,30 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fxfuse.private.dynamo import run_as_they_are, without_compiling
 from fxfuse.private.ordinary import out_of_the_ordinary
-from fxfuse.private.pytree import tree_map_only
+from fxfuse.private.pytree import tree_leaves, tree_map_only
 from fxfuse.private.while_traced import comptime, local_example, local_object, not_compiling, start_anew
 
 from .models.exclusive import alone_now
+from .models.first_call import Waiting
 from .options import Options
 from .report import Report
-from .store import set_report
+from .store import get_report, set_report
 
 log = logging.getLogger(__name__)
 
 
-class FirstCall:
+class FirstCall(Waiting):
     """Stands in for ``forward`` on the instance until the first call; then it fuses the model and is gone. Asked for its signature, it
     gives that of forward. A call that is run by a transform of ``torch.func``, traced or exported runs as it is written: a later one fuses.
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
+        self.tries = 3  # calls that may be no good to record, before the model stays as it is
         forward = type(model).forward
         update_wrapper(self, MethodType(forward, model), updated=())
         self.__code__ = getattr(forward, "__code__", None)  # torch.export reads it
@@ -60,7 +63,11 @@ class FirstCall:
     def attempt(self, args: Any, kwargs: Any) -> None:
         """Fuse the model if this is a call to do so at."""
         model = self.model
-        if out_of_the_ordinary(args, kwargs):
+        tensors = (*model.parameters(), *model.buffers())
+        if out_of_the_ordinary(args, kwargs) or any(is_lazy(tensor) or tensor.is_meta for tensor in tensors):
+            return
+        if self.tries > 1 and any(isinstance(leaf, torch.Tensor) and not leaf.numel() for leaf in tree_leaves((args, kwargs))):
+            self.tries -= 1  # what is recorded of an empty batch is good for that alone
             return
         # Where another thread is fusing, this call runs as the model was written; it does not wait.
         with alone_now() as mine:
@@ -71,10 +78,15 @@ class FirstCall:
                 except BaseException:  # interrupted: the next call tries again
                     model.__dict__["forward"] = self
                     raise
+                from .pipeline import RAISES
+
+                self.tries -= 1
+                if self.tries and any(refusal.reason.startswith(RAISES) for refusal in get_report(model).refused):
+                    model.__dict__["forward"] = self  # a mistake in the call, it seems
 
     def fuse(self, args: Any, kwargs: Any) -> None:
         """Fuse the model on the inputs of this call, whose forward this is no longer."""
-        from .fused import regions
+        from .fused import settle
         from .pipeline import run
 
         # The call's own tensors belong to somebody's autograd graph: what is recorded and timed must not. Autograd takes none of those
@@ -82,9 +94,7 @@ class FirstCall:
         with torch.inference_mode(False), torch.enable_grad():
             inputs = tree_map_only(torch.Tensor, _apart, (args, kwargs))
             run(self.model, inputs, self.options, inplace=True)
-        for state in regions(self.model).values():
-            for alias in state.aliases.values():  # what was recorded held their memory
-                alias.settle_at_next_call()
+        settle(self.model)  # what was recorded held their memory
 
 
 # dynamo then compiles the forward that is called there, as it finds it at later calls, too.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fxfuse.private.module_hooks import hooks_for_all
 from fxfuse.private.pytree import tree_map_only
@@ -37,6 +38,7 @@ from .models.copies import sharing_copy
 from .models.depth import deeper
 from .models.determinism import preserved_state
 from .models.exclusive import alone
+from .models.first_call import drop_first_calls
 from .models.inputs import resample
 from .models.quiet import quiet
 from .models.undo import Undo
@@ -61,6 +63,9 @@ META = (
     "it has tensors on the meta device, where nothing can be computed or compared: "
     "give it weights first (load_state_dict with assign=True, or to_empty), then fuse it"
 )
+
+SHAPELESS = "it has tensors without a shape yet (nn.LazyLinear and its like): call it once, then fuse it"
+RAISES = "the forward raises"
 
 
 def run(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], options: Options, inplace: bool) -> nn.Module:
@@ -169,18 +174,21 @@ class _Pipeline:
         if wrapped is not None:
             said = f"{wrapped[0] or 'the model'} is wrapped in {wrapped[1].__name__}, which holds the Parameters that it was given"
             return self._unchanged(True, Refusal(f"{said}: fuse first, then wrap"))
-        if any(tensor.is_meta for tensor in (*self.model.parameters(), *self.model.buffers())):
+        if any(tensor.is_meta for tensor in (*self.model.parameters(), *self.model.buffers()) if not is_lazy(tensor)):
             return self._unchanged(inplace, Refusal(META))
+        if any(map(is_lazy, (*self.model.parameters(), *self.model.buffers()))):
+            return self._unchanged(inplace, Refusal(SHAPELESS))
         with self.stage("record"):
             try:
                 self.work = sharing_copy(self.model)
+                drop_first_calls(self.work)
             except Exception as error:
                 return self._unchanged(inplace, Refusal(f"the model cannot be copied: {str(error).splitlines()[0]}"))
             with tracked_len(self.work):
                 recorded = [self._record(entry) for entry in self.entries]
         for raising in [way for way in recorded if way.observations[0].failure]:
-            what = raising.entry.name if raising.entry.is_method else "the forward"
-            refuse(self.report, Refusal(f"{what} raises {raising.observations[0].failure}"), raising.entry)
+            what = f"{raising.entry.name} raises" if raising.entry.is_method else RAISES
+            refuse(self.report, Refusal(f"{what} {raising.observations[0].failure}"), raising.entry)
             recorded.remove(raising)
         if not recorded:
             return self._unchanged(inplace)
@@ -290,6 +298,8 @@ class _Pipeline:
         """Rewrite ``model`` by the plans that fit it, and return those; what cannot be installed becomes a refusal. ``dry``: only look."""
         kept = list(plans)
         undo = self.undo if model is self.model else None
+        if plans and not dry:
+            drop_first_calls(model, undo)
         for plan in kept:
             unseen = None if plan.keeps_parameters else installer.held_unregistered(model, plan)
             if unseen is not None:
@@ -319,16 +329,17 @@ class _Pipeline:
 
     def _where_views_gain(self, original: nn.Module, fused: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
         """The plans, without those whose Parameters stay where the model is no faster for them."""
-        staying = [plan for plan in plans if plan.keeps_parameters]
+        staying = plans if self.options.packing == "alias" else [plan for plan in plans if plan.keeps_parameters]
         if not staying or not self.options.tune or self.options.objective != "time":
             return plans
+        fused_modules.settle(fused)
         with self.stage("plan"):
             gain = times_faster(original, fused, self.entries[0], self.options.mode == "train")
         if gain >= LEAST_GAIN:
             return plans
         said = f"left as a loop: {gain:.2f}x with Parameters that stay, as views of the pack"
         self.report.refused.extend(Refusal(said, plan.place, plan.path) for plan in staying)
-        return [plan for plan in plans if not plan.keeps_parameters]
+        return [plan for plan in plans if plan not in staying]
 
     # -- a model whose weights should not be there twice --------------------------------------------------------------------------
 

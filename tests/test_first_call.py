@@ -475,7 +475,7 @@ def test_hooks_of_parameters() -> None:
 def test_to_empty_leaves_what_the_program_alone_reads(packed: bool, meta: bool) -> None:
     model, lazy = pair(unequal=True)
     fused = fxfuse.optimize(model, X, objective="launches", progress=False) if packed else lazy
-    assert dict(fused.named_buffers())
+    assert bool(dict(fused.named_buffers())) is packed
     saved = fxfuse.original_state_dict(fused)
     if meta:
         fused.to("meta")
@@ -483,3 +483,173 @@ def test_to_empty_leaves_what_the_program_alone_reads(packed: bool, meta: bool) 
     for name, parameter in fused.named_parameters():
         assert parameter.isfinite().all(), name
     assert_close(fused(X), model(X), "output")
+
+
+# -- when it fuses, and with what --------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_raises_is_no_first_call() -> None:
+    model, lazy = pair(called=False)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        lazy(X[:, :, :2])
+    lazy(X)
+    assert_same(model, lazy)
+    assert fxfuse.report(lazy).fused
+
+
+def test_a_model_that_always_raises_is_looked_at_no_more_than_thrice(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    run = fxfuse.lazy.FirstCall.fuse
+    monkeypatch.setattr(fxfuse.lazy.FirstCall, "fuse", lambda *args: looked.append(1) or run(*args))
+    _, lazy = pair(called=False)
+    for _ in range(5):
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            lazy(X[:, :, :2])
+    assert len(looked) == 3
+
+
+def test_an_empty_batch_is_no_first_call() -> None:
+    model, lazy = pair(called=False)
+    assert_close(lazy(X[:0]), model(X[:0]), "output")
+    lazy(X)
+    assert_same(model, lazy)
+    assert fxfuse.report(lazy).fused
+
+
+def test_parameters_without_a_shape() -> None:
+    class Shapeless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nets = nn.ModuleList(nn.LazyLinear(4) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([net(x[:, i]) for i, net in enumerate(self.nets)], -1)
+
+    model = Shapeless().double()
+    given = fxfuse.optimize(model, X)
+    (refusal,) = fxfuse.report(given).refused
+    assert refusal.reason.startswith("it has tensors without a shape yet")
+    lazy = fxfuse.optimize(model, objective="launches")
+    expected = lazy(X)
+    assert not fxfuse.report(lazy).fused
+    assert_close(lazy(X), expected, "output")
+    assert fxfuse.report(lazy).fused
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (randomized(Lanes((4,) * 6, norm=False), seed=seed) for seed in (1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.a(x) + self.b(x)
+        return out
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_a_part_that_waits_is_fused_with_the_whole(inputs: bool) -> None:
+    model = Whole()
+    parted = copy.deepcopy(model)
+    parted.a = fxfuse.optimize(parted.a, objective="launches")
+    fused = fxfuse.optimize(parted, X, objective="launches", progress=False) if inputs else fxfuse.optimize(parted, objective="launches")
+    for _ in range(2):
+        assert_close(fused(X), model(X), "output")
+    assert not fxfuse.report(fused).refused
+    assert fxfuse.report(fused).fused
+    assert_close(parted.a(X), model.a(X), "the part by itself")  # which waits as before
+    assert fxfuse.report(parted.a).fused
+
+
+def test_averages_made_before() -> None:
+    """They go through the buffers of both at once: what only a program reads is none."""
+    words = torch.arange(30).view(5, 6) % 4
+    models = [randomized(nn.Sequential(Tables(), nn.BatchNorm1d(18))) for _ in range(2)]
+    models[1][0] = fxfuse.optimize(models[1][0], objective="launches")
+    averages = [torch.optim.swa_utils.AveragedModel(model) for model in models]
+    for _ in range(3):
+        for model, average in zip(models, averages, strict=True):
+            model(words).square().sum().backward()
+            torch.optim.SGD(model.parameters(), 0.01).step()
+            average.update_parameters(model)
+    assert fxfuse.report(models[1][0]).fused
+    for a, b in zip(averages[0].parameters(), averages[1].parameters(), strict=True):
+        assert_close(b, a, "average")
+    for model, average in zip(models, averages, strict=True):
+        for (name, a), b in zip(model.named_buffers(), average.module.buffers(), strict=True):
+            assert_close(b, a, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_under_no_grad_keeps_the_parameters() -> None:
+    model, lazy = pair()
+    with torch.no_grad():
+        lazy(X)
+        traced = torch.jit.trace(lazy, X, check_trace=False)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    other = {name: 2 * value for name, value in model.state_dict().items()}
+    loaded.load_state_dict(other)
+    model.load_state_dict(other)
+    assert_close(loaded(X), model(X), "output")
+
+
+def without_a_bias(net: nn.Module) -> None:
+    net.nets[2].first.bias = None
+
+
+def a_buffer_for_a_parameter(net: nn.Module) -> None:
+    weight = net.nets[2].first.weight.detach() * 2
+    del net.nets[2].first.weight
+    net.nets[2].first.register_buffer("weight", weight)
+
+
+def plain_tensors_for_parameters(net: nn.Module) -> None:
+    for lane in net.nets:
+        weight = lane.first.weight.detach() * 2
+        del lane.first.weight
+        lane.first.weight = weight
+
+
+
+def swapped_tensors(net: nn.Module) -> None:
+    torch.utils.swap_tensors(net.nets[0].first.weight, net.nets[1].first.weight)
+
+
+KINDS = [without_a_bias, a_buffer_for_a_parameter, plain_tensors_for_parameters, swapped_tensors]
+
+
+@pytest.mark.parametrize("change", KINDS)
+def test_members_of_another_kind(change: Callable[[nn.Module], None]) -> None:
+    model, lazy = pair()
+    for net in (model, lazy):
+        net(X).sum().backward()
+        change(net)
+    for _ in range(2):
+        assert_close(lazy(X), model(X), "output")
+    for a, b in zip(gradients(model), gradients(lazy), strict=True):
+        assert_close(b, a, "gradient")
+    for reason in fxfuse.report(lazy).fallbacks:
+        assert "is None now" in reason or "is no parameter any more" in reason
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_lane_that_is_registered_once_more(packed: bool) -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nets = nn.ModuleList(nn.Linear(3, 2) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = sum(net(x[:, 0]) for net in self.nets)  # type: ignore[assignment]
+            return out
+
+    model = randomized(Sums())
+    fused = fxfuse.optimize(copy.deepcopy(model), *([X] if packed else []), objective="launches", progress=False)
+    assert_close(fused(X), model(X), "output")
+    for net in (model, fused):
+        net.nets.append(net.nets[0])
+    assert_close(fused(X), model(X), "with one once more")
+    (reason,) = fxfuse.report(fused).fallbacks
+    assert reason == "a submodule was registered once more, or under another name"

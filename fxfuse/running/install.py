@@ -31,7 +31,7 @@ from fxfuse.weights.norm_pack import LayerNormPack, norm_nodes
 from fxfuse.weights.recipes import check, pack, packed_shape
 
 from .guards import Facts
-from .region import STATE, RegionMixin, RegionState, hooks_of
+from .region import STATE, RegionMixin, RegionState, children_of, hooks_of
 from .runtime import source, walk
 from .surroundings import closed_modules, inside
 
@@ -166,7 +166,8 @@ def _examine(model: nn.Module, plan: RegionPlan, packing: str) -> _Surgery:
         if LANE not in module.__dict__:
             hidden.setdefault(module, path)
 
-    holders = {name.partition(".")[0] for name in (*(r.name for r in plan.recipes if packing == "packed"), *plan.constants)}
+    own = (*(recipe.name for recipe in plan.recipes), *plan.constants) if packing == "packed" else ()
+    holders = {name.partition(".")[0] for name in own}
     if len(holders) > 1:
         raise FxfuseError(f"the packed names of {where} have several roots: {', '.join(sorted(holders))}")
     holder = next(iter(holders), None)
@@ -311,7 +312,9 @@ def _operate(
             held = Held.on_the_way(region, unseen) if unseen else None
             alias = state.aliases[recipe.name] = AliasPack(recipe, places, written=updates and recipe.kind == "buffer", held=held)
             alias.settle(undo, moved, plan.path)
-    for name, tensor in plan.constants.items():
+    if packing == "alias":  # what the model registers stays what it was: averages go through buffers() of two models at once
+        state.extra.update(plan.constants)
+    for name, tensor in plan.constants.items() if packing == "packed" else ():
         owner = _container(root, name, state, {})
         owner.register_buffer(name.rpartition(".")[2], tensor, persistent=False)
     if surgery.holder is not None:
@@ -326,7 +329,9 @@ def _operate(
                 try:
                     kept = state.aliases.get(node.target)
                     if kept is None:
-                        state.facts[node.target] = Facts.of(node.target, source(region, node.target).fetch())
+                        known = state.extra.get(node.target)
+                        tensor = known if known is not None else source(region, node.target).fetch()
+                        state.facts[node.target] = Facts.of(node.target, tensor)
                     else:
                         first = kept.members()[0]
                         state.facts[node.target] = Facts(node.target, packed_shape(kept.recipe), first.dtype, first.device)
@@ -335,6 +340,7 @@ def _operate(
     if plan.spelled is not None:
         closed = closed_modules(plan.all_programs(), region)
         state.inside = inside([(path, module) for module, path in everyone.items() if module not in closed], plan.spelled, plan.sets)
+    state.children = children_of(state.modules)
     state.prepare()
 
 

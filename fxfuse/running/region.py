@@ -91,6 +91,7 @@ class RegionState(Watch):
     inside: list[Piece] = field(default_factory=list)  # what lies in objects that the modules hold, at installation
     around: Around | None = None  # compares that, and ``plan.outside``, at every call; None: there is nothing
     renewed: frozenset[str] | None = None  # ``written_packs``, found once; never copied or saved
+    children: list[list[tuple[str, int]]] | None = None  # of each module, at installation
     sharding: Sharding | None = None  # its lanes are divided among processes
     holders: list[dict[str, Any]] | None = None  # the ``_parameters`` of all modules, for as long as none comes or goes
 
@@ -271,6 +272,8 @@ class RegionState(Watch):
         now = registered(self.region, holder)
         if len(now) != len(self.modules) or any(a is not b for a, b in zip(now, self.modules, strict=True)):
             return "a submodule was replaced, added or removed"
+        if self.children is not None and children_of(self.modules) != self.children:
+            return "a submodule was registered once more, or under another name"
         for (path, name), (existed, before) in self.written.items():
             module = next((m for m in self.members() if (info := lane_info(m)) is not None and info.path == path), None)
             if module is not None and not _unchanged(module, name, existed, before):
@@ -281,7 +284,7 @@ class RegionState(Watch):
             return "an unregistered submodule changed its training flag"
         elsewhere = self.sources() if self.sharding is not None else {}
         for target, fact in self.facts.items():
-            if target in self.aliases:
+            if target in self.aliases or target in self.extra:
                 continue
             try:
                 tensor = (elsewhere.get(target) or source(self.region, target)).fetch()
@@ -452,7 +455,9 @@ class RegionMixin(LaneMixin):
         state: RegionState = self.__dict__[STATE]
         state.moved()
         for name, known in state.plan.constants.items() if recurse else ():
-            constant = source(self, name).fetch()
+            if name in state.extra:
+                state.extra[name] = fn(state.extra[name])
+            constant = state.extra[name] if name in state.extra else source(self, name).fetch()
             if constant is not known and type(constant) is Tensor and not constant.is_meta:
                 with torch.no_grad():
                     constant.copy_(known)
@@ -617,6 +622,12 @@ def registered(region: nn.Module, holder: nn.Module | None = None) -> list[nn.Mo
     """``region.modules()``, in order, without the pack."""
     skip = set() if holder is None else set(all_modules(holder))
     return [module for module in all_modules(region) if module not in skip]
+
+
+def children_of(modules: list[nn.Module]) -> list[list[tuple[str, int]]]:
+    """Of each of these, the names of its children that are among them, and their places: one module may be registered more than once."""
+    places = {module: place for place, module in enumerate(modules)}
+    return [[(name, places[child]) for name, child in module._modules.items() if child in places] for module in modules]
 
 
 def _hide_pack(name: str) -> Callable[..., Any]:

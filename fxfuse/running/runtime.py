@@ -288,6 +288,8 @@ def _holder(scope: dict[str, Any], sources: list[Source], views: int) -> Callabl
     """A function that makes the views of weights anew for calls without grad, or (False) lets go of them."""
 
     def hold(wanted: bool) -> None:
+        nothing = [None] * (4 * len(sources) + views)
+        scope["held"] = nothing  # first: members that lie apart move together only where nobody holds their memory
         tensors: tuple[Any, ...] = ()
         if wanted:
             with suppress(FxfuseError):  # members of an alias that no longer fit together: the call itself says so
@@ -298,9 +300,12 @@ def _holder(scope: dict[str, Any], sources: list[Source], views: int) -> Callabl
             with torch.inference_mode(False), torch.no_grad():
                 made = scope["make_views"](None, *(tensor.detach() for tensor in tensors))
             usable = are_views(made, tensors)
-        held = [fact for t in tensors for fact in (t, t.data_ptr(), t.stride(), t.is_conj())] if usable else [None] * 4 * len(sources)
-        scope["held"] = (*held, *(made if usable else [None] * views))
+        if usable:
+            scope["held"] = (*(fact for t in tensors for fact in (t, t.data_ptr(), t.stride(), t.is_conj())), *made)
 
+    for place in sources:
+        if isinstance(place.owner, AliasPack):
+            place.owner.readers.add(hold)
     return hold
 
 

@@ -10,8 +10,10 @@ and are packed at every call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,7 @@ class AliasPack:
     shared: SharedPack = field(init=False)  # in which the members lie
     whole: bool = field(init=False)  # each as it lay
     lying: _Lying | None = None
+    readers: WeakSet[Callable[[bool], None]] = field(default_factory=WeakSet)  # each keeps views of the pack, or (False) lets go of them
 
     def __post_init__(self) -> None:
         form = memory_form(self.recipe)
@@ -75,16 +78,20 @@ class AliasPack:
         self.whole = in_rows or isinstance(self.shared, FilledPack) or self.recipe.kind == "buffer"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "shared": None, "lying": None}  # a copy's members lie apart: packed at its first call
+        # A copy's members lie apart: packed at its first call.
+        return {**self.__dict__, "shared": None, "lying": None, "readers": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, readers=WeakSet())
         self.__post_init__()
 
     def members(self) -> list[Tensor]:
         """The members as they are registered now."""
         store = "_parameters" if self.recipe.kind == "parameter" else "_buffers"
-        return [getattr(owner, store)[name] for owner, name in self.places]
+        try:
+            return [getattr(owner, store)[name] for owner, name in self.places]
+        except KeyError as gone:
+            raise StaleAlias(f"{gone} of a lane is no {self.recipe.kind} any more") from None
 
     def settle(self, undo: Undo, moved: Moved | None, path: str) -> None:
         """Let the members lie in one buffer from now on, if they may. ``moved``: the packs into which large models move, by region."""
@@ -107,7 +114,7 @@ class AliasPack:
         if self.held is not None and self.held.changed():
             raise StaleAlias(f"a module was replaced, added or removed in the plain {next(iter(self.held.attributes))}")
         members = self.members()
-        if torch.compiler.is_compiling():  # a traced graph cannot look at addresses: it packs at every call
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # a traced graph cannot look at addresses: it packs at every call
             return self._packed_as_traced(members)
         if (transforming() or in_dual_level()) and (self.recipe.kind == "parameter" or any(map(of_a_transform, members))):
             return self._packed_as_traced(members)  # what autograd records is not all that is recorded
@@ -131,9 +138,13 @@ class AliasPack:
     def _where(self, members: list[Tensor]) -> Bound | None:
         """The buffer in which the members lie, moved there if need be; None where they may not."""
         last = self.lying
-        if last is not None and last.still(members):
-            return last.bound
+        with suppress(TypeError):  # of None
+            if last is not None and last.still(members):
+                return last.bound
         self._fit(members)
+        self.lying = None
+        for hold in [*self.readers]:  # views that are kept for later calls
+            hold(False)
         bound = self.shared.bind(members) if self.whole else None
         if bound is None and self.written:
             why = why_fixed(members) or "some lie apart"
@@ -145,6 +156,7 @@ class AliasPack:
     def _packed_as_traced(self, members: list[Tensor]) -> Tensor:
         if self.written:
             raise StaleAlias(f"{self.recipe.name} is updated, and a traced call would update a copy of it")
+        self._fit(members)
         packed = pack(self.recipe, members)
         return with_own_gradient(packed) if self.recipe.kind == "parameter" else packed
 
@@ -158,6 +170,8 @@ class AliasPack:
     def _fit(self, members: Sequence[Tensor]) -> None:
         first = members[0]
         for index, (name, member) in enumerate(zip(self.recipe.members, members, strict=True)):
+            if not isinstance(member, Tensor):
+                raise StaleAlias(f"{name} is {member} now")
             if tuple(member.shape) != self.recipe.member_shape(index):
                 raise StaleAlias(f"{name} has shape {tuple(member.shape)}, packed as {self.recipe.member_shape(index)}")
             if member.dtype is not first.dtype:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Recipe
@@ -37,7 +38,7 @@ def weight_bytes(model: nn.Module) -> int:
     >>> weight_bytes(nn.Linear(3, 2))
     32
     """
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if not is_lazy(parameter))
 
 
 class Moved:
