@@ -42,7 +42,7 @@ class _Lying:
     """Where and how members lay when they were last looked at, and the packed tensor, as programs read it."""
 
     bound: Bound
-    packed: Tensor | None  # where no launch makes it
+    packed: Tensor | None  # None where it is made at every call
     asks: list[Callable[..., bool]]  # do they lie so still? Each knows of one mode of torch, and who requires gradients
 
     def still(self, members: Sequence[Tensor]) -> bool:
@@ -72,10 +72,9 @@ class AliasPack:
 
     def __post_init__(self) -> None:
         form = memory_form(self.recipe)
-        in_rows = lie_in_rows(form)
-        filled = not in_rows and self.recipe.kind == "parameter"
-        self.shared = FilledPack(self.recipe) if filled and can_be_gathered(self.recipe) else SharedPack(form)
-        self.whole = in_rows or isinstance(self.shared, FilledPack) or self.recipe.kind == "buffer"
+        whole = lie_in_rows(form) or self.recipe.kind == "buffer"  # nobody flattens buffers
+        self.shared = FilledPack(self.recipe) if not whole and can_be_gathered(self.recipe) else SharedPack(form)
+        self.whole = whole or isinstance(self.shared, FilledPack)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's members lie apart: packed at its first call.
@@ -114,33 +113,31 @@ class AliasPack:
         if self.held is not None and self.held.changed():
             raise StaleAlias(f"a module was replaced, added or removed in the plain {next(iter(self.held.attributes))}")
         members = self.members()
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # a traced graph cannot look at addresses: it packs at every call
+        # A traced graph cannot look at addresses: it packs at every call.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return self._packed_as_traced(members)
         if (transforming() or in_dual_level()) and (self.recipe.kind == "parameter" or any(map(of_a_transform, members))):
             return self._packed_as_traced(members)  # what autograd records is not all that is recorded
-        bound = self._where(members)
-        if bound is None:
+        lying = self._where(members)
+        if lying is None:
             return in_rows(in_own_parts(pack(self.recipe, members)))
-        if isinstance(self.shared, FilledPack):
-            return self.shared.of(bound, members)
+        if lying.packed is None:
+            return self.shared.of(lying.bound, members)
         if torch.is_grad_enabled() and self.recipe.kind == "parameter":
-            return self._in_order(in_rows(self.shared.of(bound, members)))
-        assert self.lying is not None
-        assert self.lying.packed is not None
-        return self.lying.packed
+            return self._in_order(in_rows(self.shared.of(lying.bound, members)))
+        return lying.packed
 
     def watched(self) -> list[tuple[Writes, list[Tensor]]]:
         """What a backward from the pack has to ask of, to know what was written to the members since: nothing, or one pair."""
-        if self.lying is None or transforming() or in_dual_level():
-            return []
-        return [(self.lying.bound.writes, self.members())]
+        lying = self.lying  # another thread may be looking, too
+        return [] if lying is None or transforming() or in_dual_level() else [(lying.bound.writes, self.members())]
 
-    def _where(self, members: list[Tensor]) -> Bound | None:
-        """The buffer in which the members lie, moved there if need be; None where they may not."""
+    def _where(self, members: list[Tensor]) -> _Lying | None:
+        """Where the members lie, moved there if need be; None where they may not."""
         last = self.lying
         with suppress(TypeError):  # of None
             if last is not None and last.still(members):
-                return last.bound
+                return last
         self._fit(members)
         self.lying = None
         for hold in [*self.readers]:  # views that are kept for later calls
@@ -149,9 +146,11 @@ class AliasPack:
         if bound is None and self.written:
             why = why_fixed(members) or "some lie apart"
             raise StaleAlias(f"{self.recipe.name} is updated, and its members must stay where they are: {why}")
-        packed = None if bound is None or isinstance(self.shared, FilledPack) else self._in_order(bound.buffer)
-        self.lying = None if bound is None else _Lying(bound, packed, [alike(members, strides=True)])
-        return bound
+        if bound is None:
+            return None
+        packed = None if isinstance(self.shared, FilledPack) else self._in_order(bound.buffer)
+        lying = self.lying = _Lying(bound, packed, [alike(members, strides=True)])
+        return lying
 
     def _packed_as_traced(self, members: list[Tensor]) -> Tensor:
         if self.written:
