@@ -24,6 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxfuse
 from checks import assert_close, randn, randomized
 
+# Forward-mode formulas are scripted by torch when they are first used, which it warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 X = randn(5, 6, 3)
 ROUNDING = 1e-13  # a bias before a norm has no gradient
 
