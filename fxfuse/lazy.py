@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from contextlib import suppress
 from functools import update_wrapper
 from types import MethodType
 from typing import Any
@@ -24,6 +25,8 @@ from fxfuse.private.ordinary import out_of_the_ordinary
 from fxfuse.private.pytree import tree_leaves, tree_map_only
 from fxfuse.private.while_traced import comptime, local_example, local_object, not_compiling, start_anew
 
+from .errors import ArgumentError
+from .failure import failed
 from .models.exclusive import alone_now
 from .models.first_call import Waiting
 from .options import Options
@@ -61,7 +64,17 @@ class FirstCall(Waiting):
         return type(model).forward(model, *args, **kwargs) if forward is self else forward(*args, **kwargs)
 
     def attempt(self, args: Any, kwargs: Any) -> None:
-        """Fuse the model if this is a call to do so at."""
+        """Fuse the model if this is a call to do so at; whatever fails, it is as it was."""
+        try:
+            self._attempt(args, kwargs)
+        except (ArgumentError, MemoryError):
+            raise
+        except Exception as error:
+            if self.model.__dict__.get("forward") is self:
+                del self.model.__dict__["forward"]
+            failed(self.model, error, Report(type(self.model).__name__), True)
+
+    def _attempt(self, args: Any, kwargs: Any) -> None:
         model = self.model
         tensors = (*model.parameters(), *model.buffers())
         if out_of_the_ordinary(args, kwargs) or any(is_lazy(tensor) or tensor.is_meta for tensor in tensors):
@@ -94,7 +107,8 @@ class FirstCall(Waiting):
         with torch.inference_mode(False), torch.enable_grad():
             inputs = tree_map_only(torch.Tensor, _apart, (args, kwargs))
             run(self.model, inputs, self.options, inplace=True)
-        settle(self.model)  # what was recorded held their memory
+        with suppress(Exception):  # it is fused, and they are stacked for a while longer
+            settle(self.model)  # what was recorded held their memory
 
 
 # dynamo then compiles the forward that is called there, as it finds it at later calls, too.

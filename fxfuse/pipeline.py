@@ -63,7 +63,6 @@ META = (
     "it has tensors on the meta device, where nothing can be computed or compared: "
     "give it weights first (load_state_dict with assign=True, or to_empty), then fuse it"
 )
-
 SHAPELESS = "it has tensors without a shape yet (nn.LazyLinear and its like): call it once, then fuse it"
 RAISES = "the forward raises"
 
@@ -339,7 +338,8 @@ class _Pipeline:
             return plans
         said = f"left as a loop: {gain:.2f}x with Parameters that stay, as views of the pack"
         self.report.refused.extend(Refusal(said, plan.place, plan.path) for plan in staying)
-        return [plan for plan in plans if plan not in staying]
+        left = {*map(id, staying)}
+        return [plan for plan in plans if id(plan) not in left]
 
     # -- a model whose weights should not be there twice --------------------------------------------------------------------------
 

@@ -24,11 +24,11 @@ class Packs:
     kinds: dict[str, Literal["parameter", "buffer"]] = field(default_factory=dict)  # of the members that may be packed
     holder: str = "packed"
     members_stay: bool = False  # Parameters of their own, whose gradients are parts of the pack's
+    in_own_order: bool = False  # these lie in the pack as they are read; else whoever makes the pack orders it
 
     def stored(self, order: tuple[int, ...]) -> tuple[int, ...]:
-        """The order of dims in which a pack is stored that is read in ``order``: this one, but where members stay their own, which tools
-        flatten as they lie."""
-        return tuple(range(len(order))) if self.members_stay else order
+        """The order in which a pack is stored that is read in ``order``: this one, but where members lie in it, which tools flatten."""
+        return tuple(range(len(order))) if self.in_own_order else order
 
     def name(self, members: tuple[str, ...]) -> str:
         """A readable name for the pack: the members' common path, without the part that differs from lane to lane."""

@@ -222,7 +222,7 @@ def fused_of(name: str, packing: str) -> tuple[nn.Module, nn.Module, Tensor]:
     make, x = MODELS[name]
     if packing == "alias":
         model = make()
-        fused = fxfuse.optimize(copy.deepcopy(model))
+        fused = fxfuse.optimize(copy.deepcopy(model), tune=False)
         with torch.no_grad():
             fused(x)
             model(x)

@@ -112,7 +112,7 @@ def test_validation_compares_the_statistics() -> None:
 
 def test_parameters_that_stay_where_they_are() -> None:
     model = randomized(PerColumn(3, nn.BatchNorm1d))
-    fused = fxfuse.optimize(copy.deepcopy(model))
+    fused = fxfuse.optimize(copy.deepcopy(model), tune=False)
     for seed in range(3):
         x = randn(6, 3, seed=seed)
         checks.assert_close(fused.train()(x), model.train()(x), "output")

@@ -218,7 +218,8 @@ class Builder:
         module = way.entry.region(self.work, frame.path)
         blocked, kinds = unpackable(self.model, path)
         blocked = {**blocked, **_returned(way, frame.path)}
-        packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module), members_stay=self.options.packing == "alias")
+        stay = self.options.packing == "alias"
+        packs = Packs(unpackable=blocked, kinds=kinds, holder=_holder(module), members_stay=stay, in_own_order=stay)
         _set_training(way.root, way.observations[0].flags)
         given = self._cases(frame, prepared, way)
         planner = PlannerBySize(prepared, module, packs, self.options, [case for _, case in given], self.progress, self.patience)

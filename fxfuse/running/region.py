@@ -454,13 +454,14 @@ class RegionMixin(LaneMixin):
         result = super()._apply(fn, recurse)
         state: RegionState = self.__dict__[STATE]
         state.moved()
-        for name, known in state.plan.constants.items() if recurse else ():
-            if name in state.extra:
+        if recurse and state.sharding is None:
+            for name in state.extra:
                 state.extra[name] = fn(state.extra[name])
-            constant = state.extra[name] if name in state.extra else source(self, name).fetch()
-            if constant is not known and type(constant) is Tensor and not constant.is_meta:
-                with torch.no_grad():
-                    constant.copy_(known)
+            for name, known in state.plan.constants.items():
+                with suppress(AttributeError, FxfuseError), torch.no_grad():  # the child that holds it may have been removed
+                    constant = state.extra.get(name) if state.packing == "alias" else source(self, name).fetch()
+                    if constant is not known and type(constant) is Tensor and not constant.is_meta:
+                        constant.copy_(known)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

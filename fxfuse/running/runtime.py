@@ -309,7 +309,6 @@ def _holder(scope: dict[str, Any], sources: list[Source], views: int) -> Callabl
     return hold
 
 
-
 def _flat_graph(
     graph: torch.fx.Graph, root: nn.Module, override: dict[str, Source], autocast: tuple[str, torch.dtype] | None
 ) -> tuple[torch.fx.Graph, list[tuple[str, Source]], list[nn.Module]]:
