@@ -100,7 +100,6 @@ TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
     "flops": lambda m: flops(m),
     "trace": lambda m: torch.jit.trace(m, X, check_trace=False)(X),
     "export": lambda m: torch.export.export(m, (X,)).module()(X),
-    "meta": lambda m: m(X) if next(m.parameters()).is_meta else X,
 }
 
 
@@ -656,3 +655,22 @@ def test_a_lane_that_is_registered_once_more(packed: bool) -> None:
     assert_close(fused(X), model(X), "with one once more")
     (reason,) = fxfuse.report(fused).fallbacks
     assert reason == "a submodule was registered once more, or under another name"
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_a_copy_that_is_first_called_on_fake_tensors(unequal: bool) -> None:
+    """Parameters do not move into a buffer without numbers, and no index without them is kept."""
+    model, lazy = pair(unequal=unequal)
+    copied = copy.deepcopy(lazy)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert copied(mode.from_tensor(X)).shape == (5, 1)
+    assert_close(copied(X), model(X), "output")
+    assert_same(model, copied)
+
+
+def test_another_default_device() -> None:
+    model, lazy = pair(unequal=True)
+    copied = copy.deepcopy(lazy)
+    with torch.device("meta"):
+        assert_close(copied(X), model(X), "output")
+    assert_same(model, copied)

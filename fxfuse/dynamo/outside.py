@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fxfuse.graph import Recipe
+from fxfuse.weights.shared import lie_in_rows
 
 # A pack of so many members, or bytes, is worth sharing memory for. ``benchmarks/share_or_stack.py`` on a CPU: looking at members where
 # they lie is never slower than stacking them in inference (8 of 128 bytes 0.9 of its time, 64 of 4 KiB 0.65, 16 of 64 KiB 0.2); in
@@ -23,7 +24,7 @@ SHARED_BYTES = 1 << 18
 
 def members_lie_whole(form: Recipe) -> bool:
     """Could every member be a view of the pack that lies as it did? Not between the zeros that fill up smaller ones."""
-    return form.style != "padded" and not (form.style == "rows" and any(shape[1:] != form.shape[1:] for shape in form.own_shapes or ()))
+    return form.style != "padded" and lie_in_rows(form)
 
 
 def worth_sharing(form: Recipe, members: Sequence[Tensor]) -> bool:

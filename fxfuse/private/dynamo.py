@@ -1,9 +1,9 @@
 """What a backend needs of torch.compile: other backends by name, and stand-ins for inputs that dynamo's graph does not have.
 
-Private: ``torch._dynamo``: ``lookup_backend``, ``exc.RestartAnalysis``, ``compiled_autograd._disable``;
+Private: ``torch._dynamo``: ``lookup_backend``, ``exc.RestartAnalysis``, ``compiled_autograd._disable``; ``torch._C._dynamo.eval_frame``;
 ``torch._inductor``: ``compile_fx`` with ``config_patches``, ``list_mode_options``, ``config.get_config_copy``; ``torch._guards``:
-``detect_fake_mode``, ``torch._C._dynamo.eval_frame``,
-``TracingContext.tensor_to_context``; ``HigherOrderOperator``; the attribute ``_dynamo_source`` of placeholders, ``grapharg`` in their
+``detect_fake_mode``, ``TracingContext.tensor_to_context``;
+``HigherOrderOperator``; the attribute ``_dynamo_source`` of placeholders, ``grapharg`` in their
 ``meta``, and the names ``_dynamo_static_input_type`` and ``_param_name_to_source``, by which AOTAutograd knows weights.
 """
 

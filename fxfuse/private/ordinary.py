@@ -15,6 +15,15 @@ from .pytree import tree_leaves
 from .transforms import in_dual_level, transforming
 
 
+def without_numbers() -> bool:
+    """Have tensors that are made now no numbers, as in a fake tensor mode?
+
+    >>> without_numbers()
+    False
+    """
+    return type(torch.empty(0)) is not torch.Tensor
+
+
 def out_of_the_ordinary(args: Any, kwargs: Any) -> bool:
     """True while anything but the call itself goes on: nothing should be recorded, compared or timed then.
 

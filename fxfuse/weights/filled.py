@@ -71,16 +71,18 @@ class FilledPack(SharedPack):
         known = self.index
         if known is None or known[0].device != device:
             with torch.inference_mode(False), torch.no_grad():
-                known = self.index = self._made_index(device)
+                known = self._made_index(device)
+            if type(known[0]) is Tensor:  # a fake one is good for this call alone
+                self.index = known
         return known
 
     def _made_index(self, device: torch.device) -> tuple[Tensor, Tensor, torch.Size]:
         total = sum(self.sizes)
-        numbers = torch.arange(1, total + 1).split(self.sizes)  # type: ignore[no-untyped-call]
+        numbers = torch.arange(1, total + 1, device="cpu").split(self.sizes)  # type: ignore[no-untyped-call]
         packed = pack(self.recipe, [part.view(shape) for part, shape in zip(numbers, self.shapes, strict=True)])
         flat = packed.reshape(-1)
         real = flat.nonzero().view(-1)
-        back = torch.empty(total, dtype=torch.int32)
+        back = torch.empty(total, dtype=torch.int32, device="cpu")
         back[flat[real] - 1] = real.int()
         there = torch.where(flat == 0, total, flat - 1).int()
         return there.to(device), back.to(device), packed.shape

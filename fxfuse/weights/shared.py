@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fxfuse.graph import Recipe
 from fxfuse.private.known_result import joined
+from fxfuse.private.ordinary import without_numbers
 from fxfuse.private.storages import holders, storage_key
 
 from .late_writes import Writes
@@ -114,6 +115,8 @@ class SharedPack:
 
     def bind(self, members: Sequence[Tensor]) -> Bound | None:
         """Where the members lie now, moved there if they may be; None where they may not, or were not asked this time."""
+        if without_numbers():  # nor would the buffer
+            return None
         self.calls += 1
         if self.refused and self.calls < 2 * self.refused:  # it takes a while to ask: less and less often
             return None
