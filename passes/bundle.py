@@ -55,6 +55,7 @@ class Bundle:
     whole: int = 0  # the lanes of all chunks, where this is one chunk of several
     chunk: int = 0
     chunks: int = 1
+    leads: bool = True  # the first of its chunks, which speaks for all
     unequal: bool = False  # lanes of unequal widths, computed as one
     apart: int | None = None  # the dim, counted from the end, in which their results differ and lie end to end
 

@@ -347,7 +347,7 @@ class Emitter(WeightReader):
             failure.bundle = bundle
             raise failure from error
         self.values[bundle.index] = value
-        if not rule.view and bundle.chunk == 0:
+        if not rule.view and bundle.leads:
             operands = [n.meta.get("shape") for n in bundle.members[0].all_input_nodes[:2]]
             shapes = " x ".join(str(list(shape)) for shape in operands if shape is not None)
             lanes, lowering = len(bundle.members), lowering if bundle.chunks == 1 else f"{lowering}, {bundle.chunks} chunks"

@@ -10,7 +10,9 @@ import checks
 import fxfuse
 from fxfuse.passes.bundle import find_bundles
 from fxfuse.passes.chunk import fitting_chunks, in_chunks
+from fxfuse.planning.choice import Choice
 from fxfuse.planning.memory import peak_bytes
+from fxfuse.planning.plan import Planner
 
 
 class FeatureNets(nn.Module):
@@ -68,6 +70,46 @@ class Dropping(FeatureNets):
         return torch.nn.functional.dropout(super().forward(x), 0.5, self.training)
 
 
+class Attentions(nn.Module):
+    """Three products of a lane, alike in all lanes, are one bundle."""
+
+    def __init__(self, lanes: int, width: int = 32) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.ModuleList(nn.Linear(1, width) for _ in range(3)) for _ in range(lanes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for i, (q, k, v) in enumerate(self.nets):
+            lane = x[..., i : i + 1]
+            outputs.append(torch.nn.functional.scaled_dot_product_attention(q(lane), k(lane), v(lane)).mean(1))
+        return sum(outputs)
+
+
+class Gated(nn.Module):
+    """Two layers of a lane are in one bundle."""
+
+    def __init__(self, lanes: int, width: int = 32) -> None:
+        super().__init__()
+        self.values, self.gates = (nn.ModuleList(nn.Linear(2, width) for _ in range(lanes)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = zip(self.values, self.gates, strict=True)
+        return sum((value(x[:, i]) * torch.sigmoid(gate(x[:, i]))).mean(-1) for i, (value, gate) in enumerate(pairs))
+
+
+class Neighbours(nn.Module):
+    """Every lane reads its neighbour's first layer, too: no cut keeps lanes to themselves."""
+
+    def __init__(self, lanes: int, width: int = 16) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(nn.Linear(1, width) for _ in range(lanes))
+        self.second = nn.ModuleList(nn.Linear(width, 2) for _ in range(lanes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = [torch.tanh(layer(x[:, i : i + 1])) for i, layer in enumerate(self.first)]
+        return torch.cat([layer(hidden[i] + hidden[i - 1]) for i, layer in enumerate(self.second)], 1)
+
+
 def chunks_of(fused: nn.Module) -> set[str]:
     return {op.lowering.rpartition(", ")[2] for plan in fxfuse.report(fused).fused for op in plan.ops}
 
@@ -92,6 +134,27 @@ def test_max_memory_is_kept_by_chunks(model: nn.Module, shape: tuple[int, ...]) 
     fused = checks.assert_fused_equals(model, x, mode="infer", tune=False, max_memory=limit)
     assert any(name.endswith("chunks") for name in chunks_of(fused))
     assert forward_peak(fused, x) <= limit
+
+
+@pytest.mark.parametrize(("model", "shape"), [(Attentions(12), (16, 5, 12)), (Gated(12), (64, 12, 2))], ids=["attention", "gates"])
+def test_all_products_of_a_lane_are_in_its_chunk(model: nn.Module, shape: tuple[int, ...]) -> None:
+    model, x = model.double(), torch.randn(shape, dtype=torch.float64)
+    whole = fxfuse.optimize(model, x, mode="infer", tune=False, validate=False, objective="launches")
+    loop = forward_peak(model, x)
+    assert forward_peak(whole, x) > 3 * loop
+    fused = checks.assert_fused_equals(model, x, mode="infer", tune=False, max_memory=2 * loop)
+    assert forward_peak(fused, x) <= 2 * loop
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 12])
+@pytest.mark.parametrize(("model", "shape"), [(Attentions(12), (16, 5, 12)), (Gated(12), (64, 12, 2)), (Neighbours(12), (16, 12))],
+                         ids=["attention", "gates", "neighbours"])  # fmt: skip
+def test_any_number_of_chunks_computes_the_same(
+    count: int, model: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Planner, "_searched", lambda self: Choice(self.emit({}, count), {}, count))
+    fused = checks.assert_fused_equals(model.double(), torch.randn(shape, dtype=torch.float64), cache=False)
+    assert f"{count} chunks" in chunks_of(fused), chunks_of(fused)
 
 
 def test_growing_cat_needs_no_more_memory_than_the_loop() -> None:
