@@ -38,7 +38,11 @@ from .workbench import Case, RaisesError, Workbench
 
 # A form must be this much faster than the loop to be worth the change: below, it is noise.
 LEAST_GAIN = 1.02
-# The same of an estimate: the static model may be wrong by so much, and the loop is what the user has.
+# Steps that take so many seconds are timed a few times only, and those that move much memory vary: a gain below the second number has to
+# show in two of three looks.
+LONG = 0.02
+SURE = 1.3
+# LEAST_GAIN of an estimate: the static model may be wrong by so much, and the loop is what the user has.
 LEAST_ESTIMATED_GAIN = 1.15
 # A candidate replaces the best one so far only where it is clearly faster.
 CLEARLY = 0.97
@@ -404,7 +408,10 @@ class Planner:
             functions = [bench.loop(), step]
             loop, fused = medians(functions, budget=0.5)
             own = GUARD_SECONDS + 0.03 * loop if single else 0.0
-            if (fused + own) * LEAST_GAIN > loop:  # looked at again: a refusal is kept, and the machine may have been busy
+            if loop > LONG and LEAST_GAIN < loop / fused < SURE:
+                looks = [(loop, fused), *(medians(functions, budget=0.5) for _ in range(2))]
+                loop, fused = sorted(looks, key=lambda look: look[0] / look[1])[1]
+            elif (fused + own) * LEAST_GAIN > loop:  # looked at again: a refusal is kept, and the machine may have been busy
                 loop, fused = quickest(functions)
             fused += own
             choice.seconds = choice.seconds or (loop, fused)
