@@ -35,7 +35,7 @@ from fxfuse.weights.all_or_nothing import all_or_nothing, refitted
 from fxfuse.weights.lane import LaneMixin, Slot, Watch, attribute_of, lane_info, saving_by_original_name, shared_views
 from fxfuse.weights.own_buffers import own_buffers
 from fxfuse.weights.parts import fit_parts
-from fxfuse.weights.recipes import lane_view, pack, packed_shape, unpack
+from fxfuse.weights.recipes import clear_filling, lane_view, pack, packed_shape, unpack
 from fxfuse.weights.saved_recipes import NOTE, note_of, packs_in, unpack_region
 
 from .entries import FORWARD
@@ -462,6 +462,11 @@ class RegionMixin(LaneMixin):
                     constant = state.extra.get(name) if state.packing == "alias" else source(self, name).fetch()
                     if constant is not known and type(constant) is Tensor and not constant.is_meta:
                         constant.copy_(known)
+            for recipe in state.plan.recipes if state.packing != "alias" else ():
+                with suppress(AttributeError, FxfuseError), torch.no_grad():
+                    packed = source(self, recipe.name).fetch().data  # a backward that is still to come finds it as it was
+                    if type(packed) is Tensor and not packed.is_meta:
+                        clear_filling(recipe, packed)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

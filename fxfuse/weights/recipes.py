@@ -135,6 +135,29 @@ def _narrowed(member: Tensor, shape: Sequence[int]) -> Tensor:
     return member
 
 
+def clear_filling(recipe: Recipe, packed: Tensor) -> None:
+    """Write zeros, in place, behind every member that was filled up: memory that ``to_empty`` took has anything there.
+
+    >>> recipe = Recipe("packed.bias", ("0.bias", "1.bias"), (3,), (0,), "padded", own_shapes=((2,), (3,)))
+    >>> packed = torch.ones(2, 3)
+    >>> clear_filling(recipe, packed)
+    >>> packed
+    tensor([[1., 1., 0.],
+            [1., 1., 1.]])
+    """
+    if recipe.own_shapes is None or recipe.style not in ("rows", "padded"):
+        return
+    for index in range(len(recipe.members)):
+        shape = recipe.member_shape(index)
+        if recipe.style == "rows":
+            start, stop = recipe.row_starts()[index : index + 2]
+            whole = packed.narrow(0, start, stop - start)
+        else:
+            whole = packed.select(0, index).permute(inverse(recipe.order))
+        for dim, size in enumerate(shape):
+            whole.narrow(dim, size, whole.shape[dim] - size).zero_()
+
+
 def lane_views(recipe: Recipe, packed: Tensor) -> tuple[Tensor, ...]:
     """All members as views made by one ``unbind``: its backward is one ``stack``, where n ``select`` would each fill and add
     a zero tensor of the size of the whole pack."""
