@@ -491,6 +491,18 @@ def test_to_empty_leaves_what_the_program_alone_reads(packed: bool, meta: bool, 
     assert_close(fused(X), model(X), "output")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_moves_of_what_was_moved_in_inference_mode(packed: bool) -> None:
+    model, lazy = pair(unequal=True)
+    fused = fxfuse.optimize(model, X, objective="launches", progress=False) if packed else lazy
+    with torch.inference_mode():
+        fused.float().double().to_empty(device="cpu")
+        fxfuse.load_original_state_dict(fused, model.state_dict())
+    fused.to(torch.float64)
+    with torch.no_grad():
+        assert_close(fused(X), model(X), "output")
+
+
 # -- when it fuses, and with what --------------------------------------------------------------------------------------------------------
 
 

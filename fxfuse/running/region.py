@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 from weakref import ref
 
 import torch
@@ -342,6 +342,13 @@ def hooks_of(modules: list[nn.Module]) -> tuple[Any, ...]:
     )
 
 
+def _takes_writes(tensor: Any) -> TypeGuard[Tensor]:
+    """Is this memory that may be written here? What was made in inference mode may not outside of it, and has its numbers."""
+    if type(tensor) is not Tensor or tensor.is_meta:
+        return False
+    return not tensor.is_inference() or torch.is_inference_mode_enabled()
+
+
 class RegionMixin(LaneMixin):
     """A region: a lane module (it may own packed tensors itself) whose forward runs the packed program."""
 
@@ -460,12 +467,12 @@ class RegionMixin(LaneMixin):
             for name, known in state.plan.constants.items():
                 with suppress(AttributeError, FxfuseError), torch.no_grad():  # the child that holds it may have been removed
                     constant = state.extra.get(name) if state.packing == "alias" else source(self, name).fetch()
-                    if constant is not known and type(constant) is Tensor and not constant.is_meta:
+                    if constant is not known and _takes_writes(constant):
                         constant.copy_(known)
             for recipe in state.plan.recipes if state.packing != "alias" else ():
                 with suppress(AttributeError, FxfuseError), torch.no_grad():
                     packed = source(self, recipe.name).fetch().data  # a backward that is still to come finds it as it was
-                    if type(packed) is Tensor and not packed.is_meta:
+                    if _takes_writes(packed):
                         clear_filling(recipe, packed)
         return result
 
