@@ -17,8 +17,10 @@ from torch import nn
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Program
 
-from .models.module_tree import named_modules
+from .models.module_tree import all_modules, named_modules
 from .models.sharded import is_sharded
+from .models.undo import Undo
+from .models.unregistered import unregistered
 from .running.region import STATE, RegionState
 from .running.runtime import graph_module, source, walk
 from .running.widen import widened
@@ -85,10 +87,19 @@ def unfuse(model: nn.Module) -> nn.Module:
             f"the {type(model).__name__} is sharded over processes: load fxfuse.original_state_dict of it into a plain model instead"
         )
     copied = copy.deepcopy(model)
-    loads_as_before(copied)
-    for path in regions(copied):
-        restore(cast(nn.Module, walk(copied, path)))
+    take_apart(copied)
     return copied
+
+
+def take_apart(model: nn.Module, undo: Undo | None = None) -> None:
+    """The same in place. Parameters that stayed the model's are still the same objects. ``undo`` is given the way back."""
+    states = regions(model)
+    if undo is not None:
+        undo.keep([*all_modules(model), *(module for state in states.values() for module in state.hidden)])
+        undo.keep(module for _, module in unregistered(model))
+    loads_as_before(model)
+    for path in states:
+        restore(cast(nn.Module, walk(model, path)))
 
 
 def graphs(model: nn.Module) -> dict[str, torch.fx.GraphModule]:

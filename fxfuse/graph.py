@@ -222,6 +222,7 @@ class RegionPlan:
     tried: list[tuple[str, float]] = field(default_factory=list)  # lowering and its median seconds
     by_size: list[SizePlan] = field(default_factory=list)  # where ranges of sizes have programs of their own
     cached: bool = False  # the choice was read from the cache of plans, its figures too
+    sure: bool = True  # it gained so much that another measurement would say the same
     key: str = ""  # of the plan in that cache
     sets: frozenset[tuple[str, str]] = frozenset()  # (module, name) of the attributes that forward sets, and no program reads before
     keeps_parameters: bool = False  # the members stay Parameters whose data are views of the pack: somebody else holds them too

@@ -6,9 +6,10 @@ Comes in: a model and example inputs, checked. Goes out: a model of the same cla
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -44,8 +45,9 @@ from .models.quiet import quiet
 from .models.undo import Undo
 from .options import Options
 from .passes.vectorize import LaneSet, Prepared
+from .planning import plan_cache
 from .planning.plan import LEAST_GAIN
-from .planning.staying import times_faster
+from .planning.staying import least_gain, times_faster, unsure
 from .planning.timing import medians
 from .recording.casts import without_autocast
 from .recording.lengths import tracked_len
@@ -85,8 +87,12 @@ def run_entries(model: nn.Module, entries: list[Entry], options: Options, inplac
 
 def _whole(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module | None:
     """A model that is fused, or has fused parts, fused as a whole: it is taken apart first. None where nothing is, or nothing gains."""
-    parts = [path or f"the {type(model).__name__}" for path in fused_modules.regions(model)]
-    if not parts or inplace or options.packing != "packed":
+    parts = {path: state.packing for path, state in fused_modules.regions(model).items()}
+    if not parts:
+        return None
+    if inplace:
+        return _whole_in_place(model, [*parts], entries, options) if {*parts.values()} == {"alias"} else None
+    if options.packing != "packed":
         return None
     try:
         plain = fused_modules.unfuse(model)
@@ -96,9 +102,36 @@ def _whole(model: nn.Module, entries: list[Entry], options: Options, inplace: bo
     report = get_report(result)
     if not report.fused:
         return None
-    names = f"{', '.join(parts[:3])}{'' if len(parts) <= 3 else f' and {len(parts) - 3} others'}"
-    report.notes.append(f"{names} {'was' if len(parts) == 1 else 'were'} fused already: taken apart, and fused anew with the whole model")
+    report.notes.append(f"{_were_fused(model, parts)} fused already: taken apart, and fused anew with the whole model")
     return result
+
+
+def _whole_in_place(model: nn.Module, parts: list[str], entries: list[Entry], options: Options) -> nn.Module:
+    """The same on the model itself, whose parts fused at first calls of their own: their Parameters are still the model's."""
+    undo = Undo()
+    said = _were_fused(model, parts)
+    try:
+        fused_modules.take_apart(model, undo)
+        result = _run(model, entries, options, True)
+    except BaseException:
+        undo.restore()
+        raise
+    report = get_report(result)
+    if report.fused:
+        report.notes.append(f"{said} fused already: taken apart, and fused anew with the whole model")
+        del undo
+        gc.collect()  # the parts' packs, of which the weights are views still: they may move once nobody else holds that memory
+    else:
+        undo.restore()
+        report.notes.append(f"{said} fused already, and stay{'s' if len(parts) == 1 else ''} so")
+        set_report(result, report)
+    return result
+
+
+def _were_fused(model: nn.Module, parts: Iterable[str]) -> str:
+    names = [path or f"the {type(model).__name__}" for path in parts]
+    more = "" if len(names) <= 3 else f" and {len(names) - 3} others"
+    return f"{', '.join(names[:3])}{more} {'was' if len(names) == 1 else 'were'}"
 
 
 def _run(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module:
@@ -226,10 +259,10 @@ class _Pipeline:
                 if trial is self.model:
                     return self._unchanged(True)
                 plans = self._validated(self.model, trial, self._install(trial, plans))
-                plans = self._where_views_gain(self.model, trial, plans)
+                plans = self._where_it_gains(self.model, trial, plans)
             plans = self._install(result, plans)
         if plans and self.options.validate and not inplace and not self.large:
-            kept = self._where_views_gain(self.model, result, self._validated(self.model, result, plans))
+            kept = self._where_it_gains(self.model, result, self._validated(self.model, result, plans))
             if [id(plan) for plan in kept] != [id(plan) for plan in plans]:
                 result = self.spare()
                 plans = self._install(result, kept)
@@ -326,19 +359,26 @@ class _Pipeline:
         made = self.spare() if self.moved is None else twin(self.base)
         return installer.install(made, plans, packing=self.options.packing, moved=self.moved)
 
-    def _where_views_gain(self, original: nn.Module, fused: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
-        """The plans, without those whose Parameters stay where the model is no faster for them."""
-        staying = plans if self.options.packing == "alias" else [plan for plan in plans if plan.keeps_parameters]
-        if not staying or not self.options.tune or self.options.objective != "time":
+    def _where_it_gains(self, original: nn.Module, fused: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
+        """The plans, without those that are not sure to gain, or whose Parameters stay, where the model is no faster for them."""
+        if not self.options.tune or self.options.objective != "time":
             return plans
-        fused_modules.settle(fused)
+        staying = plans if self.options.packing == "alias" else [plan for plan in plans if plan.keeps_parameters]
+        asked = staying or unsure(plans)
+        if not asked:
+            return plans
+        if staying:
+            fused_modules.settle(fused)
         with self.stage("plan"):
             gain = times_faster(original, fused, self.entries[0], self.options.mode == "train")
-        if gain >= LEAST_GAIN:
+        if gain >= least_gain(bool(staying)):
             return plans
-        said = f"left as a loop: {gain:.2f}x with Parameters that stay, as views of the pack"
-        self.report.refused.extend(Refusal(said, plan.place, plan.path) for plan in staying)
-        left = {*map(id, staying)}
+        for plan in asked:
+            said = f"left as a loop: {gain:.2f}x {'with Parameters that stay, as views of the pack' if staying else 'in the whole model'}"
+            self.report.refused.append(Refusal(said, plan.place, plan.path))
+            if not staying and self.options.cache:
+                plan_cache.refuse(plan.key, said)
+        left = {*map(id, asked)}
         return [plan for plan in plans if id(plan) not in left]
 
     # -- a model whose weights should not be there twice --------------------------------------------------------------------------

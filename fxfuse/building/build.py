@@ -257,6 +257,7 @@ class Builder:
             plan.launches, plan.heavy = (loop.total, fused.total), (loop.heavy, fused.heavy)
         plan.seconds, plan.peak_bytes, plan.tried = choice.seconds, choice.peak, choice.tried
         plan.cached, plan.key, plan.by_size = choice.cached, chosen.key, by_size.in_words(choice)
+        plan.sure = choice.sure
         if lifted.random:
             plan.notes.append("dropout and other random ops draw other numbers than the loop did, from the same distribution")
         built = _Built(plan, choice.vectorized.packs, chosen)

@@ -14,15 +14,10 @@ from typing import Any, cast
 from torch import nn
 
 from fxfuse.errors import ArgumentError, FxfuseError
-from fxfuse.fused import regions
+from fxfuse.fused import regions, take_apart
 from fxfuse.graph import RegionPlan
-from fxfuse.models.module_tree import all_modules
 from fxfuse.models.undo import Undo
-from fxfuse.models.unregistered import unregistered
 from fxfuse.running.install import install
-from fxfuse.running.runtime import walk
-from fxfuse.weights.all_or_nothing import loads_as_before
-from fxfuse.weights.lane import restore
 
 from .agreement import Processes
 
@@ -80,12 +75,8 @@ def _replace(fused: nn.Module, data: bytes, undo: Undo) -> None:
     packing, plans = cast("tuple[Any, list[RegionPlan]]", pickle.loads(data))
     states = regions(fused)
     strict = any(state.strict for state in states.values())
-    undo.keep([*all_modules(fused), *(module for state in states.values() for module in state.hidden)])
-    undo.keep(module for _, module in unregistered(fused))
     try:
-        for path in states:
-            restore(cast(nn.Module, walk(fused, path)))
-        loads_as_before(fused)
+        take_apart(fused, undo)
         install(fused, plans, strict=strict, packing=packing, undo=undo)
     except FxfuseError as error:
         raise FxfuseError(f"the processes hold different models, or fused forms of one ({error}): {ALIKE}") from error

@@ -46,6 +46,7 @@ class Choice:
     launches: tuple[Launches, Launches] | None = None  # (loop, fused), of one forward
     tried: list[tuple[str, float]] = field(default_factory=list)
     cached: bool = False  # it was read, and nothing was timed
+    sure: bool = True  # it gained so much that another measurement would say the same
     sizes: tuple[SizeChoice, ...] = ()  # where one plan does not serve all; the pack is stored as ``lowering`` wants it
     told_by: tuple[int, int] = (0, 0)  # (leaf, dim) of the input whose size tells which
 

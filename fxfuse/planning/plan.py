@@ -36,12 +36,16 @@ from .progress import Progress
 from .timing import medians, quickest, ratio
 from .workbench import Case, RaisesError, Workbench
 
-# A form must be this much faster than the loop to be worth the change: below, it is noise.
-LEAST_GAIN = 1.02
-# Steps that take so many seconds are timed a few times only, and those that move much memory vary: a gain below the second number has to
-# show in two of three looks.
-LONG = 0.02
+# A form must be this much faster than the loop to be worth the change. Less is noise: where results of half a MiB and more lie in memory,
+# and on what pages, changes the ratio of two forms by 5 % from one run to the next.
+LEAST_GAIN = 1.05
+# A gain below this has to show twice: in the medians, and in the quickest runs, which other processes disturb least. A machine that is
+# busy makes a loop of many small ops look slower than it is.
 SURE = 1.3
+# Steps that take so many seconds are timed a few times only, and those that move much memory vary: it has to show in two of three looks.
+LONG = 0.02
+# So has one that the static model, which knows of no disturbances, does not see: it is rarely this wrong.
+SURE_UNSEEN = 2.0
 # LEAST_GAIN of an estimate: the static model may be wrong by so much, and the loop is what the user has.
 LEAST_ESTIMATED_GAIN = 1.15
 # A candidate replaces the best one so far only where it is clearly faster.
@@ -315,6 +319,10 @@ class Planner:
     def _estimator(self) -> Estimator:
         return Estimator(self.benches[0].device, self.train, self.benches[0].inner, self.compiled)
 
+    def _seen(self, choice: Choice) -> bool:
+        """Does the static model call the choice faster than the loop?"""
+        return self._estimated(choice) * LEAST_ESTIMATED_GAIN <= self._estimator().loop(self.prepared)
+
     def _timed_what(self) -> str:
         return "forward and backward" if self.train else "inference"
 
@@ -408,11 +416,15 @@ class Planner:
             functions = [bench.loop(), step]
             loop, fused = medians(functions, budget=0.5)
             own = GUARD_SECONDS + 0.03 * loop if single else 0.0
+            sure = loop / fused >= (SURE if self._seen(choice) else SURE_UNSEEN)
+            choice.sure = choice.sure and sure
             if loop > LONG and LEAST_GAIN < loop / fused < SURE:
                 looks = [(loop, fused), *(medians(functions, budget=0.5) for _ in range(2))]
                 loop, fused = sorted(looks, key=lambda look: look[0] / look[1])[1]
             elif (fused + own) * LEAST_GAIN > loop:  # looked at again: a refusal is kept, and the machine may have been busy
                 loop, fused = quickest(functions)
+            elif loop <= LONG and not sure:
+                loop, fused = min((loop, fused), tuple(quickest(functions)), key=lambda look: look[0] / look[1])
             fused += own
             choice.seconds = choice.seconds or (loop, fused)
             if fused * LEAST_GAIN > loop and choice.refusal is None:

@@ -95,6 +95,13 @@ def store(key: str, plan: dict[str, Any]) -> None:
         return
 
 
+def refuse(key: str, reason: str) -> None:
+    """Keep with the plan under ``key`` that its region is to stay as it is, and why; nothing where there is none."""
+    plan = load(key) if key else None
+    if plan is not None:
+        store(key, {**plan, "refusal": reason})
+
+
 def _name(key: str) -> str:
     return f"plan-{key}.json"
 

@@ -1,17 +1,20 @@
-"""Regions whose Parameters stay: is the model still faster with them?
+"""Is the whole model faster, with what was planned region by region?
 
-Comes in: the original and the fused model. Goes out: how many times faster the whole fused model runs. A region whose Parameters are held
-elsewhere too is planned as a pack, but installed as views of one: each call looks after every Parameter, which the plan did not pay for.
+Comes in: the original and the fused model. Goes out: how many times faster the whole fused model runs, and of which plans that is to be
+asked. A region whose Parameters are held elsewhere too is planned as a pack, but installed as views of one: each call looks after every
+Parameter, which the plan did not pay for. A small gain was measured once, in one place in memory: it has to show again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from fxfuse.graph import RegionPlan
 from fxfuse.models.containers import opened
 from fxfuse.models.determinism import preserved_state
 from fxfuse.models.silent_hooks import hooks_silent
@@ -19,7 +22,21 @@ from fxfuse.models.unregistered import hidden_parameters, unregistered
 from fxfuse.private.pytree import tree_leaves
 from fxfuse.running.entries import Entry
 
+from . import plan as planner
 from .timing import medians
+
+# Of a model that runs at this many times the original's speed nobody can say that it is slower.
+NOT_SLOWER = 0.985
+
+
+def unsure(plans: Iterable[RegionPlan]) -> list[RegionPlan]:
+    """Those that were measured just now, and gained little."""
+    return [plan for plan in plans if not plan.sure and not plan.cached]
+
+
+def least_gain(staying: bool) -> float:
+    """How many times faster the whole model has to be with such plans, or with plans whose Parameters stay."""
+    return planner.LEAST_GAIN if staying else min(NOT_SLOWER, planner.LEAST_GAIN)
 
 
 def times_faster(original: nn.Module, fused: nn.Module, entry: Entry, train: bool, budget: float = 0.5) -> float:

@@ -17,6 +17,10 @@ import torch
 
 # A candidate that takes so many times as long need not be timed precisely.
 FAR_SLOWER = 1.4
+# glibc keeps freed memory, for blocks up to the largest that was ever freed, and of what lies last twice as much; the rest goes back to
+# the system at each free, and a loop whose results have 512 KiB pays for 480 page faults in each of its calls, or for none, depending on
+# what this process has done before. A block of this size (the most that counts is 32 MiB) ends that, for what is timed and for its callers.
+LARGEST_KEPT = 31 << 20
 # The least rounds may not take longer than this, in seconds; three of them do in any case.
 PATIENCE = 0.5
 
@@ -68,6 +72,7 @@ def ratio(one: Callable[[], object], other: Callable[[], object], *, budget: flo
 
 
 def _samples(functions: Sequence[Callable[[], object]], budget: float, least: int, most: int) -> list[list[float]]:
+    torch.empty(LARGEST_KEPT, dtype=torch.uint8)  # freed at once; nobody touches it
     for function in functions:
         function()
     start = time.perf_counter()

@@ -1,0 +1,149 @@
+"""Small gains have to show twice: in the medians and in the quickest runs, then in the whole model. Less is left as a loop."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfuse
+from checks import assert_equal_models, randn, randomized
+
+X = randn(5, 8)
+plan = import_module("fxfuse.planning.plan")
+pipeline = import_module("fxfuse.pipeline")
+
+
+class Nets(nn.Module):
+    def __init__(self, lanes: int = 8) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)) for _ in range(lanes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([net(x[:, i : i + 1]) for i, net in enumerate(self.nets)], 1)
+
+
+class Two(nn.Module):
+    """Two regions: the second has another number of lanes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Nets(8), Nets(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(x))[:, :4])
+        return out
+
+
+def times(monkeypatch: pytest.MonkeyPatch, median: float, least: float | None, seen: bool = True) -> list[str]:
+    """The loop takes a millisecond, all others what is said; what was asked for. ``least`` is None: nobody may ask."""
+    asked: list[str] = []
+
+    def quickest(functions: Any) -> list[float]:
+        asked.append("quickest")
+        assert least is not None
+        return [1e-3, least * 1e-3]
+
+    monkeypatch.setattr(plan, "as_usual", lambda planner, choice: choice)
+    monkeypatch.setattr(plan, "medians", lambda functions, budget: [1e-3] + [median * 1e-3] * (len(functions) - 1))
+    monkeypatch.setattr(plan, "quickest", quickest)
+    monkeypatch.setattr(plan.Planner, "_seen", lambda planner, choice: seen)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("median", "least", "seen", "fuses"),
+    [
+        (0.9, 1.1, True, False), (0.9, 0.9, True, True), (0.9, 0.6, True, True), (0.98, 0.9, True, True), (0.98, 0.97, True, False),
+        (0.7, None, True, True), (0.7, 1.05, False, False), (0.7, 0.9, False, True), (0.4, None, False, True),
+    ],
+)  # fmt: skip
+def test_in_the_medians_and_in_the_quickest_runs(monkeypatch: Any, median: float, least: float | None, seen: bool, fuses: bool) -> None:
+    asked = times(monkeypatch, median, least, seen)
+    monkeypatch.setattr(pipeline, "times_faster", lambda *_: 2.0)
+    report = fxfuse.report(fxfuse.optimize(randomized(Nets()), X, cache=False))
+    assert bool(report.fused) is fuses
+    assert bool(asked) is (least is not None)
+    if not fuses:
+        slower = max(median, least or 0.0) if median < 0.95 else least or 0.0
+        assert f"left as a loop: packed runs {1 / slower:.2f}x" in str(report.refused[0])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("gain", "fuses"), [(0.9, False), (0.99, True), (1.2, True)])
+def test_in_the_whole_model(monkeypatch: Any, gain: float, fuses: bool, inplace: bool) -> None:
+    times(monkeypatch, 0.9, 0.9)
+    monkeypatch.setattr(pipeline, "times_faster", lambda *_: gain)
+    model = randomized(Nets())
+    want = model(X)
+    fused = fxfuse.optimize(model, X, cache=False, inplace=inplace)
+    report = fxfuse.report(fused)
+    assert bool(report.fused) is fuses
+    if not fuses:
+        assert str(report.refused[0]).startswith("left as a loop: 0.90x in the whole model")
+    torch.testing.assert_close(fused(X), want, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_sure_is_not_asked_again(monkeypatch: Any) -> None:
+    times(monkeypatch, 0.5, None)
+
+    def never(*_: Any) -> float:
+        raise AssertionError("the whole model is timed")
+
+    monkeypatch.setattr(pipeline, "times_faster", never)
+    assert fxfuse.report(fxfuse.optimize(randomized(Nets()), X, cache=False)).fused
+
+
+def test_only_what_is_not_sure_is_left(monkeypatch: Any) -> None:
+    times(monkeypatch, 0.5, None)
+    real = plan.Planner.decide
+
+    def decide(self: Any, choice: Any) -> Any:
+        decided = real(self, choice)
+        decided.sure = self.prepared.lifted.frame.path == "first"
+        return decided
+
+    monkeypatch.setattr(plan.Planner, "decide", decide)
+    monkeypatch.setattr(pipeline, "times_faster", lambda *_: 0.9)
+    model = randomized(Two())
+    fused = fxfuse.optimize(model, X, cache=False)
+    report = fxfuse.report(fused)
+    assert [each.path for each in report.fused] == ["first"]
+    assert [each.region for each in report.refused] == ["second"]
+    assert_equal_models(model, fused, [(X, {}), (randn(3, 8, seed=4), {})])
+
+
+def test_it_is_remembered(monkeypatch: Any) -> None:
+    times(monkeypatch, 0.9, 0.9)
+    asked: list[int] = []
+    monkeypatch.setattr(pipeline, "times_faster", lambda *_: asked.append(1) or 0.9)
+    model = randomized(Nets())
+    first, second = (fxfuse.report(fxfuse.optimize(model, X)) for _ in range(2))
+    assert (first.fused, second.fused, len(asked)) == ([], [], 1)
+    assert second.refused[0].reason == f"{first.refused[0].reason}, measured in an earlier run"
+
+
+FAULTS = """
+import resource, torch
+from fxfuse.planning.timing import medians
+medians([lambda: None, lambda: None], budget=0.01)
+def call():
+    results = [torch.empty(1 << 17).fill_(lane) for lane in range(4)]
+call()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    call()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 50)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's rules")
+def test_what_is_timed_does_not_pay_for_page_faults() -> None:
+    """Four results of 512 KiB are 512 faults, where memory goes back to the system at each free."""
+    ran = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 64
