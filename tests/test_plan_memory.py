@@ -34,7 +34,7 @@ def peak(model: nn.Module) -> int:
     return peak_bytes(run)
 
 
-def packed(monkeypatch: pytest.MonkeyPatch, gain: float, more: int, mode: str = "infer") -> nn.Module:
+def packed(monkeypatch: pytest.MonkeyPatch, gain: float, more: int, mode: str = "infer", times: float = 0.0) -> nn.Module:
     """The networks packed by a planner to which every packed form is ``gain`` times as fast as the loop, and the first one fastest: forms
     that are about as fast may differ in what they need, and a planner that measures takes one or the other.
     """
@@ -46,7 +46,7 @@ def packed(monkeypatch: pytest.MonkeyPatch, gain: float, more: int, mode: str = 
     monkeypatch.setattr(Planner, "decide", decided)
     monkeypatch.setattr(Planner, "_others", lambda self, choice: iter(()))
     monkeypatch.setattr(plan_memory, "MORE_IN_TRAINING" if mode == "train" else "MORE", more)
-    monkeypatch.setattr(plan_memory, "TIMES", 0.0)
+    monkeypatch.setattr(plan_memory, "TIMES", times)
     return fxfuse.optimize(MODEL, X, mode=mode, cache=False)
 
 
@@ -76,3 +76,19 @@ def test_what_no_chunks_keep_has_to_be_worth_it(monkeypatch: pytest.MonkeyPatch,
     assert str(refusal).startswith("left as a loop: packed runs 1.10x, and needs ")
     assert " bytes at its peak, the loop " in str(refusal)
     assert torch.equal(left(X), MODEL(X))
+
+
+@pytest.mark.parametrize(("slower", "cut"), [(1.0, True), (1.2, False)])
+def test_a_few_bytes_more_are_spared_where_that_costs_no_time(monkeypatch: pytest.MonkeyPatch, slower: float, cut: bool) -> None:
+    """In training: less than ``MORE_IN_TRAINING`` above the loop, but more than ``TIMES`` what it needs."""
+    (whole,) = fxfuse.report(packed(monkeypatch, 2.0, 1 << 30, "train", times=1e9)).fused
+    assert whole.peak_bytes is not None
+    loop, most = whole.peak_bytes
+    assert most > loop
+    monkeypatch.setattr(Planner, "compare", lambda self, steps, others: (slower, 1.0))
+    fused = packed(monkeypatch, 2.0, 1 << 30, "train", times=(loop + 0.6 * (most - loop)) / loop)
+    (plan,) = fxfuse.report(fused).fused
+    assert bool(chunks(fused)) is cut
+    assert plan.peak_bytes is not None
+    assert (plan.peak_bytes[1] < most) is cut
+    torch.testing.assert_close(fused(X), MODEL(X), rtol=1e-12, atol=1e-12)

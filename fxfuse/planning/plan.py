@@ -349,10 +349,10 @@ class Planner:
         """The best form so far or the other one, whose lowerings are searched only where it is not far behind."""
         choice, steps = best
         others = self.steps(other)
-        slower, seconds = self._compare(steps, others)
+        slower, seconds = self.compare(steps, others)
         if slower < FAR_BEHIND:
             others = self._descended(other)
-            slower, seconds = self._compare(steps, others)
+            slower, seconds = self.compare(steps, others)
         tried = [*choice.tried, *other.tried, ("unequal widths together" if other.together else "bundled by width", seconds)]
         if slower < CLEARLY:
             choice, steps = other, others
@@ -379,7 +379,7 @@ class Planner:
                     continue
                 least = min(least, estimated)
                 others = self.steps(other)
-                slower, seconds = self._compare(steps, others)
+                slower, seconds = self.compare(steps, others)
                 choice.tried.append((in_words(other.lowering, other.chunks), seconds))
                 self.progress.step(choice.tried[-1][0])
                 if slower > FAR and len(changed) == 1:
@@ -404,7 +404,7 @@ class Planner:
         assert choice.vectorized is not None
         return [bench.step(choice.vectorized) for bench in self.benches]
 
-    def _compare(self, steps: Steps, others: Steps) -> tuple[float, float]:
+    def compare(self, steps: Steps, others: Steps) -> tuple[float, float]:
         """(time of the others over that of ``steps``, as a geometric mean over the cases; seconds of the others in the first case)."""
         pairs = [ratio(a, b, budget=0.25) for a, b in zip(steps, others, strict=True)]
         return math.exp(sum(math.log(slower) for slower, _ in pairs) / len(pairs)), pairs[0][1]
