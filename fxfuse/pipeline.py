@@ -258,14 +258,10 @@ class _Pipeline:
                 trial = self.spare()
                 if trial is self.model:
                     return self._unchanged(True)
-                plans = self._validated(self.model, trial, self._install(trial, plans))
-                plans = self._where_it_gains(self.model, trial, plans)
+                _, plans = self._that_pass(trial, self._install(trial, plans))
             plans = self._install(result, plans)
-        if plans and self.options.validate and not inplace and not self.large:
-            kept = self._where_it_gains(self.model, result, self._validated(self.model, result, plans))
-            if [id(plan) for plan in kept] != [id(plan) for plan in plans]:
-                result = self.spare()
-                plans = self._install(result, kept)
+        if plans and not inplace and not self.large:
+            result, plans = self._that_pass(result, plans)
         self.report.fused = plans
         if plans:
             with self.stage("measure"):
@@ -276,6 +272,15 @@ class _Pipeline:
                 state.prepare()  # for the mode that the model is in, once measured in another
         set_report(result, self.report)
         return result
+
+    def _that_pass(self, fused: nn.Module, plans: list[RegionPlan]) -> tuple[nn.Module, list[RegionPlan]]:
+        """``fused``, on which ``plans`` are installed, with those alone that compute the same, and gain; made anew where some do not."""
+        for passing in (self._validated, self._where_it_gains) if self.options.validate else (self._where_it_gains,):
+            kept = passing(self.model, fused, plans)
+            if [*map(id, kept)] != [*map(id, plans)]:
+                fused = self.spare()
+                plans = self._install(fused, kept)
+        return fused, plans
 
     def _unchanged(self, inplace: bool, refusal: Refusal | None = None) -> nn.Module:
         if refusal is not None:

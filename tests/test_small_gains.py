@@ -147,3 +147,28 @@ def test_what_is_timed_does_not_pay_for_page_faults() -> None:
     """Four results of 512 KiB are 512 faults, where memory goes back to the system at each free."""
     ran = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     assert float(ran.stdout) < 64
+
+
+def test_without_validation_too(monkeypatch: Any) -> None:
+    times(monkeypatch, 0.9, 0.9)
+    monkeypatch.setattr(pipeline, "times_faster", lambda *_: 0.9)
+    report = fxfuse.report(fxfuse.optimize(randomized(Nets()), X, validate=False, cache=False))
+    assert not report.fused
+
+
+def test_gradients_live_until_the_next_step(monkeypatch: Any) -> None:
+    """As they do in training: memory that is all free goes back to the system, which slows whoever needs it next."""
+    alive: list[list[int]] = []
+    real = plan.medians
+
+    def medians(functions: Any, budget: float) -> Any:
+        for function in functions:
+            held = function.__closure__
+            function()
+            alive.append([len(cell.cell_contents) for cell in held if isinstance(cell.cell_contents, list) and cell.cell_contents])
+        return real(functions, budget=0.0)
+
+    monkeypatch.setattr(plan, "medians", medians)
+    fxfuse.optimize(randomized(Nets()), X, mode="train", cache=False)
+    assert alive
+    assert all(any(size >= 4 for size in sizes) for sizes in alive)

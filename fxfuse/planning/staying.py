@@ -50,14 +50,15 @@ def times_faster(original: nn.Module, fused: nn.Module, entry: Entry, train: boo
             model.train(train)
             parameters = (*model.parameters(), *hidden_parameters(model, unregistered(model)).values())
             wanted = [p for p in parameters if p.requires_grad] if train else []
-            calls.append(partial(_step, entry.root(model), entry, wanted))
+            calls.append(partial(_step, entry.root(model), entry, wanted, []))
         before, after = medians(calls, budget=budget)
     return before / after
 
 
-def _step(root: Any, entry: Entry, wanted: list[nn.Parameter]) -> None:
-    """A forward, and the gradients of ``wanted``."""
+def _step(root: Any, entry: Entry, wanted: list[nn.Parameter], gradients: list[torch.Tensor | None]) -> None:
+    """A forward, and the gradients of ``wanted``, which live until the next step begins, as in training."""
+    gradients.clear()
     out = root(*entry.args, **entry.kwargs)
     ends = [leaf for leaf in tree_leaves(opened(out)) if isinstance(leaf, torch.Tensor) and leaf.requires_grad] if wanted else []
     if ends:
-        torch.autograd.grad(ends, wanted, [torch.ones_like(end) for end in ends], allow_unused=True)
+        gradients.extend(torch.autograd.grad(ends, wanted, [torch.ones_like(end) for end in ends], allow_unused=True))
