@@ -74,6 +74,25 @@ def test_in_the_medians_and_in_the_quickest_runs(monkeypatch: Any, median: float
         assert f"left as a loop: packed runs {1 / slower:.2f}x" in str(report.refused[0])
 
 
+@pytest.mark.parametrize(
+    ("looks", "seen", "fuses"),
+    [
+        ((1.4,), True, True), ((1.2, 1.2, 0.8), True, True), ((1.2, 0.9, 0.8), True, False),
+        ((1.4, 1.4, 1.4), False, False), ((1.6, 1.5, 1.2), False, True), ((2.1,), False, True),
+    ],
+)  # fmt: skip
+def test_long_steps(monkeypatch: Any, looks: tuple[float, ...], seen: bool, fuses: bool) -> None:
+    """The middle of three looks decides; what the static model does not see has to gain more."""
+    times(monkeypatch, 1.0, None, seen)
+    left = list(looks)
+    monkeypatch.setattr(plan, "medians", lambda functions, budget: [0.1] * len(functions) if budget != 0.5 else [0.1, 0.1 / left.pop(0)])
+    monkeypatch.setattr(pipeline, "times_faster", lambda *_: 2.0)
+    report = fxfuse.report(fxfuse.optimize(randomized(Nets()), X, cache=False))
+    assert not left
+    assert bool(report.fused) is fuses, report.refused
+    assert fuses or ("nothing in its shapes says why" in str(report.refused[0])) is (sorted(looks)[len(looks) // 2] > 1.05)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(("gain", "fuses"), [(0.9, False), (0.99, True), (1.2, True)])
 def test_in_the_whole_model(monkeypatch: Any, gain: float, fuses: bool, inplace: bool) -> None:
