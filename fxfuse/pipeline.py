@@ -49,6 +49,7 @@ from .planning import plan_cache
 from .planning.plan import LEAST_GAIN
 from .planning.staying import least_gain, times_faster, unsure
 from .planning.timing import medians
+from .recording.attributes import attributes_kept
 from .recording.casts import without_autocast
 from .recording.lengths import tracked_len
 from .recording.observe import observe_modes, reads_offsets
@@ -274,13 +275,17 @@ class _Pipeline:
         return result
 
     def _that_pass(self, fused: nn.Module, plans: list[RegionPlan]) -> tuple[nn.Module, list[RegionPlan]]:
-        """``fused``, on which ``plans`` are installed, with those alone that compute the same, and gain; made anew where some do not."""
-        for passing in (self._validated, self._where_it_gains) if self.options.validate else (self._where_it_gains,):
-            kept = passing(self.model, fused, plans)
-            if [*map(id, kept)] != [*map(id, plans)]:
-                fused = self.spare()
-                plans = self._install(fused, kept)
-        return fused, plans
+        """``fused``, on which ``plans`` are installed, with those alone that compute the same, and gain."""
+        if self.options.validate:
+            fused, plans = self._anew(fused, plans, self._validated(self.model, fused, plans))
+        return self._anew(fused, plans, self._where_it_gains(fused, plans))
+
+    def _anew(self, fused: nn.Module, plans: list[RegionPlan], kept: list[RegionPlan]) -> tuple[nn.Module, list[RegionPlan]]:
+        """``fused`` made anew where other plans are kept than are installed on it."""
+        if [*map(id, kept)] == [*map(id, plans)]:
+            return fused, plans
+        fused = self.spare()
+        return fused, self._install(fused, kept)
 
     def _unchanged(self, inplace: bool, refusal: Refusal | None = None) -> nn.Module:
         if refusal is not None:
@@ -364,7 +369,7 @@ class _Pipeline:
         made = self.spare() if self.moved is None else twin(self.base)
         return installer.install(made, plans, packing=self.options.packing, moved=self.moved)
 
-    def _where_it_gains(self, original: nn.Module, fused: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
+    def _where_it_gains(self, fused: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
         """The plans, without those that are not sure to gain, or whose Parameters stay, where the model is no faster for them."""
         if not self.options.tune or self.options.objective != "time":
             return plans
@@ -374,8 +379,8 @@ class _Pipeline:
             return plans
         if staying:
             fused_modules.settle(fused)
-        with self.stage("plan"):
-            gain = times_faster(original, fused, self.entries[0], self.options.mode == "train")
+        with self.stage("plan"), attributes_kept(fused, fused_modules.attributes_set(fused)):
+            gain = times_faster(self.work, fused, self.entries[0], self.options.mode == "train")
         if gain >= least_gain(bool(staying)):
             return plans
         for plan in asked:

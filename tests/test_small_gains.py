@@ -147,6 +147,57 @@ def test_it_is_remembered(monkeypatch: Any) -> None:
     assert second.refused[0].reason == f"{first.refused[0].reason}, measured in an earlier run"
 
 
+class Counting(Nets):
+    """Its forward sets an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_the_model_that_was_given_is_not_called(monkeypatch: Any, mode: Any) -> None:
+    times(monkeypatch, 0.9, 0.9)
+    model, given = randomized(Counting()), []
+    real = pipeline.times_faster
+
+    def measured(original: nn.Module, *rest: Any) -> float:
+        given.append(original)
+        real(original, *rest, budget=0.01)
+        return 1.5
+
+    monkeypatch.setattr(pipeline, "times_faster", measured)
+    fused = fxfuse.optimize(model, X, mode=mode, cache=False)
+    assert fxfuse.report(fused).fused
+    assert len(given) == 1
+    assert given[0] is not model
+    assert model.last is None
+    assert fused.last is None
+
+
+class Forward(Nets):
+    """A forward whose backward raises."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        kept = out.exp()
+        kept.add_(1.0)
+        return kept
+
+
+def test_a_model_without_a_backward_is_timed_forward(monkeypatch: Any) -> None:
+    staying = import_module("fxfuse.planning.staying")
+    model = randomized(Forward())
+    with pytest.raises(RuntimeError):
+        model(X).sum().backward()
+    entry = import_module("fxfuse.running.entries").Entry("forward", (X,), {})
+    assert staying.times_faster(model, randomized(Forward()), entry, True, budget=0.01) > 0
+
+
 FAULTS = """
 import resource, torch
 from fxfuse.planning.timing import medians
