@@ -7,23 +7,26 @@ how it is made in ``install``.
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 
 from fxfuse.errors import FxfuseError
 from fxfuse.graph import Program
 
 from .models.module_tree import all_modules, named_modules
 from .models.sharded import is_sharded
+from .models.side_by_side import move_apart
 from .models.undo import Undo
 from .models.unregistered import unregistered
 from .running.region import STATE, RegionState
 from .running.runtime import graph_module, source, walk
 from .running.widen import widened
+from .weights.alias import StaleAlias
 from .weights.all_or_nothing import loads_as_before
 from .weights.lane import divided, restore
 
@@ -92,14 +95,29 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def take_apart(model: nn.Module, undo: Undo | None = None) -> None:
-    """The same in place. Parameters that stayed the model's are still the same objects. ``undo`` is given the way back."""
-    states = regions(model)
+    """The same in place, parts that no module registers too. Parameters that stayed the model's are still the same objects, and lie in
+    memory of their own where nobody else holds it. ``undo`` is given the way back."""
+    parts = fused_parts(model)
+    states: list[RegionState] = [part.__dict__[STATE] for part in parts.values()]
     if undo is not None:
-        undo.keep([*all_modules(model), *(module for state in states.values() for module in state.hidden)])
+        undo.keep([*all_modules(model), *(module for state in states for module in (*state.modules, *state.hidden))])
         undo.keep(module for _, module in unregistered(model))
     loads_as_before(model)
-    for path in states:
-        restore(cast(nn.Module, walk(model, path)))
+    aliases = [alias for state in states for alias in state.aliases.values()]
+    for part in parts.values():
+        restore(part)
+    members: dict[int, Tensor] = {}
+    for alias in aliases:
+        with suppress(StaleAlias):
+            members.update((id(member), member) for member in alias.members() if isinstance(member, Tensor))
+        alias.let_go()
+    move_apart(members.values(), undo)
+
+
+def fused_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The fused regions of a model by path, also those in modules that no module registers."""
+    everyone = [*named_modules(model), *unregistered(model)]
+    return {path: module for path, module in everyone if STATE in module.__dict__}
 
 
 def graphs(model: nn.Module) -> dict[str, torch.fx.GraphModule]:

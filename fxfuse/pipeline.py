@@ -35,7 +35,7 @@ from .figures import measure
 from .graph import Refusal, RegionPlan
 from .models.collector import collecting, paused
 from .models.contents import Contents
-from .models.copies import sharing_copy
+from .models.copies import independent_copy, sharing_copy
 from .models.depth import deeper
 from .models.determinism import preserved_state
 from .models.exclusive import alone
@@ -56,6 +56,7 @@ from .recording.observe import observe_modes, reads_offsets
 from .report import Report
 from .running import install as installer
 from .running.entries import FORWARD, Entry
+from .running.region import STATE
 from .store import get_report, set_report
 from .weights import large
 from .weights.large import Moved, sample, twin, weight_bytes, without_history
@@ -88,7 +89,7 @@ def run_entries(model: nn.Module, entries: list[Entry], options: Options, inplac
 
 def _whole(model: nn.Module, entries: list[Entry], options: Options, inplace: bool) -> nn.Module | None:
     """A model that is fused, or has fused parts, fused as a whole: it is taken apart first. None where nothing is, or nothing gains."""
-    parts = {path: state.packing for path, state in fused_modules.regions(model).items()}
+    parts = {path: part.__dict__[STATE].packing for path, part in fused_modules.fused_parts(model).items()}
     if not parts:
         return None
     if inplace:
@@ -255,7 +256,7 @@ class _Pipeline:
                     for observation in way.observations:
                         without_history(observation.trace)
                 plans = self._moved(plans)
-            elif inplace and self.options.validate:
+            elif inplace and (self.options.validate or self._is_timed_whole(plans)):
                 trial = self.spare()
                 if trial is self.model:
                     return self._unchanged(True)
@@ -266,7 +267,7 @@ class _Pipeline:
         self.report.fused = plans
         if plans:
             with self.stage("measure"):
-                measure(self.work, result, self.entries, self.options, self.report)
+                measure(*self._to_time(result, plans), self.entries, self.options, self.report)
             for state in fused_modules.regions(result).values():
                 state.fallbacks.clear()
                 state.strict = self.options.strict  # from here on: verification itself tries sizes that fall back
@@ -369,20 +370,32 @@ class _Pipeline:
         made = self.spare() if self.moved is None else twin(self.base)
         return installer.install(made, plans, packing=self.options.packing, moved=self.moved)
 
+    def _staying(self, plans: list[RegionPlan]) -> list[RegionPlan]:
+        return plans if self.options.packing == "alias" else [plan for plan in plans if plan.keeps_parameters]
+
+    def _is_timed_whole(self, plans: list[RegionPlan]) -> bool:
+        """Are there plans that are not sure to gain, or whose Parameters stay?"""
+        return self.options.tune and self.options.objective == "time" and bool(self._staying(plans) or unsure(plans))
+
     def _where_it_gains(self, fused: nn.Module, plans: list[RegionPlan]) -> list[RegionPlan]:
         """The plans, without those that are not sure to gain, or whose Parameters stay, where the model is no faster for them."""
-        if not self.options.tune or self.options.objective != "time":
+        if not self._is_timed_whole(plans):
             return plans
-        staying = plans if self.options.packing == "alias" else [plan for plan in plans if plan.keeps_parameters]
-        asked = staying or unsure(plans)
-        if not asked:
-            return plans
+        staying = self._staying(plans)
         if staying:
             fused_modules.settle(fused)
-        with self.stage("plan"), attributes_kept(fused, fused_modules.attributes_set(fused)):
-            gain = times_faster(self.work, fused, self.entries[0], self.options.mode == "train")
+        try:
+            with self.stage("plan"), attributes_kept(fused, fused_modules.attributes_set(fused)):
+                gain = times_faster(*self._to_time(fused, plans), self.entries[0], self.options.mode == "train")
+        except MemoryError:
+            raise
+        except Exception as error:  # in a mode that it does not have; each region was timed by itself
+            said = str(error).splitlines()[0] if str(error) else ""
+            self.report.notes.append(f"the whole model could not be timed: {type(error).__name__}: {said}")
+            return plans
         if gain >= least_gain(bool(staying)):
             return plans
+        asked = staying or unsure(plans)
         for plan in asked:
             said = f"left as a loop: {gain:.2f}x {'with Parameters that stay, as views of the pack' if staying else 'in the whole model'}"
             self.report.refused.append(Refusal(said, plan.place, plan.path))
@@ -390,6 +403,13 @@ class _Pipeline:
                 plan_cache.refuse(plan.key, said)
         left = {*map(id, asked)}
         return [plan for plan in plans if id(plan) not in left]
+
+    def _to_time(self, fused: nn.Module, plans: list[RegionPlan]) -> tuple[nn.Module, nn.Module]:
+        """The original and the fused model, to be called hundreds of times. Where code of the user's runs around the regions, it may write
+        Parameters, lists, and tensors that no module registers: copies of both."""
+        if self.large or all(not plan.path for plan in plans):
+            return self.work, fused
+        return independent_copy(self.work), independent_copy(fused)
 
     # -- a model whose weights should not be there twice --------------------------------------------------------------------------
 

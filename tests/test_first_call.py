@@ -690,3 +690,19 @@ def test_another_default_device() -> None:
     with torch.device("meta"):
         assert_close(copied(X), model(X), "output")
     assert_same(model, copied)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_other_buffers_within_a_transform(called: bool) -> None:
+    """Where they lie cannot be asked there."""
+    model, lazy = pair(norm=True)
+    model.eval(), lazy.eval()
+    if called:
+        lazy(X)
+    found = []
+    for each in (model, lazy):
+        weights = {name: p.detach().clone() for name, p in each.named_parameters()}
+        buffers = {name: 2 * b if b.is_floating_point() else b.clone() for name, b in each.named_buffers()}
+        found.append(torch.func.grad(lambda w, m=each, b=buffers: functional_call(m, (w, b), (X,)).square().sum())(weights))
+    for name, grad in found[0].items():
+        assert_close(found[1][name], grad, name)

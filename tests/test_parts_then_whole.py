@@ -133,3 +133,76 @@ def test_a_packed_part_in_a_whole_that_fuses_at_its_first_call() -> None:
     assert [id(parameter) for parameter in whole.parameters()] == before
     assert fxfuse.report(whole).refused
     assert "register_hook" not in str(fxfuse.report(whole))
+
+
+class Halves(nn.Module):
+    """Reads the lanes of its part in two halves, by another bundle each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Part((4,) * 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.cat([self.part.nets[i](x[:, i]) for i in range(3)], -1)
+        b = torch.cat([self.part.nets[i](torch.relu(x[:, i]) + a[:, :3]) for i in range(3, 6)], -1)
+        return torch.cat([a, b], -1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_whole_that_bundles_otherwise(training: bool) -> None:
+    model = randomized(Halves()).train(training)
+    holder = copy.deepcopy(model)
+    lazily(holder.part)
+    state = copy.deepcopy(holder.state_dict())
+    holder.part(X)
+    holder.load_state_dict(state)
+    whole = lazily(holder)
+    whole(X)
+    holder.load_state_dict(state)
+    report = fxfuse.report(whole)
+    assert [plan.path for plan in report.fused] == [""], report.refused
+    for step in range(3):
+        x = randn(4, 6, 3, seed=step)
+        torch.testing.assert_close(whole(x), model(x), rtol=1e-10, atol=1e-10)
+    assert not fxfuse.report(whole).fallbacks
+    assert count(lambda: whole(X)).heavy == 6
+
+
+def test_memory_that_somebody_else_holds_stays() -> None:
+    """A view that was taken of a part's weight shows what is written to it, whoever packs it."""
+    _, holder = pair((4,) * 6)
+    weight = holder.parts[0].nets[0].first.weight
+    view = weight.detach()
+    whole = lazily(holder)
+    for _ in range(3):
+        whole(X)
+    with torch.no_grad():
+        weight.fill_(3.0)
+    assert bool((view == 3.0).all())
+
+
+class Listed(nn.Module):
+    """Its parts are in a list that registers nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = [Part((4,) * 6), Part((4,) * 6)]
+        self.heads = nn.ModuleList(nn.Linear(24, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([part(x) for part in self.parts], -1)
+        return torch.cat([head(h) for head in self.heads], -1)
+
+
+def test_parts_that_nobody_registers() -> None:
+    model = Listed().double().eval()
+    for index, part in enumerate(model.parts):
+        randomized(part, seed=index).eval()
+    holder = copy.deepcopy(model)
+    for part in holder.parts:
+        lazily(part)
+        part(X)
+    whole = lazily(holder)
+    torch.testing.assert_close(whole(X), model(X), rtol=1e-10, atol=1e-10)
+    assert [plan.path for plan in fxfuse.report(whole).fused] == [""], fxfuse.report(whole).refused
+    torch.testing.assert_close(whole(X), model(X), rtol=1e-10, atol=1e-10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from importlib import import_module
@@ -242,3 +243,87 @@ def test_gradients_live_until_the_next_step(monkeypatch: Any) -> None:
     fxfuse.optimize(randomized(Nets()), X, mode="train", cache=False)
     assert alive
     assert all(any(size >= 4 for size in sizes) for sizes in alive)
+
+
+class Writing(nn.Module):
+    """Its own code writes all that no program of its part knows of; the part fuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.scale = Nets(), nn.Parameter(torch.full((8,), 2.0))
+        self.calls, self.seen, self.memory, self.plain = 0, [], torch.zeros(8).double(), [nn.BatchNorm1d(8).double()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(len(x))
+        with torch.no_grad():
+            self.scale.mul_(0.9)
+        y = self.part(x)
+        self.memory.add_(y.detach().mean(0))
+        out: Tensor = self.plain[0](y * self.scale) + self.memory
+        return out
+
+    def state(self) -> list[Any]:
+        return [self.calls, self.seen, self.scale.detach().clone(), self.memory.clone(), *self.plain[0].state_dict().values()]
+
+
+def assert_equal_states(one: Any, other: Any, what: str) -> None:
+    for got, want in zip(one.state(), other.state(), strict=True):
+        assert torch.equal(got, want) if isinstance(want, Tensor) else got == want, f"{what}: {got} for {want}"
+
+
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"objective": "launches", "tune": False}], ids=["tuned", "inplace", "launches"])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_what_a_model_s_own_code_writes_is_written_by_calls_alone(monkeypatch: Any, options: dict[str, Any], mode: Any) -> None:
+    times(monkeypatch, 0.9, 0.9)
+    monkeypatch.setattr(plan, "LEAST_GAIN", 0.0)
+    model = randomized(Writing())
+    original, given = copy.deepcopy(model), copy.deepcopy(model)
+    fused: Any = fxfuse.optimize(given, X, mode=mode, cache=False, **options)
+    assert [each.path for each in fxfuse.report(fused).fused] == ["part"]
+    assert_equal_states(given, original, "the model that was given")
+    assert_equal_states(fused, original, "the result")
+    torch.testing.assert_close(fused(X), original(X), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused(X), original(X), rtol=1e-12, atol=1e-12)
+
+
+def test_an_example_in_somebody_s_graph(monkeypatch: Any) -> None:
+    """Which the timing of the whole model must not run backward: a second backward raises."""
+    times(monkeypatch, 0.9, 0.9)
+    monkeypatch.setattr(plan, "LEAST_GAIN", 0.0)
+    model = randomized(Nets())
+    x = torch.tanh(X * model.nets[0][0].weight.sum())
+    assert fxfuse.report(fxfuse.optimize(model, x, mode="train", cache=False)).fused
+    x.sum().backward()
+    assert model.nets[0][0].weight.grad is not None
+
+
+class OneMode(Nets):
+    """It has no training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError("not in this mode")
+        return super().forward(x)
+
+
+def test_a_model_that_raises_in_the_mode_asked_for(monkeypatch: Any) -> None:
+    times(monkeypatch, 0.9, 0.9)
+    model = randomized(OneMode()).eval()
+    for how in ({"example_inputs": X}, {}):
+        fused = fxfuse.optimize(copy.deepcopy(model), mode="train", cache=False, **how)
+        torch.testing.assert_close(fused(X), model(X), rtol=1e-12, atol=1e-12)
+        report = fxfuse.report(fused)
+        assert report.fused
+        assert "the whole model could not be timed: ValueError: not in this mode" in str(report)
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_asked_at_first_calls_and_in_place(monkeypatch: Any, validate: bool) -> None:
+    times(monkeypatch, 0.9, 0.9)
+    monkeypatch.setattr(pipeline, "times_faster", lambda *_: 0.5)
+    inplace = fxfuse.optimize(randomized(Nets()), X, inplace=True, validate=validate, cache=False)
+    first = fxfuse.optimize(randomized(Nets()), validate=validate, cache=False)
+    first(X)
+    assert not fxfuse.report(inplace).fused
+    assert not fxfuse.report(first).fused

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxfuse.private.storages import holders, storage_key
 
 from .module_tree import all_modules
+from .undo import Undo
 
 
 def side_by_side(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -47,7 +48,15 @@ def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def move_buffers_apart(model: nn.Module) -> None:
     """Move buffers that lie side by side, and whose memory nobody else holds, each to memory of its own. Who holds them still does."""
     buffers = {id(tensor): tensor for module in all_modules(model) for tensor in module._buffers.values() if tensor is not None}
-    for group in side_by_side(buffers.values()) if len(buffers) > 1 else ():
+    move_apart(buffers.values())
+
+
+def move_apart(tensors: Iterable[Tensor], undo: Undo | None = None) -> None:
+    """The same for these. ``undo`` is given the way back."""
+    for group in side_by_side(tensors):
         if holders(group[0]) == len(group) and all(tensor.is_leaf for tensor in group):
-            for tensor in group:
-                tensor.data = tensor.detach().clone()
+            if undo is not None:
+                undo.keep_data(group)
+            with torch.inference_mode(False), torch.no_grad():
+                for tensor in group:
+                    tensor.data = tensor.detach().clone()

@@ -19,7 +19,7 @@ from fxfuse.models.containers import opened
 from fxfuse.models.determinism import preserved_state
 from fxfuse.models.silent_hooks import hooks_silent
 from fxfuse.models.unregistered import hidden_parameters, unregistered
-from fxfuse.private.pytree import tree_leaves
+from fxfuse.private.pytree import tree_leaves, tree_map_only
 from fxfuse.running.entries import Entry
 
 from . import plan as planner
@@ -46,6 +46,9 @@ def times_faster(original: nn.Module, fused: nn.Module, entry: Entry, train: boo
     Flags, buffers and random state of both are as before afterwards. ``budget``: seconds.
     """
     steps: list[tuple[Any, Entry, list[nn.Parameter]]] = []
+    # The caller's graph, from which inputs may come, is not to be run.
+    args, kwargs = tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (entry.args, entry.kwargs))
+    entry = Entry(entry.name, args, kwargs)
     with preserved_state(original, fused), hooks_silent(original), hooks_silent(fused), torch.set_grad_enabled(train):
         for model in (original, fused):
             model.train(train)

@@ -107,6 +107,13 @@ class AliasPack:
         """Ask again then whether the members may move: who held their memory may be gone."""
         self.shared.refused = 0
 
+    def let_go(self) -> None:
+        """Hold the members' memory no longer; it is found again at the next call."""
+        self.lying = None
+        self.shared.known.clear()
+        for hold in [*self.readers]:
+            hold(False)
+
     @property
     def tensor(self) -> Tensor:
         """The packed tensor, of the current values. Raises ``StaleAlias`` where the members do not fit together."""
@@ -118,6 +125,8 @@ class AliasPack:
             return self._packed_as_traced(members)
         if (transforming() or in_dual_level()) and (self.recipe.kind == "parameter" or any(map(of_a_transform, members))):
             return self._packed_as_traced(members)  # what autograd records is not all that is recorded
+        if transforming() and not (self.lying is not None and self.lying.still(members)):
+            return self._packed_as_traced(members)  # within a transform nobody can tell who holds their memory
         lying = self._where(members)
         if lying is None:
             return in_rows(in_own_parts(pack(self.recipe, members)))
