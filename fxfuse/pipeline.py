@@ -52,7 +52,7 @@ from .planning.timing import medians
 from .recording.attributes import attributes_kept
 from .recording.casts import without_autocast
 from .recording.lengths import tracked_len
-from .recording.observe import observe_modes, reads_offsets
+from .recording.observe import ModeError, observe_modes, reads_offsets
 from .report import Report
 from .running import install as installer
 from .running.entries import FORWARD, Entry
@@ -218,8 +218,11 @@ class _Pipeline:
                 drop_first_calls(self.work)
             except Exception as error:
                 return self._unchanged(inplace, Refusal(f"the model cannot be copied: {str(error).splitlines()[0]}"))
-            with tracked_len(self.work):
-                recorded = [self._record(entry) for entry in self.entries]
+            try:
+                with tracked_len(self.work):
+                    recorded = [self._record(entry) for entry in self.entries]
+            except ModeError as error:
+                return self._unchanged(inplace, Refusal(f"{error}: a plan is compared in both modes"))
         for raising in [way for way in recorded if way.observations[0].failure]:
             what = f"{raising.entry.name} raises" if raising.entry.is_method else RAISES
             refuse(self.report, Refusal(f"{what} {raising.observations[0].failure}"), raising.entry)

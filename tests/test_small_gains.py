@@ -318,6 +318,24 @@ def test_a_model_that_raises_in_the_mode_asked_for(monkeypatch: Any) -> None:
         assert "the whole model could not be timed: ValueError: not in this mode" in str(report)
 
 
+class InferenceOnly(Nets):
+    """It says so when it is asked for its training mode."""
+
+    def train(self, mode: bool = True) -> InferenceOnly:
+        if mode:
+            raise NotImplementedError("for inference only")
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("how", [{"example_inputs": X}, {}], ids=["example", "first call"])
+def test_a_model_without_a_training_mode(how: dict[str, Any]) -> None:
+    model = randomized(InferenceOnly().eval())
+    fused = fxfuse.optimize(copy.deepcopy(model), mode="infer", cache=False, **how)
+    assert torch.equal(fused(X), model(X))
+    (refusal,) = fxfuse.report(fused).refused
+    assert str(refusal) == "its train(True) raises NotImplementedError: for inference only: a plan is compared in both modes"
+
+
 @pytest.mark.parametrize("validate", [False, True])
 def test_asked_at_first_calls_and_in_place(monkeypatch: Any, validate: bool) -> None:
     times(monkeypatch, 0.9, 0.9)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from fxfuse.errors import FxfuseError
 from fxfuse.models.collector import paused
 from fxfuse.models.inputs import batch_size, other_variations, resample, vary
 from fxfuse.models.module_tree import all_modules, named_modules
@@ -142,6 +143,10 @@ def reads_offsets(trace: Trace) -> bool:
     )
 
 
+class ModeError(FxfuseError):
+    """A model that cannot be trained, or evaluated: it says so when it is asked."""
+
+
 @dataclass(frozen=True)
 class _Mode:
     """``train()`` or ``eval()``, as the model's own method does it, and then the flags, where they are neither."""
@@ -150,7 +155,11 @@ class _Mode:
     flags: tuple[bool, ...] | None = None
 
     def enter(self, model: nn.Module) -> None:
-        model.train(self.training)
+        try:
+            model.train(self.training)
+        except Exception as error:
+            said = str(error).splitlines()[0] if str(error) else ""
+            raise ModeError(f"its train({self.training}) raises {type(error).__name__}: {said}") from error
         if self.flags is not None:
             for module, flag in zip(all_modules(model), self.flags, strict=True):
                 module.__dict__["training"] = flag
