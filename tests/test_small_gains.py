@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from importlib import import_module
 from typing import Any
 
@@ -199,27 +197,6 @@ def test_a_model_without_a_backward_is_timed_forward(monkeypatch: Any) -> None:
     assert staying.times_faster(model, randomized(Forward()), entry, True, budget=0.01) > 0
 
 
-FAULTS = """
-import resource, torch
-from fxfuse.planning.timing import medians
-medians([lambda: None, lambda: None], budget=0.01)
-def call():
-    results = [torch.empty(1 << 17).fill_(lane) for lane in range(4)]
-call()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(50):
-    call()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 50)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's rules")
-def test_what_is_timed_does_not_pay_for_page_faults() -> None:
-    """Four results of 512 KiB are 512 faults, where memory goes back to the system at each free."""
-    ran = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    assert float(ran.stdout) < 64
-
-
 def test_without_validation_too(monkeypatch: Any) -> None:
     times(monkeypatch, 0.9, 0.9)
     monkeypatch.setattr(pipeline, "times_faster", lambda *_: 0.9)
@@ -285,6 +262,31 @@ def test_what_a_model_s_own_code_writes_is_written_by_calls_alone(monkeypatch: A
     assert_equal_states(fused, original, "the result")
     torch.testing.assert_close(fused(X), original(X), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fused(X), original(X), rtol=1e-12, atol=1e-12)
+
+
+class Generating(nn.Module):
+    """Each call leaves in it what cannot be copied; the part fuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.left = Nets(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left = (i for i in range(3))
+        y: Tensor = self.part(x)
+        return y * next(self.left)
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "launches", "tune": False}], ids=["tuned", "launches"])
+def test_a_model_that_cannot_be_copied_once_it_was_called(monkeypatch: Any, options: dict[str, Any]) -> None:
+    times(monkeypatch, 0.9, 0.9)
+    monkeypatch.setattr(plan, "LEAST_GAIN", 0.0)
+    model = randomized(Generating())
+    fused = fxfuse.optimize(model, X, cache=False, **options)
+    report = fxfuse.report(fused)
+    assert [each.path for each in report.fused] == ["part"], report.refused
+    assert model.left is None
+    torch.testing.assert_close(fused(X), model(X), rtol=1e-12, atol=1e-12)
 
 
 def test_an_example_in_somebody_s_graph(monkeypatch: Any) -> None:
